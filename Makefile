@@ -1,0 +1,42 @@
+# Every target does everything it needs, from the virtual environment on.
+PYTHON ?= $(shell for v in 3.11 3.12; do p=$$(command -v python$$v) && $$p -V >/dev/null 2>&1 && { echo $$p; break; }; done || true)
+PYTHON := $(if $(PYTHON),$(PYTHON),python3)
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: install demo demo-seeds test test-core lint bench clean
+
+install: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), f'Python 3.11 or 3.12 is needed, not {sys.version}: make PYTHON=...'"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check torch -c $(CONSTRAINTS)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c $(CONSTRAINTS)
+	touch $@
+
+demo: $(STAMP)  ## draw a world, teach a tiny policy, improve it: about 6 minutes on 2 cores
+	$(BIN)/torchrun --nproc-per-node 1 train/tapo.py
+
+demo-seeds: $(STAMP)  ## three seeds of the demo beside their controls
+	$(BIN)/python -m tercet.train.demo
+
+test: $(STAMP)
+	$(BIN)/pytest -n 2
+
+test-core: $(STAMP)  ## the quick tests that need no trained model
+	$(BIN)/pytest -n 2 -m core
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)
+	$(BIN)/pytest bench --benchmark-only -o python_files='*.py'
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .benchmarks

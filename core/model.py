@@ -1,0 +1,254 @@
+"""Load, save and build policies: plain transformers models, never a subclass of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from tercet.core.config import ModelConfig
+from tercet.core.prompts import IMAGE_PAD
+
+ARCHITECTURES: dict[str, type[PreTrainedModel]] = {
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+}
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for item in message['content'] %}"
+    "{% if item['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class PolicyParts:
+    """What a policy folder holds."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    image_processor: Qwen2VLImageProcessorPil
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end a response."""
+        eos = self.model.generation_config.eos_token_id
+        eos = self.tokenizer.eos_token_id if eos is None else eos
+        return tuple(eos) if isinstance(eos, list) else (eos,)
+
+    @property
+    def banned_ids(self) -> tuple[int, ...]:
+        """Token ids that must never be sampled: each stands for image features."""
+        return (self.model.config.image_token_id, self.model.config.video_token_id)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that transformers loads: safetensors, configs, tokenizer, processor."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+
+def load_policy(config: ModelConfig, device: str | torch.device = "cpu") -> PolicyParts:
+    """Load a Qwen2-VL or Qwen2.5-VL folder or hub id.
+
+    Args:
+        config: path, dtype, pixel limits and frozen parts.
+        device: where the parameters go.
+
+    Raises:
+        ValueError: naming the path, when it cannot be loaded or lacks weights or Qwen's image pad,
+            or its architecture, when it is another one.
+    """
+    if not config.path:
+        raise ValueError("model.path is empty: give the folder or hub id of a Qwen2(.5)-VL model")
+    model = _load_model(config.path, config.dtype)
+    tokenizer = _read(config.path, AutoTokenizer)
+    pad_id = tokenizer.get_vocab().get(IMAGE_PAD)
+    if pad_id != model.config.image_token_id:
+        raise ValueError(
+            f"model.path {config.path!r}: {IMAGE_PAD} must be token {model.config.image_token_id} "
+            f"of the tokenizer, got {pad_id}"
+        )
+    processor = _read(config.path, Qwen2VLImageProcessorPil)
+    processor.size = _pixel_limits(config, processor.size)
+    freeze(model, vision=config.freeze_vision, merger=config.freeze_merger)
+    return PolicyParts(model.to(device), tokenizer, processor)
+
+
+def _load_model(path: str, dtype: str) -> PreTrainedModel:
+    config = _read(path, AutoConfig)
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"model.path {path!r} is a {config.model_type!r} model; "
+            f"supported: {', '.join(ARCHITECTURES)}"
+        )
+    if "sliding_attention" in config.text_config.layer_types:
+        raise ValueError(f"model.path {path!r} uses sliding-window attention")
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+    model, report = _read(path, ARCHITECTURES[config.model_type], **options)
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise ValueError(f"model.path {path!r} lacks the weights {missing}")
+    return model
+
+
+def _read(path: str, kind, **options):
+    try:
+        return kind.from_pretrained(path, **options)
+    except Exception as error:  # transformers raises many kinds on a damaged folder
+        absent = "" if Path(path).exists() else "no such folder; as a hub id: "
+        raise ValueError(f"model.path {path!r} cannot be loaded: {absent}{error}") from error
+
+
+def _pixel_limits(config: ModelConfig, size) -> dict[str, int]:
+    fewest = size["shortest_edge"] if config.min_pixels is None else config.min_pixels
+    most = size["longest_edge"] if config.max_pixels is None else config.max_pixels
+    if not (fewest and most and 0 < fewest <= most):
+        raise ValueError(
+            f"model.min_pixels and model.max_pixels must be 0 < min <= max, got {fewest}, {most}"
+        )
+    return {"shortest_edge": fewest, "longest_edge": most}
+
+
+def freeze(model: PreTrainedModel, *, vision: bool, merger: bool) -> None:
+    """Set which of vision tower and merger are trained; the language model always is."""
+    for name, parameter in model.model.visual.named_parameters():
+        parameter.requires_grad_(not (merger if name.startswith("merger.") else vision))
+
+
+def build_tiny(
+    texts: Iterable[str],
+    *,
+    architecture: str = "qwen2_5_vl",
+    hidden_size: int = 128,
+    layers: int = 3,
+    vision_size: int = 96,
+    vision_layers: int = 3,
+    vocabulary_size: int = 1024,
+    image_size: int = 112,
+    initializer_range: float = 0.08,
+    tie_word_embeddings: bool = True,
+    seed: int = 0,
+) -> PolicyParts:
+    """Build a small random policy with a byte-level BPE tokenizer of its own.
+
+    Args:
+        texts: what the tokenizer is trained on.
+        architecture: qwen2_vl or qwen2_5_vl.
+        hidden_size: D of the language model; heads are 32 wide, two query heads a key head.
+        vision_size: width of the vision tower; heads are 32 wide.
+        vocabulary_size: most tokens of the tokenizer, Qwen's special tokens included.
+        image_size: pixels a side that the image processor resizes to, about.
+
+    Returns:
+        A float32 policy on the CPU.
+
+    Raises:
+        ValueError: another architecture.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture must be one of {list(ARCHITECTURES)}, got {architecture!r}")
+    tokenizer = _train_tokenizer(texts, vocabulary_size)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    text_config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden_size // 32,
+        "num_key_value_heads": max(1, hidden_size // 64),
+        "max_position_embeddings": 32768,
+        "initializer_range": initializer_range,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [4, 6, 6],
+        },
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": None,
+    }
+    config_class = {"qwen2_vl": Qwen2VLConfig, "qwen2_5_vl": Qwen2_5_VLConfig}[architecture]
+    config = config_class(
+        text_config=text_config,
+        vision_config=_tiny_vision(
+            architecture, vision_size, vision_layers, hidden_size, initializer_range
+        ),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tie_word_embeddings,
+        initializer_range=initializer_range,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = ARCHITECTURES[architecture]._from_config(config, attn_implementation="sdpa")
+    model.generation_config = GenerationConfig(
+        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"]
+    )
+    limits = {"shortest_edge": image_size**2 // 2, "longest_edge": image_size**2}
+    return PolicyParts(model.eval(), tokenizer, Qwen2VLImageProcessorPil(size=limits))
+
+
+def _tiny_vision(architecture: str, size: int, layers: int, out: int, std: float) -> dict:
+    common = {"depth": layers, "num_heads": size // 32, "initializer_range": std}
+    if architecture == "qwen2_vl":
+        return common | {"embed_dim": size, "hidden_size": out, "mlp_ratio": 3}
+    return common | {
+        "hidden_size": size,
+        "intermediate_size": 3 * size,
+        "out_hidden_size": out,
+        "window_size": 112,
+        "fullatt_block_indexes": [layers - 1],
+    }
+
+
+def _train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS),
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,63 @@
+"""Questions for photos that bring none: templates by super-category, overridable by a YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+_COMMON = (
+    "What kind of {super_category} is this?",
+    "What type of {super_category} is shown in the image?",
+    "Can you identify the {super_category} in this image?",
+    "What is the name of the {super_category} in the photo?",
+    "Do you know what {super_category} this is?",
+)
+_MODEL = (*_COMMON, "What model is the {super_category} in this picture?")
+_SPECIES = (*_COMMON, "What species is the {super_category} in this picture?")
+_BREED = (*_COMMON, "What breed is the {super_category} in this picture?")
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "default": _COMMON,
+    "aircraft": _MODEL,
+    "bird": _SPECIES,
+    "car": _MODEL,
+    "dog": _BREED,
+    "flower": _SPECIES,
+    "pet": _BREED,
+}
+"""Question templates by super-category, in lower case and singular; "default" for any other."""
+
+
+def read_questions(path: str | Path | None = None) -> dict[str, tuple[str, ...]]:
+    """Question templates by super-category: QUESTIONS, overridden by a YAML file of lists.
+
+    Args:
+        path: YAML of {super_category: [template, ...]}; "default" serves every super-category
+            without an entry, and `{super_category}` stands for its name. None: QUESTIONS.
+
+    Raises:
+        ValueError: naming file and entry at fault.
+    """
+    if path is None:
+        return QUESTIONS
+    try:
+        with open(path, encoding="utf-8") as file:
+            own = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"data.questions {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(own, dict) or not own:
+        raise ValueError(f"{path} must map super-categories to lists of question templates")
+    for name, templates in own.items():
+        good = isinstance(templates, list) and all(isinstance(t, str) and t for t in templates)
+        if not good or not templates:
+            raise ValueError(f"{path}: {name!r} must be a list of questions, got {templates!r}")
+    return QUESTIONS | {str(name).replace("_", " ").lower(): tuple(own[name]) for name in own}
+
+
+def questions_for(super_category: str, templates: dict[str, tuple[str, ...]]) -> list[str]:
+    """The templates of a super-category with its name filled in ("birds" asks as "bird" does)."""
+    key = super_category.lower()
+    if key not in templates and key.endswith("s") and key[:-1] in templates:
+        key = super_category = key[:-1]
+    chosen = templates.get(key, templates["default"])
+    return [text.replace("{super_category}", super_category or "object") for text in chosen]

@@ -1,0 +1,199 @@
+"""The data that flows through a step, in the order in which it comes to be.
+
+    Photo -> Anchor -> Triplet -> Request -> Completion -> Response in a Group -> MicroBatch
+
+Legend for shapes: T packed tokens, R response tokens (loss rows), S segments (prompts and
+responses), N prompts in a pack, P image patches, I images, D hidden size, V vocabulary.
+Images are carried by *key* (a path, or a cell of a Parquet file) and loaded where they are needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Role = Literal["anchor", "positive"]
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One labelled photo, e.g. `Photo("bird/least_auklet/7.jpg", "bird", "least auklet")`."""
+
+    image: str
+    """Image key: a path, or `file.parquet#row/column/index` (see core.vision.load_image)."""
+    super_category: str
+    sub_category: str
+    question: str = ""
+    """Empty: one is drawn from the templates of the super-category."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One row of a manifest: a training photo and the photos its triplets may be made of."""
+
+    id: str
+    image: str
+    positives: tuple[str, ...]
+    """Keys of the other training photos of the same sub-category, the fixed one first."""
+    negatives: tuple[str, ...]
+    """Keys of training photos of the most similar other sub-category, the fixed one first."""
+    question: str
+    super_category: str
+    sub_category: str
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """Anchor x, positive x_pos and negative x_neg with one question and one true name."""
+
+    id: str
+    anchor: str
+    positive: str
+    negative: str
+    question: str
+    super_category: str
+    sub_category: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """`n` samples wanted of one prompt; `prompt_ids` holds ONE image pad per image."""
+
+    id: str
+    group_id: str
+    prompt_ids: tuple[int, ...]
+    images: tuple[str, ...]
+    n: int
+    seed: int
+    """Seed of the run; with step, id and sample index it gives the seed of each sample."""
+    step: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Sample `index` of a request, as an engine returns it the moment it is finished."""
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    """EOS included when the model stopped by itself."""
+    rollout_logprobs: tuple[float, ...]
+    """Full-vocabulary log-probs at the sampling temperature, one a token."""
+    finish_reason: FinishReason
+    weight_version: int
+
+
+@dataclass
+class Response:
+    """A completion inside its group, with what reward and scoring add to it."""
+
+    role: Role
+    token_ids: tuple[int, ...]
+    rollout_logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    weight_version: int
+    text: str = ""
+    reward: float = 0.0
+    advantage: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    old_logprobs: Tensor | None = None
+    """[len(token_ids)] float32; None until scored."""
+    neg_logprobs: Tensor | None = None
+    """[len(token_ids)] float32; None until scored."""
+
+
+@dataclass
+class Group:
+    """All n1 + n2 responses of one triplet: n1 sampled on the anchor, then n2 on the positive."""
+
+    id: str
+    triplet: Triplet
+    prompt_ids: tuple[int, ...]
+    responses: list[Response]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where prompts and responses lie in a pack; what shared-prefix attention needs to know.
+
+    A pack is `[prompt_1 | r_11 ... r_1n | prompt_2 | ...]`. A token attends causally to its own
+    segment, and a response's token also to its whole prompt. Empty segments are left out.
+
+    Example: prompts of 3 and 2 tokens, responses of 2 and 1 on the first, 4 on the second:
+    `cu_seqlens = [0, 3, 5, 6, 8, 12]`, `response_index = [3, 4, 5, 8, 9, 10, 11]`,
+    `prompt_index = [0, 1, 2, 6, 7]`, `cu_seqlens_q = [0, 3, 7]`, `cu_seqlens_k = [0, 3, 5]`.
+    """
+
+    cu_seqlens: Tensor
+    """[S + 1] int32: bounds of every segment, for the causal pass."""
+    max_seqlen: int
+    response_index: Tensor
+    """[T - prompt tokens] int64: the response tokens, queries of the pass over the prompts."""
+    cu_seqlens_q: Tensor
+    """[N + 1] int32: bounds in `response_index` of what hangs on each prompt."""
+    max_seqlen_q: int
+    prompt_index: Tensor
+    """[prompt tokens] int64: the prompt tokens, keys of that pass."""
+    cu_seqlens_k: Tensor
+    """[N + 1] int32: bounds in `prompt_index` of each prompt."""
+    max_seqlen_k: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One branch of an update: prompts with their images, and the responses hanging on them.
+
+    A response of L tokens contributes L - 1 tokens to the pack (its last one predicts nothing) and
+    L rows: the first row reads the hidden state of its prompt's last token.
+    """
+
+    input_ids: Tensor
+    """[T] int64, image pads expanded."""
+    position_ids: Tensor
+    """[3, T] int64: temporal, height and width positions of M-RoPE."""
+    pixel_values: Tensor | None
+    """[P, channels * temporal_patch * patch * patch] float32; None without images."""
+    image_grid_thw: Tensor | None
+    """[I, 3] int64: patches per image in time, height, width."""
+    segments: Segments
+    hidden_index: Tensor
+    """[R] int64: the packed token whose hidden state predicts each row."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass works on; both branches have their rows in one order."""
+
+    update: PackedBatch
+    negative: PackedBatch | None
+    labels: Tensor
+    """[R] int64."""
+    advantages: Tensor
+    """[R] float32."""
+    loss_mask: Tensor
+    """[R] float32 row weight; 0 leaves the row out."""
+    num_loss_tokens: float
+    """Sum of loss_mask over the whole mini-batch and all ranks."""
+    old_logprobs: Tensor | None = None
+    """[R] float32; None: the current ones, detached."""
+    neg_logprobs: Tensor | None = None
+    """[R] float32, only with `neg_at: step_start`."""
+
+
+def to_device(batch, device: torch.device | str):
+    """Copy of a (nested) dataclass with every tensor on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if not hasattr(batch, "__dataclass_fields__"):
+        return batch
+    return type(batch)(
+        **{name: to_device(getattr(batch, name), device) for name in batch.__dataclass_fields__}
+    )

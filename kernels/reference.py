@@ -1,0 +1,350 @@
+"""PyTorch twins of the fused kernels: the head's log-probs and the TAPO loss, by autograd.
+
+Loss of a response token with log-probs a (policy), o (old), n (policy on the negative image) and
+advantage A (Fine-R1, ICLR 2026, eq. 1-4, negated to be minimised):
+
+    pg - kl_coef k3 - entropy_coef a - neg_entropy_coef n [+ ref_kl_coef k3(reference)]
+
+with r = exp(a - o), pg = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), at most clip_dual |A|
+where A < 0, and k3 = e^d - d - 1, d = n - a (`neg_over_policy`) or a - n (`policy_over_neg`).
+A clamp that binds stops the gradient; a value on its bound still passes it. With w = loss_mask /
+num_loss_tokens the gradients are, `[...]` being 1 where no clamp binds:
+
+    d loss / d a = w (-A r [pg] + kl_coef (e^d - 1) [k3] - entropy_coef)       neg_over_policy
+    d loss / d n = w (          - kl_coef (e^d - 1) [k3] - neg_entropy_coef)   0 when detached
+
+and the same with the sign of `kl_coef` turned for `policy_over_neg`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tercet.core.types import Segments
+
+KlRatio = Literal["neg_over_policy", "policy_over_neg"]
+
+
+def linear_logprobs_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of labels under softmax(hidden weight^T / temperature), and its entropy.
+
+    All [R, V] logits exist at once: hand over rows in chunks.
+
+    Args:
+        hidden: [R, D] any float dtype: hidden states.
+        weight: [V, D] dtype of `hidden`: the head.
+        labels: [R] int64 in [0, V).
+        temperature: what logits are divided by, positive.
+
+    Returns:
+        logprobs: [R] float32 (float64 for float64): natural logarithms.
+        entropy: [R] same dtype: exact entropy of the whole distribution, in nats, differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a label outside [0, V), or a
+            temperature that is not positive.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "hidden must be [R, D] and weight [V, D], got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden and weight must share a float dtype, got {hidden.dtype} and {weight.dtype}"
+        )
+    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 of shape {tuple(hidden.shape[:1])}, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}"
+        )
+    if not hidden.device == weight.device == labels.device:
+        raise ValueError(
+            "hidden, weight and labels must be on one device, got "
+            f"{hidden.device}, {weight.device} and {labels.device}"
+        )
+    outside = (labels < 0) | (labels >= weight.shape[0])
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"labels must lie in [0, {weight.shape[0]}), got {int(labels[row])} in row {row}"
+        )
+    _require_positive("temperature", temperature)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(dtype) @ weight.to(dtype).T / temperature  # [R, V]
+    log_softmax = logits.log_softmax(-1)
+    logprobs = log_softmax.gather(1, labels[:, None]).squeeze(1)
+    return logprobs, -(log_softmax.exp() * log_softmax).sum(-1)
+
+
+def tapo_loss_reference(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    neg_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    num_loss_tokens: float,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    clip_dual: float | None = 3.0,
+    log_ratio_clamp: float | None = 20.0,
+    kl_coef: float = 0.01,
+    kl_ratio: KlRatio = "neg_over_policy",
+    kl_log_clamp: float | None = 20.0,
+    kl_clamp: float | None = 10.0,
+    entropy_coef: float = 0.03,
+    neg_entropy_coef: float = 0.03,
+    neg_grad: Literal["flow", "detach"] = "flow",
+    loss_mask: Tensor | None = None,
+    is_weights: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    ref_kl_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """TAPO loss of response rows (see the head of this file) and its metrics.
+
+    Gradients flow into `logprobs` and, with `neg_grad="flow"`, into `neg_logprobs`; every other
+    tensor is a constant. Sums are taken in float32, or in float64 for float64 log-probs. None
+    switches a clamp off.
+
+    Args:
+        logprobs: [R] any float dtype: policy on the image of the update.
+        old_logprobs: [R] policy at the start of the step; None: the current ones, so that r = 1.
+        neg_logprobs: [R] policy on the negative image; None drops the KL and Hneg terms.
+        advantages: [R].
+        num_loss_tokens: what sums are divided by: `loss_mask` summed over the whole mini-batch and
+            all ranks.
+        clip_low: 1 - clip_low is the ratio's lower bound where A < 0.
+        clip_high: 1 + clip_high is the ratio's upper bound where A >= 0.
+        clip_dual: the ratio's upper bound where A < 0, at least 1.
+        log_ratio_clamp: bound on |a - o|.
+        kl_coef: gamma, weight of k3, which is maximised.
+        kl_ratio: `neg_over_policy`: k3 of KL(pi || pi_neg); `policy_over_neg`: the paper's text,
+            unbounded when maximised; warned of once.
+        kl_log_clamp: bound on the |log-ratio| inside every k3.
+        kl_clamp: upper bound on every k3.
+        entropy_coef: eta_1, weight of -a.
+        neg_entropy_coef: eta_2, weight of -n.
+        neg_grad: whether gradients flow into `neg_logprobs`.
+        loss_mask: [R] float or bool: row weight; None: 1. Rows of weight 0 may hold anything, NaN
+            included.
+        is_weights: [R] importance weights of the policy term alone; None: 1.
+        ref_logprobs: [R] frozen reference model, for GRPO: k3 of KL(pi || reference) is minimised.
+        ref_kl_coef: its weight.
+
+    Returns:
+        loss: 0-d; 0 with zero gradients when R = 0.
+        metrics: 0-d, detached, weighted by `loss_mask` and divided by `num_loss_tokens`, so that
+            they add up over micro-batches and ranks: pg_loss, kl and ref_kl (k3 after its clamps;
+            ref_kl only with `ref_logprobs`), entropy and neg_entropy (-a and -n), clip_frac_high,
+            clip_frac_low and clip_frac_dual (rows held by each bound), approx_kl (r - 1 - log r).
+            kl and neg_entropy are 0 without `neg_logprobs`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an option out of its range, or a
+            coefficient other than 0 for a term whose log-probs are None.
+    """
+    _check_rows(
+        logprobs,
+        old_logprobs=old_logprobs,
+        neg_logprobs=neg_logprobs,
+        advantages=advantages,
+        loss_mask=loss_mask,
+        is_weights=is_weights,
+        ref_logprobs=ref_logprobs,
+    )
+    _check_terms(neg_logprobs, kl_coef, neg_entropy_coef, ref_logprobs, ref_kl_coef, entropy_coef)
+    _check_bounds(clip_low, clip_high, clip_dual, log_ratio_clamp, kl_log_clamp, kl_clamp)
+    _check_choices(neg_grad, kl_ratio)
+    _require_positive("num_loss_tokens", num_loss_tokens)
+
+    weight = torch.ones_like(logprobs) if loss_mask is None else loss_mask.detach()
+    weight = weight.to(torch.promote_types(logprobs.dtype, torch.float32))
+
+    def select(rows: Tensor) -> Tensor:
+        # Before any arithmetic: NaN times 0 is NaN, in the backward pass too.
+        return torch.where(weight != 0, rows.to(weight.dtype), 0.0)
+
+    a = select(logprobs)
+    old = a.detach() if old_logprobs is None else select(old_logprobs.detach())
+    log_ratio = _clamp(a - old, log_ratio_clamp)
+    terms = _policy_rows(log_ratio, select(advantages.detach()), clip_low, clip_high, clip_dual)
+    if is_weights is not None:
+        terms["pg_loss"] = terms["pg_loss"] * select(is_weights.detach())
+    terms |= {"entropy": -a, "kl": torch.zeros_like(a), "neg_entropy": torch.zeros_like(a)}
+    if neg_logprobs is not None:
+        n = select(neg_logprobs.detach() if neg_grad == "detach" else neg_logprobs)
+        d = n - a if kl_ratio == "neg_over_policy" else a - n
+        terms |= {"kl": _k3(d, kl_log_clamp, kl_clamp), "neg_entropy": -n}
+    if ref_logprobs is not None:
+        terms["ref_kl"] = _k3(select(ref_logprobs.detach()) - a, kl_log_clamp, kl_clamp)
+
+    metrics = {name: (weight * rows).sum() / num_loss_tokens for name, rows in terms.items()}
+    loss = metrics["pg_loss"] - kl_coef * metrics["kl"] + entropy_coef * metrics["entropy"]
+    loss = loss + neg_entropy_coef * metrics["neg_entropy"] + ref_kl_coef * metrics.get("ref_kl", 0)
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def _policy_rows(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    clip_dual: float | None,
+) -> dict[str, Tensor]:
+    """Policy loss of each row, where each bound on its ratio holds it, and its part of the KL."""
+    ratio, negative = log_ratio.exp(), advantages < 0
+    # -min(r A, clip(r) A), at most clip_dual |A|, is -A times r between bounds set by A's sign.
+    upper = torch.full_like(ratio, 1 + clip_high).masked_fill(negative, clip_dual or math.inf)
+    lower = torch.full_like(ratio, -math.inf).masked_fill(negative, 1 - clip_low)
+    high, low = ratio > upper, ratio < lower
+    # exp never sees a held row: its overflow times a zero gradient would be NaN.
+    free = log_ratio.masked_fill(high | low, 0.0).exp()
+    bounded = torch.where(high, upper, torch.where(low, lower, free))
+    return {
+        "pg_loss": -advantages * bounded,
+        "clip_frac_high": high & (advantages > 0),
+        "clip_frac_low": low,
+        "clip_frac_dual": high & negative,
+        "approx_kl": torch.expm1(log_ratio) - log_ratio,
+    }
+
+
+def _k3(log_ratio: Tensor, log_clamp: float | None, clamp: float | None) -> Tensor:
+    """e^d - d - 1 of each row, d held to +-log_clamp and the result to clamp."""
+    d = _clamp(log_ratio, log_clamp)
+    if clamp is None:
+        return torch.expm1(d) - d
+    high = torch.expm1(d) - d > clamp
+    free = d.masked_fill(high, 0.0)
+    return (torch.expm1(free) - free).masked_fill(high, clamp)
+
+
+def _clamp(values: Tensor, bound: float | None) -> Tensor:
+    return values if bound is None else values.clamp(-bound, bound)
+
+
+@cache
+def _warn_policy_over_neg() -> None:
+    warnings.warn(
+        "kl_ratio='policy_over_neg' is unbounded when maximised: at a log-ratio of 8 its gradient "
+        "is 3,000 times that of 'neg_over_policy'",
+        stacklevel=4,
+    )
+
+
+def _check_rows(logprobs: Tensor, **others: Tensor | None) -> None:
+    if logprobs.dim() != 1 or not logprobs.is_floating_point():
+        raise ValueError(
+            f"logprobs must be [R] floats, got {logprobs.dtype} of shape {tuple(logprobs.shape)}"
+        )
+    if others["advantages"] is None:
+        raise ValueError("advantages must be [R] floats, got None")
+    for name, rows in others.items():
+        if rows is None:
+            continue
+        is_number = rows.is_floating_point() or (name == "loss_mask" and rows.dtype == torch.bool)
+        if not is_number or rows.shape != logprobs.shape or rows.device != logprobs.device:
+            raise ValueError(
+                f"{name} must be floats of shape {tuple(logprobs.shape)} on {logprobs.device}, got "
+                f"{rows.dtype} of shape {tuple(rows.shape)} on {rows.device}"
+            )
+
+
+def _check_terms(
+    neg_logprobs: Tensor | None,
+    kl_coef: float,
+    neg_entropy_coef: float,
+    ref_logprobs: Tensor | None,
+    ref_kl_coef: float,
+    entropy_coef: float,
+) -> None:
+    for name, coefficient, needed, rows in (
+        ("kl_coef", kl_coef, "neg_logprobs", neg_logprobs),
+        ("neg_entropy_coef", neg_entropy_coef, "neg_logprobs", neg_logprobs),
+        ("ref_kl_coef", ref_kl_coef, "ref_logprobs", ref_logprobs),
+        ("entropy_coef", entropy_coef, "logprobs", True),
+    ):
+        if not math.isfinite(coefficient):
+            raise ValueError(f"{name} must be finite, got {coefficient}")
+        if coefficient and rows is None:
+            raise ValueError(f"{name} is {coefficient}, but {needed} is None: it must be 0 then")
+
+
+def _check_bounds(
+    clip_low: float,
+    clip_high: float,
+    clip_dual: float | None,
+    log_ratio_clamp: float | None,
+    kl_log_clamp: float | None,
+    kl_clamp: float | None,
+) -> None:
+    for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if value is None or not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    if clip_dual is not None and not clip_dual >= 1:
+        raise ValueError(f"clip_dual must be at least 1, or None for off, got {clip_dual}")
+    for name, value in (
+        ("log_ratio_clamp", log_ratio_clamp),
+        ("kl_log_clamp", kl_log_clamp),
+        ("kl_clamp", kl_clamp),
+    ):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, or None for off, got {value}")
+
+
+def _check_choices(neg_grad: str, kl_ratio: str) -> None:
+    if neg_grad not in ("flow", "detach"):
+        raise ValueError(f"neg_grad must be 'flow' or 'detach', got {neg_grad!r}")
+    if kl_ratio not in ("neg_over_policy", "policy_over_neg"):
+        raise ValueError(
+            f"kl_ratio must be 'neg_over_policy' or 'policy_over_neg', got {kl_ratio!r}"
+        )
+    if kl_ratio == "policy_over_neg":
+        _warn_policy_over_neg()
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def prefix_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float
+) -> Tensor:
+    """Shared-prefix attention with one dense [T, T] mask, on any device.
+
+    Args:
+        q: [T, heads, head_dim] any float dtype.
+        k: [T, key_heads, head_dim]; key_heads divides heads.
+        v: [T, key_heads, head_dim].
+        segments: where prompts and responses lie.
+        scale: factor of the scores.
+
+    Returns:
+        [T, heads, head_dim] in q's dtype.
+    """
+    length, device = len(q), q.device
+    token = torch.arange(length, device=device)
+    own = torch.searchsorted(segments.cu_seqlens.long(), token, right=True)
+    seen = (own[:, None] == own) & (token[:, None] >= token)
+    for start, stop, first, last in zip(
+        segments.cu_seqlens_q[:-1].tolist(),
+        segments.cu_seqlens_q[1:].tolist(),
+        segments.cu_seqlens_k[:-1].tolist(),
+        segments.cu_seqlens_k[1:].tolist(),
+        strict=True,
+    ):
+        responses = segments.response_index[start:stop, None]
+        seen[responses, segments.prompt_index[first:last]] = True
+    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = scaled_dot_product_attention(*heads_first, attn_mask=seen, scale=scale, enable_gqa=True)
+    return out[0].transpose(0, 1)

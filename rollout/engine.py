@@ -1,0 +1,78 @@
+"""What every rollout engine offers: prompts in, completions out one by one, weights in.
+
+The in-process engine (rollout/local.py) and the SGLang server stand behind this one protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Protocol
+
+from torch import Tensor
+
+from tercet.core.types import Completion, Request
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; temperature 0 is greedy (its log-probs are those at temperature 1)."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    max_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a field out of its range."""
+        allowed = {
+            "temperature": (self.temperature >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+        }
+        for name, (holds, what) in allowed.items():
+            if not holds:
+                raise ValueError(f"Sampling.{name} must be {what}, got {getattr(self, name)}")
+
+
+class Engine(Protocol):
+    """Log-probs are everywhere those of the full vocabulary at the sampling temperature: the ban
+    on image tokens, top_p and top_k act after they are taken."""
+
+    weight_version: int
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling
+    ) -> AsyncIterator[Completion]:
+        """Yield each sample as soon as it is finished, in any order."""
+        ...
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Stop these requests; their unfinished samples are not yielded."""
+        ...
+
+    def update_weights(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Take over the policy's weights; a collective that all ranks call."""
+        ...
+
+    def sleep(self) -> None:
+        """Release what the update phase needs (KV cache, weights on a shared GPU)."""
+        ...
+
+    def wake(self) -> None:
+        """Take it back; weights must be updated before the next generation."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def sample_seed(seed: int, step: int, request_id: str, index: int) -> int:
+    """63-bit seed of sample `index` of a request; the same in every process and on every machine.
+
+    Python's hash() is salted per process, hence blake2b.
+    """
+    text = f"{seed}/{step}/{request_id}/{index}".encode()
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "big") >> 1

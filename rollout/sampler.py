@@ -1,0 +1,315 @@
+"""Dynamic sampling: triplets go to the engine until a step's worth of useful groups is there.
+
+A group is the n1 responses sampled on the anchor image and the n2 sampled on the positive one. It
+is kept where its rewards can teach something: 0 < correct < n1 + n2 (Fine-R1, DAPO).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tercet.core.config import RolloutConfig
+from tercet.core.prompts import chat_ids, stage2_text
+from tercet.core.rewards import call_reward, keep_group
+from tercet.core.triplets import draw_triplet
+from tercet.core.types import Anchor, Completion, Group, Request, Response, Triplet
+from tercet.core.vision import PromptEncoder
+from tercet.rollout.engine import Engine, Sampling
+
+Progress = Callable[[int], None]
+
+
+class NotEnoughGroups(RuntimeError):
+    """max_rounds were spent and `on_exhausted: error` asks to stop."""
+
+
+class TripletStream:
+    """Endless triplets: every epoch a fresh permutation of the anchors, drawn from the seed."""
+
+    def __init__(self, anchors: Sequence[Anchor], *, positive: str, seed: int):
+        if not anchors:
+            raise ValueError("there are no anchors to train on")
+        self._anchors = anchors
+        self._positive = positive
+        self._seed = seed
+        self.epoch = 0
+        self.cursor = 0
+
+    def __next__(self) -> Triplet:
+        if self.cursor == len(self._anchors):
+            self.epoch, self.cursor = self.epoch + 1, 0
+        order = np.random.default_rng([self._seed, self.epoch]).permutation(len(self._anchors))
+        anchor = self._anchors[order[self.cursor]]
+        self.cursor += 1
+        return draw_triplet(anchor, self.epoch, self._seed, self._positive)
+
+    def state(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "cursor": self.cursor}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+
+
+@dataclass
+class StepGroups:
+    """What one call of GroupSampler.collect gives."""
+
+    groups: list[Group]
+    prompts_sent: int = 0
+    groups_done: int = 0
+    groups_kept: int = 0
+    filled_up: int = 0
+    """Groups that did not pass but are trained on (`keep_last_round`)."""
+    reward_seconds: float = 0.0
+    """Time that passed between the last response of a batch and its last reward."""
+    seen: list[Response] = field(default_factory=list)
+    """Every response that was sampled, kept or not: for honest reward and accuracy figures."""
+
+    @property
+    def acceptance(self) -> float:
+        return self.groups_kept / max(1, self.groups_done)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(response.token_ids) for response in self.seen)
+
+
+async def _beat(progress: Progress) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        progress(0)
+
+
+class GroupSampler:
+    """Fills steps with groups.
+
+    Args:
+        engine: where responses come from.
+        stream: where triplets come from.
+        tokenizer: for prompts and for the text that rewards see.
+        encoder: measures prompts, photos included.
+        config: group sizes, sampling and what to do when too few groups pass.
+        reward: batch reward function (see core.rewards).
+        names: known sub-category names by super-category, for rewards that need them.
+        system_prompt: system message of every prompt.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        stream: TripletStream,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: PromptEncoder,
+        config: RolloutConfig,
+        *,
+        reward: Callable,
+        names: dict[str, Sequence[str]],
+        system_prompt: str | None,
+        seed: int,
+    ):
+        self.carried: list[Group] = []
+        self._engine = engine
+        self._stream = stream
+        self._tokenizer = tokenizer
+        self._encoder = encoder
+        self._config = config
+        self._reward = reward
+        self._names = names
+        self._system_prompt = system_prompt
+        self._seed = seed
+        self._prompt_ids: dict[str, tuple[int, ...]] = {}
+        self._sampling = Sampling(
+            config.temperature, config.top_p, config.top_k, config.max_response_tokens
+        )
+
+    async def collect(self, step: int, progress: Progress = lambda responses: None) -> StepGroups:
+        """Sample until the step has its groups or its rounds are spent.
+
+        Args:
+            step: rollout step; part of every sample's seed.
+            progress: called with the number of responses that just came in, and with 0 every
+                second in between; what it raises ends the step.
+
+        Raises:
+            NotEnoughGroups: with `on_exhausted: error`.
+            ValueError: a bad photo, an over-long prompt, or a reward that fails; named.
+
+        After any exception the stream stands where it stood and nothing carried is lost.
+        """
+        position, carried = self._stream.state(), self.carried
+        try:
+            return await self._collect(step, progress)
+        except BaseException:
+            self._stream.restore(position)
+            self.carried = carried
+            raise
+
+    async def _collect(self, step: int, progress: Progress) -> StepGroups:
+        config = self._config
+        wanted = config.groups_per_step
+        limit = math.inf if config.max_rounds is None else config.max_rounds * wanted
+        result = StepGroups(groups=self._fresh_carried())
+        self.carried = []
+        passing = {group.id for group in result.groups}
+        while len(result.groups) < wanted and result.prompts_sent < limit:
+            size = min(config.prompts_per_batch or wanted, limit - result.prompts_sent)
+            batch, chosen = await self._batch(step, size, result, progress)
+            passing |= chosen
+            spent = result.prompts_sent >= limit
+            if config.on_exhausted == "keep_last_round" and (spent or not chosen):
+                missing = max(0, wanted - len(result.groups) - len(chosen))
+                failed = [group.id for group in batch if group.id not in chosen]
+                chosen = chosen.union(failed[:missing])
+            result.groups += [group for group in batch if group.id in chosen]
+        if len(result.groups) < wanted and config.on_exhausted == "error":
+            raise NotEnoughGroups(
+                f"step {step}: {len(result.groups)} of {wanted} groups passed in "
+                f"rollout.max_rounds = {config.max_rounds} rounds ({result.prompts_sent} prompts); "
+                "see rollout.on_exhausted"
+            )
+        if config.surplus == "carry":
+            self.carried = result.groups[wanted:]
+        result.groups = result.groups[:wanted]
+        result.filled_up = sum(group.id not in passing for group in result.groups)
+        return result
+
+    def _fresh_carried(self) -> list[Group]:
+        """Carried groups whose weights are at most max_staleness steps old."""
+        oldest = self._engine.weight_version - self._config.max_staleness
+        return [g for g in self.carried if min(r.weight_version for r in g.responses) >= oldest]
+
+    async def _batch(
+        self, step: int, size: int, result: StepGroups, progress: Progress
+    ) -> tuple[list[Group], set[str]]:
+        """Sample and reward `size` triplets: groups in request order, ids of those that pass."""
+        groups: dict[str, Group] = {}
+        requests: list[Request] = []
+        for _ in range(size):
+            triplet = next(self._stream)
+            group_id = f"{step}.{result.prompts_sent}.{triplet.id}"
+            groups[group_id] = Group(group_id, triplet, self._prompt(triplet), [])
+            requests += self._requests(groups[group_id], step)
+            result.prompts_sent += 1
+        passes = await self._sample(groups, requests, result, progress)
+        if missing := [group_id for group_id in groups if group_id not in passes]:
+            raise RuntimeError(f"step {step}: the engine did not finish group(s) {missing}")
+        result.groups_done += len(groups)
+        result.groups_kept += sum(passes.values())
+        result.seen += [response for group in groups.values() for response in group.responses]
+        return list(groups.values()), {group_id for group_id in groups if passes[group_id]}
+
+    async def _sample(
+        self,
+        groups: dict[str, Group],
+        requests: list[Request],
+        result: StepGroups,
+        progress: Progress,
+    ) -> dict[str, bool]:
+        """Fill the groups and reward each once it is complete; ids to whether they pass.
+
+        A reward that fails ends the sampling at once.
+        """
+        done: dict[str, list[Completion]] = {group_id: [] for group_id in groups}
+        judging: dict[str, asyncio.Task[bool]] = {}
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                beat = tasks.create_task(_beat(progress))
+                async for completion in self._engine.generate(requests, self._sampling):
+                    group_id = completion.request_id.rpartition(".")[0]
+                    done[group_id].append(completion)
+                    progress(1)
+                    if len(done[group_id]) == self._config.n_anchor + self._config.n_positive:
+                        self._fill(groups[group_id], done[group_id])
+                        judging[group_id] = tasks.create_task(self._judge(groups[group_id]))
+                sampled = time.perf_counter()
+                passes = await asyncio.gather(*judging.values())
+                result.reward_seconds += time.perf_counter() - sampled
+                beat.cancel()
+        except BaseExceptionGroup as errors:
+            first = errors.exceptions[0]
+            raise first from first.__cause__
+        return dict(zip(judging, passes, strict=True))
+
+    def _prompt(self, triplet: Triplet) -> tuple[int, ...]:
+        """Prompt ids of a triplet's question; checks all three prompts against the limit."""
+        question = triplet.question
+        if question not in self._prompt_ids:
+            messages = [{"role": "user", "content": "<image>" + stage2_text(question)}]
+            ids = chat_ids(self._tokenizer, messages, 1, system_prompt=self._system_prompt)
+            self._prompt_ids[question] = tuple(ids)
+        prompt_ids = self._prompt_ids[question]
+        for image in (triplet.anchor, triplet.positive, triplet.negative):
+            length = len(self._encoder(prompt_ids, (image,)))
+            if length > self._config.max_prompt_tokens:
+                raise ValueError(
+                    f"triplet {triplet.id!r}, image {image!r}: the prompt has {length} tokens; "
+                    f"rollout.max_prompt_tokens is {self._config.max_prompt_tokens} (prompts are "
+                    "never cut: lower model.max_pixels or raise the limit)"
+                )
+        return prompt_ids
+
+    def _requests(self, group: Group, step: int) -> list[Request]:
+        halves = {
+            "anchor": (group.triplet.anchor, self._config.n_anchor),
+            "positive": (group.triplet.positive, self._config.n_positive),
+        }
+        return [
+            Request(
+                id=f"{group.id}.{role}",
+                group_id=group.id,
+                prompt_ids=group.prompt_ids,
+                images=(image,),
+                n=n,
+                seed=self._seed,
+                step=step,
+            )
+            for role, (image, n) in halves.items()
+            if n
+        ]
+
+    def _fill(self, group: Group, completions: list[Completion]) -> None:
+        """Put completions into their group in the order (anchor, positive), then index."""
+        for completion in sorted(completions, key=lambda c: (c.request_id, c.index)):
+            group.responses.append(
+                Response(
+                    role=completion.request_id.rpartition(".")[2],
+                    token_ids=completion.token_ids,
+                    rollout_logprobs=completion.rollout_logprobs,
+                    finish_reason=completion.finish_reason,
+                    weight_version=completion.weight_version,
+                    text=self._tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+                )
+            )
+
+    async def _judge(self, group: Group) -> bool:
+        """Reward a complete group; returns whether it passes the filter."""
+        triplet, config = group.triplet, self._config
+        images = {"anchor": triplet.anchor, "positive": triplet.positive}
+        rows = [
+            {
+                "response": response.text,
+                "response_length": len(response.token_ids),
+                "ground_truth": triplet.sub_category,
+                "question": triplet.question,
+                "images": [images[response.role]],
+                "role": response.role,
+                "group_id": group.id,
+                "finish_reason": response.finish_reason,
+                "names": tuple(self._names.get(triplet.super_category, ())),
+            }
+            for response in group.responses
+        ]
+        outcomes = await call_reward(self._reward, rows)
+        for response, outcome in zip(group.responses, outcomes, strict=True):
+            penalised = config.cut_off == "penalise" and response.finish_reason == "length"
+            response.reward = outcome["overall"] - penalised * config.cut_off_penalty
+            response.metrics = {k: v for k, v in outcome.items() if k != "overall"}
+        return keep_group(outcomes)

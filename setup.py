@@ -1,0 +1,45 @@
+"""Tercet's packages: the five top-level folders, imported as `tercet.<folder>`."""
+
+from setuptools import setup
+
+FOLDERS = ["core", "kernels", "rollout", "train", "bench"]
+
+setup(
+    name="tercet",
+    version="0.1.0",
+    description="TAPO training of Qwen2-VL / Qwen2.5-VL for fine-grained visual recognition",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11,<3.13",
+    packages=[f"tercet.{folder}" for folder in FOLDERS],
+    package_dir={f"tercet.{folder}": folder for folder in FOLDERS},
+    package_data={"tercet.train": ["recipes/*.yaml"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.17",
+        "tokenizers>=0.22",
+        "numpy>=1.26",
+        "safetensors>=0.8",
+        "pillow>=10.3",
+        "pyarrow>=17",
+        "jsonargparse[signatures]>=4.49",
+        "pyyaml>=6.0",
+        "rich>=13.7",
+        "matplotlib>=3.9",
+        "tensorboard>=2.17",
+    ],
+    extras_require={
+        "gpu": ["flash-attn>=2.8", "liger-kernel>=0.6"],
+        "dev": [
+            "pytest>=8.3",
+            "pytest-benchmark>=5.1",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "pre-commit>=4.0",
+            "gguf>=0.17",
+            "accelerate>=1.6",
+        ],
+    },
+)

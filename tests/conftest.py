@@ -1,0 +1,46 @@
+"""Tiny policies and noise photos shared by the tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import tiny
+
+from tercet.core.model import PolicyParts
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads():
+    torch.set_num_threads(1)  # two spin against each other on a busy machine
+
+
+@pytest.fixture(params=["qwen2_5_vl", "qwen2_vl"])
+def parts(request) -> PolicyParts:
+    return tiny(request.param)
+
+
+@pytest.fixture
+def photos(tmp_path) -> list[str]:
+    """Three noise photos of different sizes."""
+    keys = []
+    for seed, (width, height) in enumerate([(112, 100), (60, 140), (150, 64)]):
+        pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        keys.append(str(tmp_path / f"{seed}.png"))
+        Image.fromarray(pixels).save(keys[-1])
+    return keys
+
+
+@pytest.fixture(scope="session")
+def real_photos() -> Path:
+    """Folder of real photographs; skips where there is none."""
+    folder = Path(os.environ.get("TERCET_PHOTOS", ROOT.parent / "shared" / "fgvr"))
+    if not (folder / "manifest.json").exists():
+        pytest.skip("no folder of real photos: set TERCET_PHOTOS")
+    return folder

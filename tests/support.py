@@ -1,0 +1,24 @@
+"""What several tests build."""
+
+from __future__ import annotations
+
+import torch
+
+from tercet.core.model import PolicyParts, build_tiny
+
+TEXTS = [
+    "What bird is this? Which bird is shown? You first think, then answer.",
+    "<think>The colour is red. The bill is long.</think><answer>red longbill</answer>",
+]
+
+
+def tiny(architecture: str = "qwen2_5_vl", **options) -> PolicyParts:
+    """A random policy in which photos and biases matter."""
+    defaults = {"hidden_size": 64, "layers": 2, "vision_size": 64, "vision_layers": 2}
+    parts = build_tiny(TEXTS, architecture=architecture, **(defaults | options))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parts.model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return parts

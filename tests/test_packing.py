@@ -1,0 +1,416 @@
+"""Packs, budgets and mini-batches against layouts worked out by hand."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from tercet.core.packing import (
+    Piece,
+    branch_prompts,
+    labels_of,
+    micro_batch,
+    mini_batches,
+    pack,
+    pack_branch,
+    rows,
+    split_by_budget,
+)
+from tercet.core.types import Group, PackedBatch, Response, Triplet
+from tercet.core.vision import EncodedImage, EncodedPrompt
+
+pytestmark = pytest.mark.core
+
+PROMPT_LENGTHS = {"x": 5, "p": 8, "n": 3}  # by the first letter of the image key
+
+
+def encoded(length: int, first: int, following: int, images=()) -> EncodedPrompt:
+    """A prompt of ids first, first + 1, ... whose positions on the three axes differ."""
+    ids = torch.arange(first, first + length)
+    positions = torch.stack([torch.arange(length) * axis for axis in (1, 2, 3)])
+    return EncodedPrompt(ids, positions, following, tuple(images))
+
+
+def encode(prompt_ids: tuple[int, ...], images: tuple[str, ...]) -> EncodedPrompt:
+    """Stands for PromptEncoder: length, ids and pixels tell which image it was given."""
+    (key,) = images
+    length, number = PROMPT_LENGTHS[key[0]], int(key[1:] or 0)
+    mark = 1000 * (1 + "xpn".index(key[0])) + 20 * number
+    photo = EncodedImage(torch.full((4, 2), float(mark)), torch.tensor([[1, 2, 2 + 2 * number]]))
+    return encoded(length, mark, following=length + 10, images=[photo])
+
+
+def make_group(lengths: list[int], positives: int = 0, number: int = 0) -> Group:
+    """Responses of distinct tokens, the last `positives` of them sampled on the positive."""
+    responses, token = [], 10_000 * (number + 1)
+    for index, length in enumerate(lengths):
+        role = "anchor" if index < len(lengths) - positives else "positive"
+        ids = tuple(range(token, token + length))
+        responses.append(Response(role, ids, (0.0,) * length, "stop", 0))
+        token += length
+    keys = (f"x{number}", f"p{number}", f"n{number}")
+    triplet = Triplet(f"t{number}", *keys, "What bird is this?", "bird", "least auklet")
+    return Group(f"g{number}", triplet, (1, 2, 3), responses)
+
+
+def whole(group: Group) -> Piece:
+    return Piece(group, tuple(range(len(group.responses))))
+
+
+def attention_mask(packed: PackedBatch) -> Tensor:
+    """[T, T] bool: what the two attention passes that Segments describes let each token see."""
+    segments, length = packed.segments, packed.num_tokens
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    bounds = segments.cu_seqlens.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        mask[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+    q, k = segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist()
+    for number in range(len(q) - 1):
+        queries = segments.response_index[q[number] : q[number + 1]]
+        keys = segments.prompt_index[k[number] : k[number + 1]]
+        mask[queries[:, None], keys] = True
+    return mask
+
+
+# pack
+
+
+def test_example_of_segments():
+    """The example in the docstring of core.types.Segments, in full."""
+    prompts = [
+        (encoded(3, 100, following=3), [(11, 12, 13), (21, 22)]),
+        (encoded(2, 200, following=7), [(31, 32, 33, 34, 35)]),
+    ]
+    packed = pack(prompts)
+    assert packed.input_ids.tolist() == [100, 101, 102, 11, 12, 21, 200, 201, 31, 32, 33, 34]
+    assert packed.position_ids.tolist() == [
+        [0, 1, 2, 3, 4, 3, 0, 1, 7, 8, 9, 10],
+        [0, 2, 4, 3, 4, 3, 0, 2, 7, 8, 9, 10],
+        [0, 3, 6, 3, 4, 3, 0, 3, 7, 8, 9, 10],
+    ]
+    segments = packed.segments
+    assert segments.cu_seqlens.tolist() == [0, 3, 5, 6, 8, 12]
+    assert segments.response_index.tolist() == [3, 4, 5, 8, 9, 10, 11]
+    assert segments.prompt_index.tolist() == [0, 1, 2, 6, 7]
+    assert segments.cu_seqlens_q.tolist() == [0, 3, 7]
+    assert segments.cu_seqlens_k.tolist() == [0, 3, 5]
+    assert (segments.max_seqlen, segments.max_seqlen_q, segments.max_seqlen_k) == (4, 4, 3)
+    for name in ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"):
+        assert getattr(segments, name).dtype == torch.int32
+    assert packed.hidden_index.tolist() == [2, 3, 4, 2, 5, 7, 8, 9, 10, 11]
+    assert packed.pixel_values is None and packed.image_grid_thw is None
+    assert packed.num_tokens == 12
+
+
+def test_empty_and_one_token_responses():
+    responses = [(), (11,), (), (21, 22), (31,)]
+    packed = pack([(encoded(3, 100, following=3), responses), (encoded(2, 200, following=2), [()])])
+    assert packed.input_ids.tolist() == [100, 101, 102, 21, 200, 201]
+    assert packed.segments.cu_seqlens.tolist() == [0, 3, 4, 6]
+    assert packed.segments.cu_seqlens_q.tolist() == [0, 1, 1]
+    assert packed.segments.cu_seqlens_k.tolist() == [0, 3, 5]
+    assert packed.hidden_index.tolist() == [2, 2, 3, 2]  # 11 | 21, 22 | 31
+
+
+@pytest.mark.parametrize("responses", [[], [()], [(), ()], [(11,)], [(11,), (), (12,)]])
+def test_pack_of_a_prompt_alone(responses):
+    packed = pack([(encoded(4, 100, following=4), responses)])
+    assert packed.input_ids.tolist() == [100, 101, 102, 103]
+    assert packed.segments.cu_seqlens.tolist() == [0, 4]
+    assert packed.segments.response_index.tolist() == []
+    assert packed.segments.response_index.dtype == packed.hidden_index.dtype == torch.int64
+    assert packed.segments.cu_seqlens_q.tolist() == [0, 0] and packed.segments.max_seqlen_q == 0
+    assert packed.hidden_index.tolist() == [3] * sum(map(len, responses))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_row_sees_its_prompt_and_its_own_response_only(seed):
+    """Follow each row's attention back: it must read prompt, then the response up to the label."""
+    generator = random.Random(seed)
+    prompts, token = [], 10_000
+    for number in range(4):
+        tokens = []
+        for _ in range(generator.randrange(5)):
+            length = generator.choice([0, 1, 2, 7])
+            tokens.append(tuple(range(token, token + length)))
+            token += length
+        length = generator.choice([1, 2, 6])
+        prompts.append((encoded(length, 100 * (number + 1), following=50), tokens))
+    packed = pack(prompts)
+    mask = attention_mask(packed)
+    visible = [packed.input_ids[mask[i]].tolist() for i in packed.hidden_index.tolist()]
+    positions = [packed.position_ids[:, mask[i]].tolist() for i in packed.hidden_index.tolist()]
+    expected, expected_positions = [], []
+    for prompt, responses in prompts:
+        for tokens in responses:
+            for row in range(len(tokens)):
+                expected.append(prompt.input_ids.tolist() + list(tokens[:row]))
+                after = list(range(50, 50 + row))
+                expected_positions.append([axis + after for axis in prompt.position_ids.tolist()])
+    assert visible == expected and positions == expected_positions and len(visible) > 5
+    tokens = sum(len(p) + sum(max(0, len(r) - 1) for r in responses) for p, responses in prompts)
+    assert packed.num_tokens == tokens
+
+
+def test_images_stand_in_the_order_of_prompts_once_each():
+    group, other = make_group([3, 2, 2], positives=1, number=1), make_group([1], number=2)
+    packed = pack_branch([whole(group), whole(other)], "own", encode)
+    assert packed.pixel_values[:, 0].tolist() == [1020.0] * 4 + [2020.0] * 4 + [1040.0] * 4
+    assert packed.image_grid_thw.tolist() == [[1, 2, 4], [1, 2, 4], [1, 2, 6]]
+
+
+# branches
+
+
+@pytest.mark.parametrize(
+    ("branch", "expected"),
+    [
+        ("anchor", [("x", [0, 1, 2, 3])]),
+        ("own", [("x", [0, 1]), ("p", [2, 3])]),
+        ("negative", [("n", [0, 1, 2, 3])]),
+    ],
+)
+def test_branch_prompts(branch, expected):
+    group = make_group([3, 0, 1, 4], positives=2)
+    tokens = [r.token_ids for r in group.responses]
+    prompts = branch_prompts(whole(group), branch, encode)
+    assert [(len(p), hung) for p, hung in prompts] == [
+        (PROMPT_LENGTHS[letter], [tokens[i] for i in chosen]) for letter, chosen in expected
+    ]
+
+
+@pytest.mark.parametrize(("chosen", "letters"), [((0, 1), "x"), ((2,), "p"), ((1, 3), "xp")])
+def test_own_branch_leaves_out_an_image_without_responses(chosen, letters):
+    piece = Piece(make_group([3, 2, 1, 4], positives=2), chosen)
+    prompts = branch_prompts(piece, "own", encode)
+    assert [len(p) for p, _ in prompts] == [PROMPT_LENGTHS[letter] for letter in letters]
+    assert [t for _, hung in prompts for t in hung] == [r.token_ids for r in piece.chosen()]
+
+
+def test_unknown_branch_is_named():
+    with pytest.raises(ValueError, match="got 'Anchor'"):
+        branch_prompts(whole(make_group([1])), "Anchor", encode)
+
+
+def test_rows_stand_in_one_order_in_all_branches():
+    """A row's hidden state follows the token before its label, in every branch."""
+    pieces = [
+        whole(make_group([4, 0, 2, 1, 3], positives=2)),
+        whole(make_group([2, 5], 1, number=1)),
+    ]
+    responses = [r for piece in pieces for r in piece.chosen()]
+    labels = labels_of(responses).tolist()
+    assert labels == [*range(10_000, 10_010), *range(20_000, 20_007)]
+    lasts = {"anchor": [1004, 1004, 1024, 1024], "own": [1004, 2007, 1024, 2027]}
+    lasts["negative"] = [3002, 3002, 3022, 3022]
+    for branch, last in lasts.items():
+        packed = pack_branch(pieces, branch, encode)
+        before = packed.input_ids[packed.hidden_index].tolist()
+        starts = {10_000: 0, 10_004: 0, 10_006: 1, 10_007: 1, 20_000: 2, 20_002: 3}
+        expected = [last[starts[t]] if t in starts else t - 1 for t in labels]
+        assert before == expected
+
+
+# split_by_budget
+
+
+def tokens_in(pieces: list[Piece], branch: str) -> int:
+    return pack_branch(pieces, branch, encode).num_tokens
+
+
+@pytest.mark.parametrize("branches", [["anchor", "negative"], ["own", "negative"], ["negative"]])
+@pytest.mark.parametrize("budget", [26, 40, 75, 1000])
+def test_split_keeps_budget_and_responses(branches, budget):
+    generator = random.Random(budget)
+    lengths = [[generator.choice([0, 1, 2, 9, 18]) for _ in range(6)] for _ in range(9)]
+    pieces = [whole(make_group(of, positives=3, number=n)) for n, of in enumerate(lengths)]
+    batches = list(split_by_budget(pieces, branches, encode, budget))
+    placed = [(p.group.id, i) for batch in batches for p in batch for i in p.responses]
+    assert placed == [(p.group.id, i) for p in pieces for i in p.responses]
+    assert (len(batches) == 1) == (budget == 1000)
+    for batch in batches:
+        assert all(tokens_in(batch, branch) <= budget for branch in branches)
+    for batch, after in zip(batches[:-1], batches[1:], strict=True):  # no cut without need
+        assert any(tokens_in([*batch, after[0]], branch) > budget for branch in branches)
+
+
+def test_split_counts_to_the_token():
+    pieces = [whole(make_group([4, 3], number=n)) for n in range(2)]  # 5 + 3 + 2 tokens each
+    ids = [[p.group.id for p in b] for b in split_by_budget(pieces, ["anchor"], encode, 20)]
+    assert ids == [["g0", "g1"]]
+    ids = [[p.group.id for p in b] for b in split_by_budget(pieces, ["anchor"], encode, 19)]
+    assert ids == [["g0"], ["g1"]]
+
+
+def test_split_halves_a_long_piece():
+    group = make_group([11, 11, 11, 11, 1])  # 5 + 40 tokens on the anchor
+    chosen = [
+        [piece.responses for piece in batch]
+        for batch in split_by_budget([whole(group)], ["anchor"], encode, 30)
+    ]
+    assert chosen == [[(0, 1)], [(2, 3, 4)]]  # 25 and 25
+    chosen = [
+        [piece.responses for piece in batch]
+        for batch in split_by_budget([whole(group)], ["anchor"], encode, 20)
+    ]
+    assert chosen == [[(0,)], [(1,)], [(2,)], [(3, 4)]]  # 15 each
+
+
+def test_halves_share_a_micro_batch_with_their_neighbours():
+    pieces = [whole(make_group([21, 1])), whole(make_group([3], number=1))]  # 25 and 7 tokens
+    chosen = [
+        [(piece.group.id, piece.responses) for piece in batch]
+        for batch in split_by_budget(pieces, ["own", "negative"], encode, 25)
+    ]
+    assert chosen == [[("g0", (0, 1))], [("g1", (0,))]]
+    pieces = [whole(make_group([21, 2])), whole(make_group([3], number=1))]  # 26: one too many
+    chosen = [
+        [(piece.group.id, piece.responses) for piece in batch]
+        for batch in split_by_budget(pieces, ["own", "negative"], encode, 25)
+    ]
+    assert chosen == [[("g0", (0,))], [("g0", (1,)), ("g1", (0,))]]
+
+
+def test_response_over_the_budget_names_its_group():
+    fits, long = make_group([3], number=1), make_group([2, 30, 2], positives=2, number=7)
+    split = split_by_budget([whole(fits), whole(long)], ["own", "negative"], encode, 36)
+    with pytest.raises(ValueError, match="'g7'.* take 37 tokens; .*micro_batch_tokens is 36"):
+        list(split)
+    batches = split_by_budget([whole(long)], ["own", "negative"], encode, 37)
+    assert [[p.responses for p in batch] for batch in batches] == [[(0,)], [(1,)], [(2,)]]
+
+
+def test_nothing_to_split():
+    assert list(split_by_budget([], ["anchor"], encode, 10)) == []
+
+
+# mini_batches
+
+
+def places(batches: list[list[Piece]]) -> list[list[tuple[str, int]]]:
+    return [[(p.group.id, i) for p in batch for i in p.responses] for batch in batches]
+
+
+def test_mini_batches_of_groups():
+    groups = [make_group([1, 2], number=n) for n in range(5)]
+    batches = places(mini_batches(groups, 2, "group"))
+    pairs = [[(f"g{n}", 0), (f"g{n}", 1)] for n in range(5)]
+    assert batches == [pairs[0] + pairs[1], pairs[2] + pairs[3], pairs[4]]
+    assert places(mini_batches(groups, 9, "group")) == [sum(pairs, [])]
+
+
+def test_mini_batches_of_responses_worked_by_hand():
+    """9 to the first, 8 and 7 to the second, 6 and 5 to the first (full now), 4: 20 and 19."""
+    groups = [make_group([6, 9, 4]), make_group([8, 5, 7], number=1)]
+    first, second = mini_batches(groups, 1, "response")
+    assert [(p.group.id, p.responses) for p in first] == [("g0", (0, 1)), ("g1", (1,))]
+    assert [(p.group.id, p.responses) for p in second] == [("g0", (2,)), ("g1", (0, 2))]
+
+
+@pytest.mark.parametrize(("number", "of", "size"), [(12, 10, 4), (9, 6, 2), (7, 5, 3), (3, 2, 8)])
+def test_mini_batches_of_responses_are_balanced(number, of, size):
+    generator = random.Random(number)
+    lengths = [
+        [round(20 * generator.lognormvariate(1, 1)) for _ in range(of)] for _ in range(number)
+    ]
+    groups = [make_group(each, positives=of // 2, number=n) for n, each in enumerate(lengths)]
+    batches = mini_batches(groups, size, "response")
+    assert len(batches) == len(mini_batches(groups, size, "group"))
+    everything = [(f"g{n}", i) for n in range(number) for i in range(of)]
+    assert sorted(sum(places(batches), []), key=everything.index) == everything
+    counts = [len(batch) for batch in places(batches)]
+    assert max(counts) - min(counts) <= 1
+    tokens = [sum(len(r.token_ids) for p in batch for r in p.chosen()) for batch in batches]
+    assert sum(tokens) == sum(map(sum, lengths))
+    assert max(tokens) <= 1.02 * sum(tokens) / len(tokens)
+    for batch in batches:  # a group's responses together, the anchor's before the positive's
+        assert len({p.group.id for p in batch}) == len(batch)
+        for piece in batch:
+            assert list(piece.responses) == sorted(piece.responses)
+            roles = [r.role for r in piece.chosen()]
+            assert roles == sorted(roles)
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_no_mini_batch_is_left_without_responses(length):
+    groups = [make_group([length], number=n) for n in range(4)] + [make_group([], number=4)]
+    batches = places(mini_batches(groups, 2, "response"))
+    assert sorted(map(len, batches)) == [1, 1, 2]
+
+
+@pytest.mark.parametrize("by", ["group", "response"])
+def test_no_groups_give_no_mini_batches(by):
+    assert mini_batches([], 4, by) == []
+
+
+# rows and micro-batches
+
+
+def scored_group(number: int = 0) -> Group:
+    group = make_group([3, 0, 1, 2], positives=2, number=number)
+    for index, response in enumerate(group.responses):
+        response.advantage = 10.0 * number + index
+        start, length = 100.0 * number + 10 * index, len(response.token_ids)
+        response.old_logprobs = -start - torch.arange(length)
+        response.neg_logprobs = -0.5 - start - torch.arange(length)
+    return group
+
+
+def test_rows_repeat_numbers_and_lay_out_tensors():
+    responses = scored_group().responses
+    assert rows(responses, lambda r: r.advantage).tolist() == [0, 0, 0, 2, 3, 3]
+    assert rows(responses, lambda r: r.old_logprobs).tolist() == [0, -1, -2, -20, -30, -31]
+    empty = rows(responses[1:2], lambda r: r.advantage)
+    assert empty.shape == rows([], lambda r: r.advantage).shape == (0,)
+    assert empty.dtype == rows([], lambda r: r.advantage).dtype == torch.float32
+    assert labels_of([]).dtype == torch.int64 and labels_of([]).shape == (0,)
+
+
+@pytest.mark.parametrize("update_on", ["anchor", "own"])
+def test_micro_batch_rows(update_on):
+    first, second = scored_group(), scored_group(1)
+    pieces = [Piece(first, (0, 2, 3)), Piece(second, (1, 3))]
+    everyone = [*first.responses, *second.responses]
+    weights = {id(r): 0.25 * n for n, r in enumerate(everyone)}
+    batch = micro_batch(
+        pieces, encode, weights, update_on=update_on, negative=True, num_loss_tokens=6.5
+    )
+    assert batch.labels.tolist() == [10_000, 10_001, 10_002, 10_003, 10_004, 10_005, 20_004, 20_005]
+    assert batch.advantages.tolist() == [0, 0, 0, 2, 3, 3, 13, 13]
+    assert batch.loss_mask.tolist() == [0, 0, 0, 0.5, 0.75, 0.75, 1.75, 1.75]
+    assert batch.old_logprobs.tolist() == [0, -1, -2, -20, -30, -31, -130, -131]
+    assert batch.neg_logprobs.tolist() == [-0.5 + old for old in batch.old_logprobs.tolist()]
+    assert batch.num_loss_tokens == 6.5
+    for name in ("advantages", "loss_mask", "old_logprobs", "neg_logprobs"):
+        assert getattr(batch, name).dtype == torch.float32
+    prompts = {"anchor": [1000, 1020], "own": [1000, 2000, 1020, 2020]}[update_on]
+    # the empty response of the second group still carries its prompt
+    assert batch.update.pixel_values[::4, 0].tolist() == prompts
+    assert batch.negative.pixel_values[::4, 0].tolist() == [3000, 3020]
+    assert batch.update.hidden_index.numel() == batch.negative.hidden_index.numel() == 8
+
+
+def test_micro_batch_without_scores_or_negative():
+    group = make_group([2, 3])
+    weights = {id(r): 1.0 for r in group.responses}
+    options = {"update_on": "anchor", "negative": False, "num_loss_tokens": 5.0}
+    batch = micro_batch([whole(group)], encode, weights, **options)
+    assert batch.negative is batch.old_logprobs is batch.neg_logprobs is None
+    group.responses[0].old_logprobs = torch.zeros(2)
+    with pytest.raises(AssertionError, match="old_logprobs of some responses, not of all"):
+        micro_batch([whole(group)], encode, weights, **options)
+
+
+def test_micro_batch_of_empty_responses():
+    group = make_group([0, 0], positives=1)
+    weights = {id(r): 0.0 for r in group.responses}
+    batch = micro_batch(
+        [whole(group)], encode, weights, update_on="own", negative=True, num_loss_tokens=1.0
+    )
+    assert (
+        batch.labels.numel() == batch.advantages.numel() == batch.update.hidden_index.numel() == 0
+    )
+    assert (batch.update.num_tokens, batch.negative.num_tokens) == (5 + 8, 3)

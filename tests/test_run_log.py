@@ -1,0 +1,286 @@
+import io
+import json
+import math
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tercet.train.run_log import COLUMNS, PHASES, RunLog, step_line
+
+pytestmark = pytest.mark.core
+
+METRICS = [name for line in COLUMNS for _, _, names in line for name in names]
+TAPO_METRICS = [name for name in METRICS if name != "cross_entropy"]
+
+
+def open_log(out, total_steps=5, terminal=False, **options):
+    text = io.StringIO()
+    console = Console(
+        file=text, force_terminal=terminal, force_interactive=terminal, width=120, highlight=False
+    )
+    return RunLog(out, total_steps, "run: {seed: 0}\n", console=console, **options), text
+
+
+def recorded(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars(out, tag):
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    return [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(tag)]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = SimpleNamespace(seconds=100.0)
+    replacement = SimpleNamespace(perf_counter=lambda: now.seconds)
+    monkeypatch.setattr("tercet.train.run_log.time", replacement)
+    return now
+
+
+def test_a_step_is_written_everywhere(tmp_path, clock):
+    log, text = open_log(tmp_path)
+    with log:
+        with log.phase("generate", total=4, unit="responses") as phase:
+            clock.seconds += 2.5
+            phase.advance(4)
+        log.step(0, {"reward": torch.tensor(0.5), "eval/seen": 0.25, "groups": 16})
+        log.step(1, {"reward": 0.75})
+    assert recorded(tmp_path) == [
+        {"step": 0, "reward": 0.5, "eval/seen": 0.25, "groups": 16.0, "seconds_generate": 2.5},
+        {"step": 1, "reward": 0.75},
+    ]
+    assert text.getvalue().splitlines() == [
+        "step     0  reward  0.500  2.50 s: gen 2.50",
+        "step     1  reward  0.750  0.00 s: gen 0.00",
+    ]
+    assert scalars(tmp_path, "train/reward") == [(0, 0.5), (1, 0.75)]
+    assert scalars(tmp_path, "seconds/generate") == [(0, 2.5)]
+    assert scalars(tmp_path, "eval/seen") == [(0, 0.25)]
+    assert (tmp_path / "config.yaml").read_text() == "run: {seed: 0}\n"
+
+
+def test_seconds_are_counted_once(tmp_path, clock):
+    log, _ = open_log(tmp_path)
+    with log:
+        with log.phase("generate"):
+            clock.seconds += 3
+            log.add_time("reward", 1.25)  # spent inside the 3 s
+            with log.phase("sync"):
+                clock.seconds += 0.5
+            clock.seconds += 2
+        clock.seconds += 7  # belongs to no phase
+        for _ in range(3):
+            with log.phase("update"):
+                clock.seconds += 1.5
+        log.add_time("reward", 0.25)
+        log.step(0, {})
+        first, second = log.phase("old"), log.phase("negative")
+        first.__enter__()
+        clock.seconds += 1
+        second.__enter__()
+        clock.seconds += 2
+        first.__exit__(None, None, None)  # the one opened first ends first
+        clock.seconds += 4
+        second.__exit__(None, None, None)
+        log.step(1, {})
+    first, second = recorded(tmp_path)
+    assert first == {
+        "step": 0,
+        "seconds_generate": 3.75,
+        "seconds_reward": 1.5,
+        "seconds_update": 4.5,
+        "seconds_sync": 0.5,
+    }
+    assert list(first)[1:] == [f"seconds_{p}" for p in ("generate", "reward", "update", "sync")]
+    assert second == {"step": 1, "seconds_old": 1.0, "seconds_negative": 6.0}
+
+
+def test_a_phase_that_is_open_at_the_end_of_a_step_goes_on_in_the_next(tmp_path, clock):
+    log, _ = open_log(tmp_path)
+    with log, log.phase("generate"):
+        clock.seconds += 2
+        log.step(0, {})
+        clock.seconds += 3
+        log.step(1, {})
+    assert [row["seconds_generate"] for row in recorded(tmp_path)] == [2.0, 3.0]
+
+
+def test_time_worked_beside_a_phase_leaves_it_no_less_than_nothing(tmp_path, clock):
+    log, _ = open_log(tmp_path)
+    with log:
+        with log.phase("generate"):
+            clock.seconds += 1
+            log.add_time("reward", 1.5)
+        log.step(0, {})
+    assert recorded(tmp_path) == [{"step": 0, "seconds_generate": 0.0, "seconds_reward": 1.5}]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "high"])
+def test_a_value_that_is_not_finite_is_named_and_nothing_is_written(tmp_path, value):
+    log, text = open_log(tmp_path)
+    with log:
+        log.step(0, {"kl": 0.1})
+        with pytest.raises(ValueError, match=rf"'grad_norm' of step 1 must be .*{value!r}"):
+            log.step(1, {"kl": 0.2, "grad_norm": value})
+        log.step(1, {"kl": 0.2})
+    assert recorded(tmp_path) == [{"step": 0, "kl": 0.1}, {"step": 1, "kl": 0.2}]
+    assert len(text.getvalue().splitlines()) == 2
+
+
+def test_steps_must_rise_and_step_is_no_metric(tmp_path):
+    log, _ = open_log(tmp_path)
+    with log:
+        log.step(4, {})
+        with pytest.raises(ValueError, match="step 4 was logged after step 4"):
+            log.step(4, {})
+        with pytest.raises(ValueError, match="cannot be called 'step'"):
+            log.step(5, {"step": 5})
+        with pytest.raises(ValueError, match="before the first step"):
+            log.resume_at(2)
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 5, "rew'])
+def test_after_a_resume_each_step_is_there_once(tmp_path, tail):
+    log, _ = open_log(tmp_path)
+    with log:
+        for step in range(5):
+            log.step(step, {"reward": step / 10})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(tail)  # cut short by a kill
+    log, _ = open_log(tmp_path)
+    with log:
+        log.resume_at(3)
+        for step in (3, 4):
+            log.step(step, {"reward": 1 + step / 10})
+    expected = [(0, 0.0), (1, 0.1), (2, 0.2), (3, 1.3), (4, 1.4)]
+    assert [(row["step"], row["reward"]) for row in recorded(tmp_path)] == expected
+
+
+def test_after_a_resume_tensorboard_shows_each_step_once(tmp_path):
+    for start, reward in ((0, 0.5), (2, 0.75)):
+        log, _ = open_log(tmp_path)
+        with log:
+            log.resume_at(start)
+            for step in range(start, 4):
+                log.step(step, {"reward": reward})
+        time.sleep(1.1)  # event files are ordered by the second of their names
+    expected = [(0, 0.5), (1, 0.5), (2, 0.75), (3, 0.75)]
+    assert scalars(tmp_path, "train/reward") == expected
+
+
+def test_a_new_run_in_an_old_folder_starts_its_metrics_again(tmp_path):
+    for reward in (0.1, 0.2):
+        log, _ = open_log(tmp_path)
+        with log:
+            log.step(0, {"reward": reward})
+    assert recorded(tmp_path) == [{"step": 0, "reward": 0.2}]
+
+
+def test_a_damaged_metrics_file_is_named_with_its_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
+    log, _ = open_log(tmp_path)
+    with log, pytest.raises(ValueError, match=r"metrics.jsonl, line 2: not a JSON object"):
+        log.resume_at(1)
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+
+
+def test_the_line_of_a_step_is_aligned_and_at_most_160_wide():
+    shown = [*TAPO_METRICS, *(f"seconds_{phase}" for phase in PHASES)]
+    usual = dict.fromkeys(shown, 0.1234) | {"tokens_per_s": 12345.6, "response_length": 345.2}
+    other = dict.fromkeys(shown, 0.5) | {"loss": -0.0123, "reward": -0.5, "grad_norm": 123.0}
+    other |= {"seconds_generate": 123.4, "seconds_update": 87.1}
+    del other["kl"], other["clip_frac_low"], other["lr"]
+    texts = [step_line(step, row, shown).splitlines() for step, row in ((7, usual), (12345, other))]
+    assert [len(lines) for lines in texts] == [2, 2]
+    for above, below in zip(*texts, strict=True):
+        assert max(len(above), len(below)) <= 160
+        for label in ("acc", "kept", "loss", "H", "grad", "tok/s", "upd"):
+            assert above.find(f" {label} ") == below.find(f" {label} ")
+    assert "kl 0.1234" in texts[0][0] and "kl       " in texts[1][0]
+    assert "clip 0.123/0.123/0.123" in texts[0][1] and "clip 0.500/     /0.500" in texts[1][1]
+    assert texts[1][1].endswith(" 212 s: gen  123 rew 0.50 old 0.50 neg 0.50 upd 87.1 sync 0.50")
+    wild = dict.fromkeys([*shown, "cross_entropy"], -123456789.0)
+    assert max(map(len, step_line(1, wild, list(wild)).splitlines())) <= 160
+
+
+def test_a_terminal_shows_bars_and_is_restored_after_an_exception(tmp_path):
+    log, text = open_log(tmp_path, terminal=True)
+    with pytest.raises(KeyError), log, log.phase("generate", total=160, unit="responses") as phase:
+        phase.advance(40)
+        with log.phase("update"):
+            log.progress.refresh()
+            inner = text.getvalue()
+        log.progress.refresh()
+        text.truncate(len(text.getvalue()))
+        raise KeyError("reward")
+    shown = text.getvalue()
+    assert "update" in inner and "0/5" in inner and "steps" in inner
+    assert "generate" in shown and "40/160" in shown and "responses" in shown
+    hide, show = "\x1b[?25l", "\x1b[?25h"
+    assert shown.count(hide) == 1 and shown.rindex(show) > shown.rindex(hide)
+    log.close()  # again, does no harm
+
+
+def test_without_a_terminal_there_is_a_line_per_step_and_nothing_else(tmp_path):
+    log, text = open_log(tmp_path)
+    with log:
+        for step in range(3):
+            with log.phase("update", total=2, unit="mini-batches") as phase:
+                phase.advance()
+            log.step(step, {"reward": 0.5})
+    assert "\x1b" not in text.getvalue()
+    assert [line[:25] for line in text.getvalue().splitlines()] == [
+        f"step     {step}  reward  0.500" for step in range(3)
+    ]
+
+
+def test_a_message_is_shown_as_it_is(tmp_path):
+    log, text = open_log(tmp_path)
+    with log:
+        log.say("left out: [red]a.jpg[/red] " + "x" * 200)
+    assert text.getvalue() == "left out: [red]a.jpg[/red] " + "x" * 200 + "\n"
+
+
+def test_a_file_gets_no_bars_even_where_colours_are_forced(tmp_path, monkeypatch, capsys, clock):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with RunLog(tmp_path, 1, None) as log, log.phase("update", total=1):
+        log.step(1, {"reward": 0.5})
+    assert capsys.readouterr().out == "step     1  reward  0.500  0.00 s: upd 0.00\n"
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_the_bar_of_the_run_goes_on_from_the_resumed_step(tmp_path):
+    log, _ = open_log(tmp_path, total_steps=10)
+    with log:
+        log.resume_at(4)
+        assert log.progress.tasks[0].completed == 3
+        log.step(4, {})
+        assert (log.progress.tasks[0].completed, log.progress.tasks[0].total) == (4, 10)
+
+
+def test_wandb_gets_every_step_or_is_named_when_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="run.wandb is 'birds' but the package wandb is not"):
+        open_log(tmp_path, wandb="birds")
+    calls = []
+    fake = SimpleNamespace(
+        init=lambda **options: calls.append(("init", options)),
+        log=lambda row, step: calls.append(("log", step, row)),
+        finish=lambda: calls.append(("finish",)),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log, _ = open_log(tmp_path / "run_a", wandb="birds")
+    with log:
+        log.step(3, {"reward": 0.5})
+    options = {"project": "birds", "group": "run_a", "dir": str(tmp_path / "run_a")}
+    assert calls == [
+        ("init", options | {"config": {"run": {"seed": 0}}}),
+        ("log", 3, {"reward": 0.5}),
+        ("finish",),
+    ]

@@ -1,0 +1,636 @@
+"""Dynamic sampling against hand-played rounds: a scripted engine, rewards told by the script."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import re
+import time
+from collections import Counter
+
+import pytest
+from PIL import Image
+from support import tiny
+
+from tercet.core.config import RolloutConfig
+from tercet.core.types import Anchor, Completion
+from tercet.core.vision import PromptEncoder
+from tercet.rollout.engine import Sampling
+from tercet.rollout.sampler import GroupSampler, NotEnoughGroups, TripletStream
+
+pytestmark = pytest.mark.core
+
+NAMES = {"bird": ("least auklet", "crested auklet")}
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def encoder(parts):
+    return PromptEncoder(parts)
+
+
+@pytest.fixture(scope="module")
+def anchors(tmp_path_factory) -> list[Anchor]:
+    """Seven anchors, a0 to a6, each with two positives and two negatives."""
+    folder = tmp_path_factory.mktemp("photos")
+
+    def photo(name: str) -> str:
+        Image.new("RGB", (40, 40), (len(name), 80, 120)).save(folder / name)
+        return str(folder / name)
+
+    return [
+        Anchor(
+            id=f"a{i}",
+            image=photo(f"a{i}.png"),
+            positives=(photo(f"p{i}.png"), photo(f"q{i}.png")),
+            negatives=(photo(f"n{i}.png"), photo(f"m{i}.png")),
+            question="Which bird can be seen in this photo?" if i % 2 else "What is it?",
+            super_category="bird",
+            sub_category="least auklet",
+        )
+        for i in range(7)
+    ]
+
+
+class ScriptedEngine:
+    """Answers "<rank of the group in the step>.<role>.<index>" in an order drawn from `shuffle`
+    (None: as asked).
+
+    Responses of odd index are one token longer; those in `cut` say that they hit the limit.
+    """
+
+    def __init__(self, tokenizer, shuffle: int | None = 0):
+        self.weight_version = 0
+        self.tokenizer = tokenizer
+        self.shuffle = shuffle
+        self.batches: list[list] = []
+        self.samplings: list[Sampling] = []
+        self.cut: set[str] = set()
+        self.lose: set[str] = set()
+
+    async def generate(self, requests, sampling):
+        self.batches.append(list(requests))
+        self.samplings.append(sampling)
+        places = [(request, j) for request in requests for j in range(request.n)]
+        if self.shuffle is not None:
+            random.Random(self.shuffle).shuffle(places)
+        for request, j in places:
+            await asyncio.sleep(0)
+            rank, role = request.id.split(".")[1], request.id.split(".")[-1]
+            text = f"{rank}.{role}.{j}"
+            if text in self.lose:
+                continue
+            tokens = (*self.tokenizer.encode(text), *[self.tokenizer.eos_token_id] * (1 + j % 2))
+            logprobs = tuple(-0.5 * (j + 1) for _ in tokens)
+            reason = "length" if text in self.cut else "stop"
+            yield Completion(request.id, j, tokens, logprobs, reason, self.weight_version)
+
+
+class Script:
+    """A reward: in each step the groups of these ranks pass (one right answer of all)."""
+
+    def __init__(self, *passing: set[int]):
+        self.passing = passing
+        self.rows: list[list[dict]] = []
+
+    def __call__(self, rows):
+        self.rows.append(rows)
+        step, rank = map(int, rows[0]["group_id"].split(".")[:2])
+        good = self.passing[step] if step < len(self.passing) else set()
+        right = [float(i == 0 and rank in good) for i in range(len(rows))]
+        return [{"overall": 0.1 + 0.9 * r, "accuracy": r, "format": 1.0} for r in right]
+
+
+def build(parts, encoder, anchors, reward, *, engine=None, seed=0, system_prompt=None, **options):
+    defaults = {"groups_per_step": 4, "n_anchor": 3, "n_positive": 2, "max_response_tokens": 9}
+    return GroupSampler(
+        engine or ScriptedEngine(parts.tokenizer),
+        TripletStream(anchors, positive="redraw", seed=seed),
+        parts.tokenizer,
+        encoder,
+        RolloutConfig(**(defaults | options)),
+        reward=reward,
+        names=NAMES,
+        system_prompt=system_prompt,
+        seed=seed,
+    )
+
+
+def collect(sampler: GroupSampler, step: int = 0, **options):
+    return asyncio.run(sampler.collect(step, **options))
+
+
+def ranks(groups) -> list[str]:
+    """`step.rank` of each group."""
+    return [group.id.rpartition(".")[0] for group in groups]
+
+
+@pytest.fixture
+def make(parts, encoder, anchors):
+    def make_sampler(reward, **options):
+        return build(parts, encoder, anchors, reward, **options)
+
+    return make_sampler
+
+
+# Triplets -----------------------------------------------------------------------------------------
+
+
+def test_every_anchor_comes_once_an_epoch_in_an_order_of_its_own(anchors):
+    stream = TripletStream(anchors, positive="redraw", seed=3)
+    epochs = [[next(stream) for _ in anchors] for _ in range(12)]
+    orders = [[triplet.id for triplet in epoch] for epoch in epochs]
+    assert all(sorted(order) == [f"a{i}" for i in range(7)] for order in orders)
+    assert len(set(map(tuple, orders))) == 12
+    for i, anchor in enumerate(anchors):
+        drawn = [t for epoch in epochs for t in epoch if t.id == f"a{i}"]
+        assert {t.anchor for t in drawn} == {anchor.image}
+        assert {t.positive for t in drawn} == set(anchor.positives)
+        assert {t.negative for t in drawn} == set(anchor.negatives)
+        assert {t.question for t in drawn} == {anchor.question}
+
+
+def test_fixed_positives_are_the_first(anchors):
+    stream = TripletStream(anchors, positive="fixed", seed=3)
+    for _ in range(14):
+        triplet = next(stream)
+        anchor = anchors[int(triplet.id[1:])]
+        assert (triplet.positive, triplet.negative) == (anchor.positives[0], anchor.negatives[0])
+
+
+def test_stream_goes_on_exactly_from_its_state(anchors):
+    stream = TripletStream(anchors, positive="redraw", seed=3)
+    expected = [next(stream) for _ in range(25)]
+    other_seed = TripletStream(anchors, positive="redraw", seed=4)
+    assert [next(other_seed) for _ in range(25)] != expected
+    for done in (0, 5, 7, 8, 14, 20):
+        first = TripletStream(anchors, positive="redraw", seed=3)
+        for _ in range(done):
+            next(first)
+        second = TripletStream(anchors, positive="redraw", seed=3)
+        second.restore(first.state())
+        assert [next(second) for _ in range(25 - done)] == expected[done:]
+
+
+def test_no_anchors_is_an_error():
+    with pytest.raises(ValueError, match="no anchors"):
+        TripletStream([], positive="redraw", seed=0)
+
+
+# Groups -------------------------------------------------------------------------------------------
+
+
+def test_groups_stand_in_request_order_whatever_the_order_of_completion(make, parts):
+    tables = []
+    for shuffle in range(4):
+        script = Script({0, 2, 3, 5, 6})
+        sampler = make(script, engine=ScriptedEngine(parts.tokenizer, shuffle), prompts_per_batch=7)
+        result = collect(sampler)
+        assert ranks(result.groups) == ["0.0", "0.2", "0.3", "0.5"]
+        assert ranks(sampler.carried) == ["0.6"]
+        if shuffle:
+            assert [r[0]["group_id"] for r in script.rows] != sorted(
+                r[0]["group_id"] for r in script.rows
+            )
+        tables.append((result.groups, sampler.carried, result.seen))
+    assert all(table == tables[0] for table in tables[1:])
+
+
+def test_a_group_holds_the_anchors_responses_then_the_positives(make):
+    sampler = make(Script({0, 1, 2, 3}), n_anchor=12)
+    result = collect(sampler)
+    expected = [("anchor", j) for j in range(12)] + [("positive", j) for j in range(2)]
+    for rank, group in enumerate(result.groups):
+        assert [r.role for r in group.responses] == [role for role, _ in expected]
+        assert [r.text for r in group.responses] == [f"{rank}.{role}.{j}" for role, j in expected]
+        for (_, j), response in zip(expected, group.responses, strict=True):
+            assert response.rollout_logprobs == (-0.5 * (j + 1),) * len(response.token_ids)
+            assert response.finish_reason == "stop" and response.weight_version == 0
+
+
+def test_what_the_engine_is_asked(make, parts, anchors):
+    engine = ScriptedEngine(parts.tokenizer)
+    options = {"temperature": 0.7, "top_p": 0.8, "top_k": 11, "max_response_tokens": 33}
+    sampler = make(
+        Script(*[{0, 1, 2, 3}] * 4), engine=engine, seed=5, system_prompt="Be brief.", **options
+    )
+    result = collect(sampler, step=3)
+    assert engine.samplings == [Sampling(0.7, 0.8, 11, 33)]
+    expected_stream = TripletStream(anchors, positive="redraw", seed=5)
+    pad = parts.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    for rank, group in enumerate(result.groups):
+        triplet = next(expected_stream)
+        assert group.triplet == triplet and group.id == f"3.{rank}.{triplet.id}"
+        one, two = engine.batches[0][2 * rank : 2 * rank + 2]
+        assert (one.images, one.n) == ((triplet.anchor,), 3)
+        assert (two.images, two.n) == ((triplet.positive,), 2)
+        for request in (one, two):
+            assert request.prompt_ids == group.prompt_ids and group.prompt_ids.count(pad) == 1
+            assert (request.seed, request.step, request.group_id) == (5, 3, group.id)
+        text = parts.tokenizer.decode(group.prompt_ids)
+        assert "Be brief." in text and f"{triplet.question}\n\nYou first think through" in text
+    ids = [request.id for request in engine.batches[0]]
+    assert len(set(ids)) == 8
+
+
+def test_what_the_reward_sees(make, parts):
+    engine = ScriptedEngine(parts.tokenizer)
+    engine.cut = {"1.anchor.2"}
+    script = Script({0, 1, 2, 3})
+    result = collect(make(script, engine=engine))
+    by_id = {rows[0]["group_id"]: rows for rows in script.rows}
+    assert len(by_id) == 4
+    for group in result.groups:
+        for row, response in zip(by_id[group.id], group.responses, strict=True):
+            image = getattr(group.triplet, response.role)
+            assert row == {
+                "response": response.text,
+                "response_length": len(response.token_ids),
+                "ground_truth": "least auklet",
+                "question": group.triplet.question,
+                "images": [image],
+                "role": response.role,
+                "group_id": group.id,
+                "finish_reason": "length" if response.text == "1.anchor.2" else "stop",
+                "names": NAMES["bird"],
+            }
+    first = result.groups[0].responses
+    assert [r.reward for r in first] == [1.0, 0.1, 0.1, 0.1, 0.1]
+    assert first[0].metrics == {"accuracy": 1.0, "format": 1.0}
+
+
+@pytest.mark.parametrize("n_anchor, n_positive", [(5, 0), (3, 2), (1, 4)])
+def test_only_groups_with_right_and_wrong_answers_are_kept(make, parts, n_anchor, n_positive):
+    """Group k has k right answers of five, for k = 0 to 5."""
+
+    def reward(rows):
+        right = int(rows[0]["group_id"].split(".")[1])
+        return [{"overall": 0.0, "accuracy": float(i >= 5 - right)} for i in range(5)]
+
+    engine = ScriptedEngine(parts.tokenizer)
+    options = {"n_anchor": n_anchor, "n_positive": n_positive, "prompts_per_batch": 6}
+    result = collect(make(reward, engine=engine, **options))
+    wanted = [n for n in (n_anchor, n_positive) if n]
+    assert [request.n for request in engine.batches[0]] == wanted * 6
+    assert ranks(result.groups) == ["0.1", "0.2", "0.3", "0.4"]
+    roles = ["anchor"] * n_anchor + ["positive"] * n_positive
+    assert all([r.role for r in group.responses] == roles for group in result.groups)
+    assert (result.groups_done, result.groups_kept, result.prompts_sent) == (6, 4, 6)
+    assert result.acceptance == 4 / 6
+
+
+def test_without_accuracy_groups_are_kept_where_the_reward_varies(make):
+    def reward(rows):
+        varies = int(rows[0]["group_id"].split(".")[1]) % 2
+        return [{"overall": 0.3 + 0.1 * varies * (i == 4)} for i in range(5)]
+
+    assert ranks(collect(make(reward, prompts_per_batch=8)).groups) == ["0.1", "0.3", "0.5", "0.7"]
+
+
+def test_figures_count_every_response(make, parts):
+    script = Script({1, 4, 6, 8, 9})
+    progressed = []
+    sampler = make(script, prompts_per_batch=3)
+    result = collect(sampler, progress=progressed.append)
+    assert ranks(result.groups) == ["0.1", "0.4", "0.6", "0.8"]
+    assert (result.prompts_sent, result.groups_done, result.groups_kept) == (9, 9, 4)
+    assert result.acceptance == 4 / 9 and result.filled_up == 0
+    assert len(result.seen) == 45 and [n for n in progressed if n] == [1] * 45
+    texts = [f"{k}.{role}.{j}" for k in range(9) for role, n in (("anchor", 3), ("positive", 2))
+             for j in range(n)]  # fmt: skip
+    assert [response.text for response in result.seen] == texts
+    lengths = [len(parts.tokenizer.encode(text)) + 1 + int(text[-1]) % 2 for text in texts]
+    assert result.tokens == sum(lengths)
+
+
+def test_reward_seconds_are_those_waited_after_the_last_response(make):
+    async def slow(rows):
+        await asyncio.sleep(0.3)
+        return [{"overall": float(i)} for i in range(len(rows))]
+
+    result = collect(make(slow, groups_per_step=8))
+    assert 0.25 < result.reward_seconds < 1.5  # not 8 times 0.3: they run side by side
+
+
+# Rounds -------------------------------------------------------------------------------------------
+
+
+def test_surplus_is_carried_to_the_next_step(make, parts):
+    engine = ScriptedEngine(parts.tokenizer)
+    sampler = make(
+        Script({0, 1, 2, 3, 4, 5}, {1, 3}), engine=engine, prompts_per_batch=6, surplus="carry"
+    )
+    assert ranks(collect(sampler).groups) == ["0.0", "0.1", "0.2", "0.3"]
+    assert ranks(sampler.carried) == ["0.4", "0.5"]
+    engine.weight_version = 1
+    second = collect(sampler, step=1)
+    assert ranks(second.groups) == ["0.4", "0.5", "1.1", "1.3"]
+    assert [r.weight_version for group in second.groups for r in group.responses] == [0] * 10 + [
+        1
+    ] * 10
+    assert (second.prompts_sent, second.groups_kept, len(second.seen)) == (6, 2, 30)
+    assert second.filled_up == 0
+    assert sampler.carried == []
+
+
+def test_a_step_of_carried_groups_alone_asks_for_nothing(make, parts):
+    engine = ScriptedEngine(parts.tokenizer)
+    sampler = make(Script(set(range(9))), engine=engine, prompts_per_batch=9)
+    collect(sampler)
+    position = sampler._stream.state()
+    second = collect(sampler, step=1)
+    assert ranks(second.groups) == ["0.4", "0.5", "0.6", "0.7"]
+    assert ranks(sampler.carried) == ["0.8"]
+    assert len(engine.batches) == 1 and sampler._stream.state() == position
+    assert (second.prompts_sent, second.groups_done, second.seen) == (0, 0, [])
+
+
+def test_surplus_is_dropped(make):
+    sampler = make(Script({0, 1, 2, 3, 4, 5}, {0, 1, 2, 3}), prompts_per_batch=6, surplus="drop")
+    assert ranks(collect(sampler).groups) == ["0.0", "0.1", "0.2", "0.3"]
+    assert sampler.carried == []
+    assert ranks(collect(sampler, step=1).groups) == ["1.0", "1.1", "1.2", "1.3"]
+
+
+@pytest.mark.parametrize("max_staleness, expected", [(0, 0), (1, 0), (2, 2), (3, 2)])
+def test_groups_of_old_weights_are_dropped(make, parts, max_staleness, expected):
+    engine = ScriptedEngine(parts.tokenizer)
+    sampler = make(
+        Script(set(range(6)), {0, 1, 2, 3}), engine=engine, prompts_per_batch=6,
+        max_staleness=max_staleness,
+    )  # fmt: skip
+    collect(sampler)
+    engine.weight_version = 2
+    groups = collect(sampler, step=1).groups
+    assert len(groups) == 4 and sum(group.id.startswith("0.") for group in groups) == expected
+
+
+def test_the_oldest_response_tells_a_groups_age(make, parts):
+    engine = ScriptedEngine(parts.tokenizer)
+    sampler = make(Script(set(range(6)), {0, 1, 2}), engine=engine, prompts_per_batch=6)
+    collect(sampler)
+    engine.weight_version = 1
+    sampler.carried[0].responses[2].weight_version = -1
+    assert ranks(collect(sampler, step=1).groups) == ["0.5", "1.0", "1.1", "1.2"]
+
+
+def test_rounds_are_counted_in_prompts(make, parts):
+    engine = ScriptedEngine(parts.tokenizer)
+    sampler = make(
+        Script(set()), engine=engine, prompts_per_batch=3, max_rounds=2, on_exhausted="train_kept"
+    )
+    result = collect(sampler)
+    assert [len(batch) // 2 for batch in engine.batches] == [3, 3, 2]
+    assert (result.groups, result.prompts_sent, result.acceptance) == ([], 8, 0)
+
+
+def test_exhausted_error_says_what_was_found_and_loses_nothing(make, parts):
+    engine = ScriptedEngine(parts.tokenizer)
+    script = Script({0, 1, 2, 3, 4}, {5}, set(range(8)))
+    sampler = make(script, engine=engine, prompts_per_batch=5, max_rounds=2, on_exhausted="error")
+    collect(sampler)
+    carried, position = sampler.carried, sampler._stream.state()
+    assert ranks(carried) == ["0.4"]
+    message = r"step 1: 2 of 4 groups .*max_rounds = 2 rounds \(8 prompts\).*on_exhausted"
+    with pytest.raises(NotEnoughGroups, match=message):
+        collect(sampler, step=1)
+    assert sampler.carried is carried and sampler._stream.state() == position
+    assert ranks(collect(sampler, step=2).groups) == ["0.4", "2.0", "2.1", "2.2"]
+
+
+def test_exhausted_train_kept_gives_what_passed(make):
+    sampler = make(Script({1, 6}), max_rounds=2, on_exhausted="train_kept")
+    result = collect(sampler)
+    assert ranks(result.groups) == ["0.1", "0.6"] and sampler.carried == []
+    assert (result.prompts_sent, result.groups_kept, result.filled_up) == (8, 2, 0)
+
+
+def test_no_limit_goes_on_until_the_step_is_full(make):
+    result = collect(make(Script({3, 50, 90, 91}), max_rounds=None, on_exhausted="error"))
+    assert ranks(result.groups) == ["0.3", "0.50", "0.90", "0.91"]
+    assert (result.prompts_sent, result.acceptance) == (92, 4 / 92)
+
+
+@pytest.mark.parametrize(
+    "passing, batch, rounds, expected, filled_up, carried",
+    [
+        # The rounds are spent: the last batch fills up, in request order among what passed.
+        ({1, 6}, 4, 2, [1, 4, 5, 6], 2, []),
+        ({1, 4, 7}, 4, 2, [1, 4, 5, 7], 1, []),
+        # Only the last batch can fill up; where it is too small, the step stays short.
+        ({0, 7}, 3, 2, [0, 3, 4, 5], 3, []),
+        ({0, 3, 7}, 3, 2, [0, 3, 6, 7], 1, []),
+        ({0, 3, 7}, 3, None, [0, 3, 7, 9], 1, []),
+        # A batch in which nothing passes is kept whole, whether or not rounds are left ...
+        (set(), 4, 5, [0, 1, 2, 3], 4, []),
+        (set(), 2, None, [0, 1, 2, 3], 4, []),
+        # ... as far as the step has room, and what did not pass is never carried.
+        ({0, 2}, 3, 5, [0, 2, 3, 4], 2, []),
+        (set(), 7, 5, [0, 1, 2, 3], 4, []),
+        # Enough passed: nothing is filled up, and surplus that passed is carried.
+        ({0, 1, 4, 5, 6}, 4, 2, [0, 1, 4, 5], 0, [6]),
+        ({0, 1, 2, 3}, 4, 1, [0, 1, 2, 3], 0, []),
+    ],
+)
+def test_exhausted_keep_last_round(make, passing, batch, rounds, expected, filled_up, carried):
+    sampler = make(
+        Script(passing), prompts_per_batch=batch, max_rounds=rounds, on_exhausted="keep_last_round"
+    )
+    result = collect(sampler)
+    assert ranks(result.groups) == [f"0.{k}" for k in expected]
+    assert result.filled_up == filled_up
+    assert ranks(sampler.carried) == [f"0.{k}" for k in carried]
+    assert all(len(group.responses) == 5 for group in result.groups)
+
+
+def test_keep_last_round_stays_short_where_the_last_batch_is_too_small(make):
+    sampler = make(
+        Script({0, 3, 6}),
+        groups_per_step=9,
+        prompts_per_batch=4,
+        max_rounds=1,
+        on_exhausted="keep_last_round",
+    )
+    result = collect(sampler)  # batches of 4, 4 and 1
+    assert ranks(result.groups) == ["0.0", "0.3", "0.6", "0.8"]
+    assert result.filled_up == 1
+
+
+# Cut-off responses --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut_off, penalty", [("keep", 0), ("mask", 0), ("penalise", 0.25)])
+def test_cut_off_responses(make, parts, cut_off, penalty):
+    engine = ScriptedEngine(parts.tokenizer)
+    engine.cut = {"0.anchor.0", "0.positive.1", "2.anchor.1"}
+    sampler = make(Script({0, 1, 2, 3}), engine=engine, cut_off=cut_off, cut_off_penalty=0.25)
+    groups = collect(sampler).groups
+    for group in groups:
+        for place, response in enumerate(group.responses):
+            plain = 1.0 if place == 0 else 0.1
+            cut = response.text in engine.cut
+            assert response.finish_reason == ("length" if cut else "stop")
+            assert response.reward == pytest.approx(plain - penalty * cut, abs=1e-12)
+            assert response.metrics["accuracy"] == (place == 0)
+
+
+# Nothing is lost ----------------------------------------------------------------------------------
+
+
+def with_carried(make, parts, reward):
+    """A sampler after a step that left two groups, and what it must still hold after a failure."""
+    engine = ScriptedEngine(parts.tokenizer)
+
+    def first_then(rows):
+        return Script(set(range(6)))(rows) if rows[0]["group_id"][0] == "0" else reward(rows)
+
+    sampler = make(first_then, engine=engine, prompts_per_batch=6)
+    collect(sampler)
+    assert ranks(sampler.carried) == ["0.4", "0.5"]
+    return sampler, engine, sampler.carried, sampler._stream.state()
+
+
+def fails(rows):
+    if rows[0]["group_id"].startswith("1.3."):
+        raise KeyError("no such column")
+    return [{"overall": 0.0} for _ in rows]
+
+
+def not_a_number(rows):
+    bad = rows[0]["group_id"].startswith("1.3.")
+    return [{"overall": math.nan if bad and i == 4 else 0.0} for i in range(len(rows))]
+
+
+@pytest.mark.parametrize(
+    "reward, what", [(fails, "KeyError.*no such column"), (not_a_number, "response 4.*finite")]
+)
+def test_a_failing_reward_names_the_group_and_loses_nothing(make, parts, reward, what):
+    sampler, _, carried, position = with_carried(make, parts, reward)
+    before = [(r.reward, dict(r.metrics)) for group in carried for r in group.responses]
+    with pytest.raises(ValueError, match=rf"group 1\.3\.a\d.*{what}"):
+        collect(sampler, step=1)
+    assert sampler.carried is carried and sampler._stream.state() == position
+    assert [(r.reward, r.metrics) for group in carried for r in group.responses] == before
+
+
+def test_a_failing_reward_ends_the_sampling_at_once(make, parts):
+    engine = ScriptedEngine(parts.tokenizer, shuffle=None)
+    sampler = make(fails, engine=engine, prompts_per_batch=40)
+    collected = []
+
+    def progress(responses: int) -> None:
+        collected.append(responses)
+        time.sleep(0.01)
+
+    with pytest.raises(ValueError, match="1.3") as failure:
+        collect(sampler, step=1, progress=progress)
+    assert isinstance(failure.value.__cause__, KeyError)
+    assert 20 <= sum(collected) < 150  # of 200; the group that fails has number 16 to 20
+
+
+def test_an_interruption_loses_nothing(make, parts):
+    sampler, _, carried, position = with_carried(make, parts, fails)
+    count = Counter()
+
+    def stop(responses: int) -> None:
+        count["responses"] += responses
+        if count["responses"] == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(sampler, step=1, progress=stop)
+    assert count["responses"] == 13
+    assert sampler.carried is carried and sampler._stream.state() == position
+
+
+def test_progress_is_called_while_nothing_comes(make, monkeypatch):
+    """So that a signal is seen within a second, whatever engine and reward are waiting for."""
+
+    async def endless(rows):
+        await asyncio.sleep(60)
+
+    class Stop(Exception):
+        pass
+
+    def stop(responses: int) -> None:
+        if responses == 0:
+            raise Stop
+
+    sampler = make(endless)
+    started = time.perf_counter()
+    with pytest.raises(Stop):
+        collect(sampler, progress=stop)
+    assert time.perf_counter() - started < 30
+    assert sampler._stream.state() == {"epoch": 0, "cursor": 0}
+
+
+def test_responses_that_never_come_are_an_error(make, parts):
+    sampler, engine, carried, position = with_carried(make, parts, lambda rows: Script()(rows))
+    engine.lose = {"2.anchor.1"}
+    with pytest.raises(RuntimeError, match=r"step 1.*\['1\.2\.a\d'\]"):
+        collect(sampler, step=1)
+    assert sampler.carried is carried and sampler._stream.state() == position
+
+
+def test_an_over_long_prompt_names_triplet_and_photo(make, anchors, encoder):
+    groups = collect(make(Script(set(range(7))), groups_per_step=7)).groups
+    limits = {len(encoder(group.prompt_ids, (group.triplet.anchor,))) for group in groups}
+    assert len(limits) == 2  # two questions of different length
+    collect(make(Script(set(range(7))), groups_per_step=7, max_prompt_tokens=max(limits)))
+    too_tight = make(Script(), groups_per_step=7, max_prompt_tokens=max(limits) - 1)
+    message = rf"triplet 'a[135]'.*a\d\.png'.* {max(limits)} tokens.*max_prompt_tokens is"
+    with pytest.raises(ValueError, match=message):
+        collect(too_tight)
+    assert too_tight._stream.state() == {"epoch": 0, "cursor": 0}
+
+
+@pytest.mark.parametrize("role", ["positive", "negative"])
+def test_a_photo_that_makes_a_prompt_too_long_is_named_whatever_its_role(
+    make, parts, encoder, anchors, tmp_path, role
+):
+    wide = str(tmp_path / "wide.png")
+    Image.new("RGB", (1400, 10)).save(wide)
+    changed = {f"{role}s": (wide,)}
+    plain = anchors[0]
+    anchor = Anchor(**({k: getattr(plain, k) for k in plain.__dataclass_fields__} | changed))
+    group = collect(make(Script({0, 1, 2, 3}))).groups[0]
+    limit = max(
+        len(encoder(group.prompt_ids, (plain.image,))), len(encoder(group.prompt_ids, (wide,))) - 1
+    )
+    sampler = build(parts, encoder, [anchor], Script(), max_prompt_tokens=limit)
+    with pytest.raises(ValueError, match=rf"triplet 'a0', image {re.escape(repr(wide))}"):
+        collect(sampler)
+
+
+def test_a_bad_photo_is_named_and_loses_nothing(make, parts, encoder, anchors):
+    missing = Anchor("x", "gone.png", anchors[0].positives, anchors[0].negatives, "Q?", "bird", "b")
+    sampler = build(parts, encoder, [*anchors[:2], missing], Script(), prompts_per_batch=3)
+    with pytest.raises(ValueError, match="gone.png"):
+        collect(sampler)
+    assert sampler._stream.state() == {"epoch": 0, "cursor": 0}
+
+
+# Repeatable ---------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_steps(make, parts):
+    def play(seed: int, resume_at: int | None = None):
+        options = {"seed": seed, "prompts_per_batch": 5}
+        script = [{0, 1, 2, 3, 4}, {1, 3, 6, 7, 8}, {0, 4, 5, 9}]
+        sampler, steps = make(Script(*script), **options), []
+        for step in range(3):
+            if step == resume_at:
+                state, carried = sampler._stream.state(), sampler.carried
+                sampler = make(Script(*script), **options)
+                sampler._stream.restore(state)
+                sampler.carried = carried
+            steps.append(collect(sampler, step).groups)
+        return steps
+
+    assert play(1) == play(1) == play(1, resume_at=1) == play(1, resume_at=2)
+    assert play(1) != play(2)

@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM as an exception raised at places where the run's state is whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+
+class Interrupted(Exception):
+    """The process was asked to stop; `exit_code` is the shell's 128 + signal number."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+class StopSignal:
+    """While open, signals only set a mark; `check` raises it as Interrupted.
+
+    torchrun passes Ctrl-C on as SIGINT and SIGTERM, so later signals change nothing.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._signum: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._mark) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def check(self) -> None:
+        """Raise Interrupted when a signal has come."""
+        if self._signum is not None:
+            raise Interrupted(self._signum)
+
+    def _mark(self, signum: int, _frame) -> None:
+        self._signum = self._signum or signum

@@ -1,0 +1,359 @@
+"""TAPO: policy optimisation on triplets (Fine-R1, ICLR 2026), the whole step in one place.
+
+How it differs from DAPO: a group's responses are sampled on the anchor photo and on another photo
+of the same sub-category, but scored (by default) on the anchor alone; and the policy is pushed away
+from what it would say to a photo of the most similar *other* sub-category, by maximising
+KL(pi || pi_neg) and lowering the entropies of both. `--rollout.n_positive 0 --loss.kl_coef 0
+--loss.entropy_coef 0 --loss.neg_entropy_coef 0` is DAPO.
+
+    torchrun train/tapo.py                                    # the demo: draws its own data
+    torchrun train/tapo.py --config train/recipes/tapo_3b.yaml --data.path photos --model.path M
+    torchrun train/tapo.py --config ... --resume auto         # go on from the newest checkpoint
+
+--help lists every option. An interrupted run (Ctrl-C, SIGTERM) writes a checkpoint and exits with
+128 + the signal's number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tercet.core.advantages import group_advantages, row_weights
+from tercet.core.config import TapoConfig
+from tercet.core.embedders import embedder
+from tercet.core.manifest import MANIFEST_NAME, Manifest
+from tercet.core.model import load_policy
+from tercet.core.packing import (
+    Piece,
+    labels_of,
+    micro_batch,
+    mini_batches,
+    pack_branch,
+    split_by_budget,
+)
+from tercet.core.rewards import is_correct, load_reward
+from tercet.core.triplets import prepare_manifest
+from tercet.core.types import Group
+from tercet.core.vision import PromptEncoder, load_image
+from tercet.rollout.local import LocalEngine
+from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
+from tercet.train.checkpoint import (
+    find_checkpoint,
+    load_state,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from tercet.train.command_line import parse, set_up
+from tercet.train.figures import draw_curves, draw_samples
+from tercet.train.interrupt import StopSignal
+from tercet.train.loop import command, run_steps
+from tercet.train.optim import build_optimizer, learning_rate, optimizer_step
+from tercet.train.policy import Policy
+from tercet.train.run_log import RunLog
+
+SAMPLES_SHOWN = 4  # triplets in samples.png
+
+
+class TapoRun:
+    """A run's parts and its state; `step` is one rollout step.
+
+    Args:
+        config: every option.
+        resolved: the same as YAML, kept beside the run.
+        stop: checked wherever the state is whole.
+        resume: checkpoint folder to go on from.
+    """
+
+    def __init__(self, config: TapoConfig, resolved: str, stop: StopSignal, resume: Path | None):
+        device = set_up(config.run)
+        self.config, self.stop, self.out = config, stop, Path(config.run.out)
+        model = replace(config.model, path=str(resume)) if resume else config.model
+        self.parts = load_policy(model, device)
+        self.encoder = PromptEncoder(self.parts)
+        self.manifest = self._manifest(resume)
+        self.policy = Policy(
+            self.parts,
+            config.loss,
+            temperature=config.rollout.temperature,
+            chunk_rows=config.parallel.head_chunk_rows,
+        )
+        if config.model.gradient_checkpointing:
+            self.parts.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
+        self.engine = LocalEngine(self.parts, self.encoder, max_rows=config.rollout.max_rows)
+        self.stream = TripletStream(
+            self.manifest.anchors, positive=config.data.positive, seed=config.run.seed
+        )
+        self.sampler = GroupSampler(
+            self.engine,
+            self.stream,
+            self.parts.tokenizer,
+            self.encoder,
+            config.rollout,
+            reward=load_reward(config.rollout.reward),
+            names=self.manifest.names,
+            system_prompt=config.model.system_prompt,
+            seed=config.run.seed,
+        )
+        per_epoch = len(self.manifest.anchors) / config.rollout.groups_per_step
+        self.total_steps = config.run.steps or max(1, int(config.run.epochs * per_epoch))
+        self.steps_done = 0
+        self.groups: list[Group] = []
+        """Groups of a step that has begun; empty between steps."""
+        self.minibatches_done = 0
+        self.optimizer_steps = 0
+        if resume:
+            self._restore(load_state(resume))
+        self.log = RunLog(self.out, self.total_steps, resolved, config.run.wandb)
+        self.log.resume_at(self.steps_done + 1)
+        self.shown: list[Group] = []
+
+    def _manifest(self, resume: Path | None) -> Manifest:
+        """The run's own manifest when it goes on, else a new one, written beside the run."""
+        if resume and (self.out / MANIFEST_NAME).exists():
+            return Manifest.read(self.out)
+        embed = embedder(self.config.data.embedder, lambda: self.parts, self.parts.model.device)
+        manifest = prepare_manifest(self.config.data, embed)
+        manifest.write(self.out)
+        return manifest
+
+    def step(self) -> dict[str, float]:
+        """Sample, reward, score, update and sync once; returns the step's figures."""
+        config = self.config
+        figures = {}
+        if not self.groups:
+            figures = self._sample()
+        size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
+        batches = mini_batches(self.groups, size, config.optim.minibatch_by)
+        # The first mini-batch is updated at the very weights that old log-probs would be taken of.
+        self._score("old", [piece for batch in batches[1:] for piece in batch])
+        if config.loss.needs_negative and config.loss.neg_at == "step_start":
+            self._score("negative", [piece for batch in batches for piece in batch])
+        updates = []
+        with self.log.phase("update", total=len(self.groups), unit="groups") as phase:
+            self.policy.train()
+            for batch in batches[self.minibatches_done :]:
+                updates.append(self._update(batch, len(batches), phase))
+                self.minibatches_done += 1
+        with self.log.phase("sync", total=1, unit="update"):
+            self.engine.update_weights(self.policy.named_weights(), self.steps_done + 1)
+        self.steps_done += 1
+        self.shown, self.groups, self.minibatches_done = self.groups[:SAMPLES_SHOWN], [], 0
+        return figures | _mean(updates)
+
+    def _sample(self) -> dict[str, float]:
+        """Fill self.groups with rewarded responses and their advantages."""
+        config = self.config.rollout
+        responses = config.groups_per_step * (config.n_anchor + config.n_positive)
+        with self.log.phase("generate", total=responses, unit="responses") as phase:
+
+            def progress(count: int) -> None:
+                phase.advance(count)
+                self.stop.check()
+
+            started = time.perf_counter()
+            sampled = asyncio.run(self.sampler.collect(self.steps_done, progress))
+            seconds = time.perf_counter() - started
+            self.log.add_time("reward", sampled.reward_seconds)
+        # A = (R - mean) / (std + 1e-6), pooled over a group's anchor and positive responses.
+        pooled = [(n, r) for n, group in enumerate(sampled.groups) for r in group.responses]
+        rewards = torch.tensor([r.reward for _, r in pooled], dtype=torch.float64)
+        advantages = group_advantages(rewards, [n for n, _ in pooled])
+        for (_, response), advantage in zip(pooled, advantages.tolist(), strict=True):
+            response.advantage = advantage
+        self.groups = sampled.groups
+        return _sampling_figures(sampled, seconds)
+
+    def _score(self, which: Literal["old", "negative"], pieces: Sequence[Piece]) -> None:
+        """Set the old or negative log-probs of responses that have none, at these weights."""
+        field = {"old": "old_logprobs", "negative": "neg_logprobs"}[which]
+        branch = "negative" if which == "negative" else self.config.loss.update_on
+        pieces = [p for p in pieces if any(getattr(r, field) is None for r in p.chosen())]
+        if not pieces:
+            return
+        budget = self.config.parallel.micro_batch_tokens
+        with self.log.phase(which, total=len(pieces), unit="groups") as phase:
+            self.policy.eval()
+            for chunk in split_by_budget(pieces, [branch], self.encoder, budget):
+                self.stop.check()
+                responses = [r for piece in chunk for r in piece.chosen()]
+                packed = pack_branch(chunk, branch, self.encoder)
+                logprobs = self.policy.logprobs(packed, labels_of(responses)).cpu()
+                lengths = [len(r.token_ids) for r in responses]
+                for response, part in zip(responses, logprobs.split(lengths), strict=True):
+                    setattr(response, field, part.clone())
+                phase.advance(len(chunk))
+
+    def _update(self, pieces: Sequence[Piece], minibatches: int, phase) -> dict[str, float]:
+        """One optimiser step on a mini-batch; returns its figures."""
+        config, loss = self.config, self.config.loss
+        responses = [r for piece in pieces for r in piece.chosen()]
+        weights = row_weights(
+            [len(r.token_ids) for r in responses],
+            [piece.group.id for piece in pieces for _ in piece.responses],
+            [config.rollout.cut_off == "mask" and r.finish_reason == "length" for r in responses],
+            loss.mean_over,
+            loss.mean_over_size,
+        )
+        weight_of = {id(r): weight for r, weight in zip(responses, weights, strict=True)}
+        num_loss_tokens = sum(weight_of[id(r)] * len(r.token_ids) for r in responses)
+        if num_loss_tokens == 0:
+            return {}
+        negative = loss.needs_negative and loss.neg_at == "now"
+        branches = [loss.update_on, "negative"] if negative else [loss.update_on]
+        budget = config.parallel.micro_batch_tokens
+        figures: Counter[str] = Counter()
+        for chunk in split_by_budget(pieces, branches, self.encoder, budget):
+            self.stop.check()
+            batch = micro_batch(
+                chunk,
+                self.encoder,
+                weight_of,
+                update_on=loss.update_on,
+                negative=negative,
+                num_loss_tokens=num_loss_tokens,
+            )
+            value, metrics = self.policy(batch, "joint" if negative else "update")
+            value.backward()
+            figures.update(
+                {"loss": float(value.detach())} | {k: float(m) for k, m in metrics.items()}
+            )
+            phase.advance(len(chunk) / minibatches)
+        steps = self.total_steps * minibatches
+        lr = learning_rate(self.optimizer_steps, steps, config.optim, self.steps_done == 0)
+        limit = config.optim.max_grad_norm
+        norm, stepped = optimizer_step(self.optimizer, self.policy.parameters(), lr, limit)
+        self.optimizer_steps += 1
+        figures.update({"lr": lr, "skipped_steps": float(not stepped)})
+        return dict(figures) | ({"grad_norm": norm} if stepped else {})
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state as it is: between steps, or between mini-batches."""
+        self.optimizer.zero_grad(set_to_none=True)
+        state = {
+            "steps_done": self.steps_done,
+            "optimizer_steps": self.optimizer_steps,
+            "groups": self.groups,
+            "minibatches_done": self.minibatches_done,
+            "carried": self.sampler.carried,
+            "stream": self.stream.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": rng_state(),
+        }
+        keep = self.config.run.keep_last
+        return save_checkpoint(self.out, self.steps_done, self.parts.save, state, keep)
+
+    def _restore(self, state: dict) -> None:
+        self.steps_done = state["steps_done"]
+        self.optimizer_steps = state["optimizer_steps"]
+        self.groups = state["groups"]
+        self.minibatches_done = state["minibatches_done"]
+        self.sampler.carried = state["carried"]
+        self.stream.restore(state["stream"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.engine.weight_version = self.steps_done
+        set_rng_state(state["rng"])
+
+
+def _sampling_figures(sampled: StepGroups, seconds: float) -> dict[str, float]:
+    """Figures over every response that was sampled in the step, kept or not."""
+    seen = sampled.seen
+    if not seen:
+        return {}
+    figures = {
+        "reward": sum(r.reward for r in seen) / len(seen),
+        "response_length": sum(len(r.token_ids) for r in seen) / len(seen),
+        "cut_off": sum(r.finish_reason == "length" for r in seen) / len(seen),
+        "acceptance": sampled.acceptance,
+        "groups": float(len(sampled.groups)),
+        "filled_up": float(sampled.filled_up),
+        "tokens_per_s": sampled.tokens / seconds,
+    }
+    for name in sorted({name for r in seen for name in r.metrics}):
+        figures[name] = sum(r.metrics.get(name, 0.0) for r in seen) / len(seen)
+    return figures
+
+
+def _mean(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean over the mini-batches that have a figure."""
+    names = dict.fromkeys(name for update in updates for name in update)
+    values = {name: [u[name] for u in updates if name in u] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}
+
+
+def draw(run: TapoRun) -> None:
+    """Write curves.png and samples.png of a run."""
+    draw_curves(run.out / "metrics.jsonl", run.out / "curves.png")
+    rows = [
+        {
+            "anchor": load_image(group.triplet.anchor),
+            "positive": load_image(group.triplet.positive),
+            "negative": load_image(group.triplet.negative),
+            "question": group.triplet.question,
+            "truth": group.triplet.sub_category,
+            "responses": [
+                {
+                    "role": response.role,
+                    "text": response.text,
+                    "correct": is_correct(response.metrics)
+                    if "accuracy" in response.metrics
+                    else response.advantage > 0,
+                    "reward": response.reward,
+                    "advantage": response.advantage,
+                }
+                for response in group.responses
+            ],
+        }
+        for group in run.shown
+    ]
+    if rows:
+        draw_samples(rows, run.out / "samples.png")
+
+
+def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
+    """Run TAPO to its last step.
+
+    Args:
+        config: every option.
+        resolved: the same as YAML, kept beside the run.
+        resume: checkpoint folder, `auto`, or None for a new run.
+
+    Returns:
+        The folder of the last checkpoint.
+    """
+    found = find_checkpoint(config.run.out, resume) if resume else None
+    with StopSignal() as stop:
+        run = TapoRun(config, resolved, stop, found)
+        with run.log:
+            saved = run_steps(run, config.run.save_every)
+        draw(run)
+    return saved or found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    config, resume, resolved = parse(TapoConfig, argv, __doc__)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("train/tapo.py runs in one process for now: use --nproc-per-node 1")
+    if not config.data.path and not config.model.path:
+        from tercet.train.demo import demo
+
+        demo(argv)
+        return
+    saved = train(config, resolved, resume)
+    print(f"checkpoint: {saved}\nlog and figures: {config.run.out}")
+
+
+if __name__ == "__main__":
+    command(main)

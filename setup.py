@@ -26,7 +26,7 @@ setup(
         "pyarrow>=17",
         "jsonargparse[signatures]>=4.49",
         "pyyaml>=6.0",
-        "rich>=13.7",
+        "rich>=14.3",
         "matplotlib>=3.9",
         "tensorboard>=2.17",
     ],

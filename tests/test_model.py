@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import TEXTS, tiny
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     LlamaConfig,
     Qwen2Config,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tercet.core.config import ModelConfig
 from tercet.core.model import PolicyParts, build_tiny, freeze, load_policy

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from support import tiny
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tercet.core import vision
 from tercet.core.config import ModelConfig

@@ -3,24 +3,63 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
+from tercet.core.config import SftConfig, TapoConfig
+from tercet.train.checkpoint import find_checkpoint
 from tercet.train.interrupt import Interrupted, StopSignal
+from tercet.train.optim import optimizer_step
+from tercet.train.policy import Policy
 from tercet.train.run_log import RunLog
 
 
 class Run(Protocol):
     """What TapoRun and SftRun offer; an exception in `step` leaves a state that can be saved."""
 
+    config: TapoConfig | SftConfig
     log: RunLog
     stop: StopSignal
+    policy: Policy
+    optimizer: torch.optim.Optimizer
     steps_done: int
     total_steps: int
 
     def step(self) -> dict[str, float]: ...
 
     def save(self) -> Path: ...
+
+    def draw(self) -> None: ...
+
+
+def run(
+    make: Callable[[TapoConfig | SftConfig, str, StopSignal, Path | None], Run],
+    config: TapoConfig | SftConfig,
+    resolved: str,
+    resume: str | None,
+) -> Path:
+    """Make a run, take it to its last step and draw its figures.
+
+    Args:
+        make: TapoRun or SftRun.
+        config: every option.
+        resolved: the same as YAML, kept beside the run.
+        resume: checkpoint folder, `auto`, or None for a new run.
+
+    Returns:
+        The folder of the last checkpoint.
+    """
+    found = find_checkpoint(config.run.out, resume) if resume else None
+    with StopSignal() as stop:
+        made = make(config, resolved, stop, found)
+        with made.log:
+            saved = run_steps(made, config.run.save_every)
+        made.draw()
+    return saved or found
 
 
 def run_steps(run: Run, save_every: int) -> Path | None:
@@ -40,6 +79,21 @@ def run_steps(run: Run, save_every: int) -> Path | None:
         run.log.say(f"checkpoint after {run.steps_done} steps: {run.save()}")
         raise
     return saved
+
+
+def add_up(sums: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
+    """Add a micro-batch's metrics to those of the mini-batch, without waiting for the device."""
+    for name, value in metrics.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def take_step(run: Run, lr: float, sums: dict[str, Tensor]) -> dict[str, float]:
+    """Take the optimiser step that a mini-batch's gradients ask for; returns its figures."""
+    limit = run.config.optim.max_grad_norm
+    norm, stepped = optimizer_step(run.optimizer, run.policy.parameters(), lr, limit)
+    figures = {name: float(value) for name, value in sums.items()}
+    figures |= {"lr": lr, "skipped_steps": float(not stepped)}
+    return figures | ({"grad_norm": norm} if stepped else {})
 
 
 def command(main) -> None:

@@ -146,18 +146,18 @@ class Policy(nn.Module):
             neg_grad=loss.neg_grad,
             loss_mask=batch.loss_mask,
         )
-        metrics["exact_entropy"] = _masked_mean(entropy.detach(), batch)
+        metrics["exact_entropy"] = _masked_mean(
+            entropy.detach(), batch.loss_mask, batch.num_loss_tokens
+        )
         return total, metrics
 
     def _cross_entropy(
         self, packed: PackedBatch, labels: Tensor, loss_mask: Tensor, num_loss_tokens: float
     ) -> tuple[Tensor, Metrics]:
         logprobs, _ = self._score(packed, labels.to(self.device))
-        mask = loss_mask.to(self.device)
-        loss = -torch.where(mask != 0, logprobs * mask, 0).sum() / num_loss_tokens
+        loss = _masked_mean(-logprobs, loss_mask.to(self.device), num_loss_tokens)
         return loss, {"cross_entropy": loss.detach()}
 
 
-def _masked_mean(values: Tensor, batch: MicroBatch) -> Tensor:
-    weighted = torch.where(batch.loss_mask != 0, values * batch.loss_mask, 0)
-    return weighted.sum() / batch.num_loss_tokens
+def _masked_mean(values: Tensor, loss_mask: Tensor, num_loss_tokens: float) -> Tensor:
+    return torch.where(loss_mask != 0, values * loss_mask, 0).sum() / num_loss_tokens

@@ -8,7 +8,6 @@ as they are unless `--model.freeze_vision false --model.freeze_merger false`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,16 +22,16 @@ from tercet.core.packing import pack
 from tercet.core.prompts import chat_ids
 from tercet.core.vision import PromptEncoder
 from tercet.train.checkpoint import (
-    find_checkpoint,
     load_state,
     rng_state,
     save_checkpoint,
     set_rng_state,
 )
 from tercet.train.command_line import parse, set_up
+from tercet.train.figures import draw_curves
 from tercet.train.interrupt import StopSignal
-from tercet.train.loop import command, run_steps
-from tercet.train.optim import build_optimizer, learning_rate, optimizer_step
+from tercet.train.loop import add_up, command, run, take_step
+from tercet.train.optim import build_optimizer, learning_rate
 from tercet.train.policy import Policy
 from tercet.train.run_log import RunLog
 
@@ -89,7 +88,7 @@ class SftRun:
         config, size = self.config, self.config.optim.samples_per_step
         chosen = [self._order(self.steps_done * size + i) for i in range(size)]
         total = sum(len(self.examples[i].target_ids) for i in chosen)
-        figures: Counter[str] = Counter()
+        sums: dict[str, torch.Tensor] = {}
         with self.log.phase("update", total=size, unit="samples") as phase:
             self.policy.train()
             for chunk in self._micro_batches(chosen):
@@ -104,14 +103,16 @@ class SftRun:
                     num_loss_tokens=total,
                 )
                 loss.backward()
-                figures.update({name: float(value) for name, value in metrics.items()})
+                add_up(sums, metrics)
                 phase.advance(len(chunk))
         lr = learning_rate(self.steps_done, self.total_steps, config.optim, False)
-        limit = config.optim.max_grad_norm
-        norm, stepped = optimizer_step(self.optimizer, self.policy.parameters(), lr, limit)
+        figures = take_step(self, lr, sums)
         self.steps_done += 1
-        figures.update({"lr": lr, "skipped_steps": float(not stepped)})
-        return dict(figures) | ({"grad_norm": norm} if stepped else {})
+        return figures
+
+    def draw(self) -> None:
+        """Write curves.png."""
+        draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
 
     def save(self) -> Path:
         """Write a checkpoint of the state between two steps."""
@@ -161,12 +162,7 @@ def train(config: SftConfig, resolved: str, resume: str | None = None) -> Path:
         resolved: the same as YAML, kept beside the run.
         resume: checkpoint folder, `auto`, or None for a new run.
     """
-    found = find_checkpoint(config.run.out, resume) if resume else None
-    with StopSignal() as stop:
-        run = SftRun(config, resolved, stop, found)
-        with run.log:
-            saved = run_steps(run, config.run.save_every)
-    return saved or found
+    return run(SftRun, config, resolved, resume)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

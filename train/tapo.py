@@ -7,8 +7,8 @@ KL(pi || pi_neg) and lowering the entropies of both. `--rollout.n_positive 0 --l
 --loss.entropy_coef 0 --loss.neg_entropy_coef 0` is DAPO.
 
     torchrun train/tapo.py                                    # the demo: draws its own data
-    torchrun train/tapo.py --config train/recipes/tapo_3b.yaml --data.path photos --model.path M
-    torchrun train/tapo.py --config ... --resume auto         # go on from the newest checkpoint
+    torchrun train/tapo.py --data.path photos --model.path MODEL --run.out runs/mine
+    torchrun train/tapo.py ... --resume auto                  # go on from the newest checkpoint
 
 --help lists every option. An interrupted run (Ctrl-C, SIGTERM) writes a checkpoint and exits with
 128 + the signal's number.
@@ -20,7 +20,6 @@ import asyncio
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +47,6 @@ from tercet.core.vision import PromptEncoder, load_image
 from tercet.rollout.local import LocalEngine
 from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
 from tercet.train.checkpoint import (
-    find_checkpoint,
     load_state,
     rng_state,
     save_checkpoint,
@@ -57,8 +55,8 @@ from tercet.train.checkpoint import (
 from tercet.train.command_line import parse, set_up
 from tercet.train.figures import draw_curves, draw_samples
 from tercet.train.interrupt import StopSignal
-from tercet.train.loop import command, run_steps
-from tercet.train.optim import build_optimizer, learning_rate, optimizer_step
+from tercet.train.loop import add_up, command, run, take_step
+from tercet.train.optim import build_optimizer, learning_rate
 from tercet.train.policy import Policy
 from tercet.train.run_log import RunLog
 
@@ -213,7 +211,7 @@ class TapoRun:
         negative = loss.needs_negative and loss.neg_at == "now"
         branches = [loss.update_on, "negative"] if negative else [loss.update_on]
         budget = config.parallel.micro_batch_tokens
-        figures: Counter[str] = Counter()
+        sums: dict[str, torch.Tensor] = {}
         for chunk in split_by_budget(pieces, branches, self.encoder, budget):
             self.stop.check()
             batch = micro_batch(
@@ -226,17 +224,19 @@ class TapoRun:
             )
             value, metrics = self.policy(batch, "joint" if negative else "update")
             value.backward()
-            figures.update(
-                {"loss": float(value.detach())} | {k: float(m) for k, m in metrics.items()}
-            )
+            add_up(sums, {"loss": value.detach()} | metrics)
             phase.advance(len(chunk) / minibatches)
         steps = self.total_steps * minibatches
         lr = learning_rate(self.optimizer_steps, steps, config.optim, self.steps_done == 0)
-        limit = config.optim.max_grad_norm
-        norm, stepped = optimizer_step(self.optimizer, self.policy.parameters(), lr, limit)
+        figures = take_step(self, lr, sums)
         self.optimizer_steps += 1
-        figures.update({"lr": lr, "skipped_steps": float(not stepped)})
-        return dict(figures) | ({"grad_norm": norm} if stepped else {})
+        return figures
+
+    def draw(self) -> None:
+        """Write curves.png and samples.png."""
+        draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
+        if self.shown:
+            draw_samples(_sample_rows(self.shown), self.out / "samples.png")
 
     def save(self) -> Path:
         """Write a checkpoint of the state as it is: between steps, or between mini-batches."""
@@ -292,10 +292,9 @@ def _mean(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(found) / len(found) for name, found in values.items()}
 
 
-def draw(run: TapoRun) -> None:
-    """Write curves.png and samples.png of a run."""
-    draw_curves(run.out / "metrics.jsonl", run.out / "curves.png")
-    rows = [
+def _sample_rows(groups: Sequence[Group]) -> list[dict]:
+    """What samples.png shows of groups."""
+    return [
         {
             "anchor": load_image(group.triplet.anchor),
             "positive": load_image(group.triplet.positive),
@@ -315,10 +314,8 @@ def draw(run: TapoRun) -> None:
                 for response in group.responses
             ],
         }
-        for group in run.shown
+        for group in groups
     ]
-    if rows:
-        draw_samples(rows, run.out / "samples.png")
 
 
 def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
@@ -332,13 +329,7 @@ def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
     Returns:
         The folder of the last checkpoint.
     """
-    found = find_checkpoint(config.run.out, resume) if resume else None
-    with StopSignal() as stop:
-        run = TapoRun(config, resolved, stop, found)
-        with run.log:
-            saved = run_steps(run, config.run.save_every)
-        draw(run)
-    return saved or found
+    return run(TapoRun, config, resolved, resume)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

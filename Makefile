@@ -5,6 +5,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+KERNEL_TESTS := tests/test_rows.py tests/test_linear_logprobs.py tests/test_tapo_loss.py
 
 export TOKENIZERS_PARALLELISM = false
 
@@ -25,8 +26,9 @@ demo: $(STAMP)  ## draw a world, teach a tiny policy, improve it: about 6 minute
 demo-seeds: $(STAMP)  ## three seeds of the demo beside their controls
 	$(BIN)/python -m tercet.train.demo
 
-test: $(STAMP)
+test: $(STAMP)  ## all tests; then those of the kernels again, in Triton's interpreter
 	$(BIN)/pytest -n 2
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 $(KERNEL_TESTS)
 
 test-core: $(STAMP)  ## the quick tests that need no trained model
 	$(BIN)/pytest -n 2 -m core

@@ -191,8 +191,8 @@ class TapoOptimConfig(OptimConfig):
 class ParallelConfig:
     micro_batch_tokens: int = 16384
     """Most packed tokens of one branch of one forward pass."""
-    head_chunk_rows: int = 2048
-    """Response rows that reach the head at once."""
+    head_chunk_rows: int | None = None
+    """Response rows that reach the head at once; None: what suits the device."""
 
 
 @dataclass

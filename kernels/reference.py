@@ -53,32 +53,7 @@ def linear_logprobs_reference(
         ValueError: shapes, dtypes or devices that do not fit, a label outside [0, V), or a
             temperature that is not positive.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "hidden must be [R, D] and weight [V, D], got "
-            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"hidden and weight must share a float dtype, got {hidden.dtype} and {weight.dtype}"
-        )
-    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels must be int64 of shape {tuple(hidden.shape[:1])}, got {labels.dtype} of shape "
-            f"{tuple(labels.shape)}"
-        )
-    if not hidden.device == weight.device == labels.device:
-        raise ValueError(
-            "hidden, weight and labels must be on one device, got "
-            f"{hidden.device}, {weight.device} and {labels.device}"
-        )
-    outside = (labels < 0) | (labels >= weight.shape[0])
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"labels must lie in [0, {weight.shape[0]}), got {int(labels[row])} in row {row}"
-        )
-    _require_positive("temperature", temperature)
+    check_head(hidden, weight, labels, temperature)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.to(dtype) @ weight.to(dtype).T / temperature  # [R, V]
     log_softmax = logits.log_softmax(-1)
@@ -152,7 +127,7 @@ def tapo_loss_reference(
         ValueError: shapes, dtypes or devices that do not fit, an option out of its range, or a
             coefficient other than 0 for a term whose log-probs are None.
     """
-    _check_rows(
+    check_rows(
         logprobs,
         old_logprobs=old_logprobs,
         neg_logprobs=neg_logprobs,
@@ -161,10 +136,10 @@ def tapo_loss_reference(
         is_weights=is_weights,
         ref_logprobs=ref_logprobs,
     )
-    _check_terms(neg_logprobs, kl_coef, neg_entropy_coef, ref_logprobs, ref_kl_coef, entropy_coef)
-    _check_bounds(clip_low, clip_high, clip_dual, log_ratio_clamp, kl_log_clamp, kl_clamp)
-    _check_choices(neg_grad, kl_ratio)
-    _require_positive("num_loss_tokens", num_loss_tokens)
+    check_terms(neg_logprobs, kl_coef, neg_entropy_coef, ref_logprobs, ref_kl_coef, entropy_coef)
+    check_bounds(clip_low, clip_high, clip_dual, log_ratio_clamp, kl_log_clamp, kl_clamp)
+    check_choices(neg_grad, kl_ratio)
+    require_positive("num_loss_tokens", num_loss_tokens)
 
     weight = torch.ones_like(logprobs) if loss_mask is None else loss_mask.detach()
     weight = weight.to(torch.promote_types(logprobs.dtype, torch.float32))
@@ -229,7 +204,10 @@ def _k3(log_ratio: Tensor, log_clamp: float | None, clamp: float | None) -> Tens
 
 
 def _clamp(values: Tensor, bound: float | None) -> Tensor:
-    return values if bound is None else values.clamp(-bound, bound)
+    if bound is None:
+        return values
+    # Unlike clamp, a NaN here has a NaN gradient, too.
+    return torch.where(values > bound, bound, torch.where(values < -bound, -bound, values))
 
 
 @cache
@@ -241,7 +219,39 @@ def _warn_policy_over_neg() -> None:
     )
 
 
-def _check_rows(logprobs: Tensor, **others: Tensor | None) -> None:
+def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> None:
+    """Raises ValueError where arguments of a head do not fit; labels on a GPU are not looked at."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "hidden must be [R, D] and weight [V, D], got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden and weight must share a float dtype, got {hidden.dtype} and {weight.dtype}"
+        )
+    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 of shape {tuple(hidden.shape[:1])}, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}"
+        )
+    if not hidden.device == weight.device == labels.device:
+        raise ValueError(
+            "hidden, weight and labels must be on one device, got "
+            f"{hidden.device}, {weight.device} and {labels.device}"
+        )
+    require_positive("temperature", temperature)
+    if labels.is_cuda:  # to look would be to wait for the device
+        return
+    outside = (labels < 0) | (labels >= weight.shape[0])
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"labels must lie in [0, {weight.shape[0]}), got {int(labels[row])} in row {row}"
+        )
+
+
+def check_rows(logprobs: Tensor, **others: Tensor | None) -> None:
     if logprobs.dim() != 1 or not logprobs.is_floating_point():
         raise ValueError(
             f"logprobs must be [R] floats, got {logprobs.dtype} of shape {tuple(logprobs.shape)}"
@@ -259,7 +269,7 @@ def _check_rows(logprobs: Tensor, **others: Tensor | None) -> None:
             )
 
 
-def _check_terms(
+def check_terms(
     neg_logprobs: Tensor | None,
     kl_coef: float,
     neg_entropy_coef: float,
@@ -279,7 +289,7 @@ def _check_terms(
             raise ValueError(f"{name} is {coefficient}, but {needed} is None: it must be 0 then")
 
 
-def _check_bounds(
+def check_bounds(
     clip_low: float,
     clip_high: float,
     clip_dual: float | None,
@@ -301,7 +311,7 @@ def _check_bounds(
             raise ValueError(f"{name} must be positive, or None for off, got {value}")
 
 
-def _check_choices(neg_grad: str, kl_ratio: str) -> None:
+def check_choices(neg_grad: str, kl_ratio: str) -> None:
     if neg_grad not in ("flow", "detach"):
         raise ValueError(f"neg_grad must be 'flow' or 'detach', got {neg_grad!r}")
     if kl_ratio not in ("neg_over_policy", "policy_over_neg"):
@@ -312,7 +322,7 @@ def _check_choices(neg_grad: str, kl_ratio: str) -> None:
         _warn_policy_over_neg()
 
 
-def _require_positive(name: str, value: float) -> None:
+def require_positive(name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive and finite, got {value}")
 

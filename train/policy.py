@@ -11,13 +11,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tercet.core.config import LossConfig
 from tercet.core.model import PolicyParts
 from tercet.core.types import MicroBatch, PackedBatch, to_device
+from tercet.kernels.linear_logprobs import linear_logprobs
 from tercet.kernels.prefix_attention import ATTENTION_NAME
-from tercet.kernels.reference import linear_logprobs_reference, tapo_loss_reference
+from tercet.kernels.tapo_loss import fused_linear_cross_entropy, fused_linear_tapo_loss
 
 Branch = Literal["joint", "update", "logprobs", "cross_entropy"]
 Metrics = dict[str, Tensor]
@@ -30,7 +30,7 @@ class Policy(nn.Module):
         parts: the transformers model; its text part is switched to shared-prefix attention.
         loss: coefficients and forms of the TAPO loss; not needed for stage 1.
         temperature: sampling temperature; log-probs are those of the scaled distribution.
-        chunk_rows: response rows that reach the head at once.
+        chunk_rows: response rows that reach the head at once; None: what suits the device.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Policy(nn.Module):
         loss: LossConfig | None = None,
         *,
         temperature: float = 1.0,
-        chunk_rows: int = 2048,
+        chunk_rows: int | None = None,
     ):
         super().__init__()
         self.model = parts.model
@@ -71,9 +71,11 @@ class Policy(nn.Module):
         if branch == "update":
             return self._tapo(batch, None)
         if branch == "logprobs":
-            return self._score(batch, given["labels"].to(self.device))[0]
+            labels = given["labels"].to(self.device)
+            return linear_logprobs(self._hidden(batch), labels=labels, **self._head())[0]
         if branch == "cross_entropy":
-            return self._cross_entropy(batch, **given)
+            given |= {name: given[name].to(self.device) for name in ("labels", "loss_mask")}
+            return fused_linear_cross_entropy(self._hidden(batch), **self._head(), **given)
         raise ValueError(f"branch must be one of {get_args(Branch)}, got {branch!r}")
 
     @torch.no_grad()
@@ -104,34 +106,26 @@ class Policy(nn.Module):
         )
         return output.last_hidden_state[0][packed.hidden_index]
 
-    def _score(self, packed: PackedBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-prob and exact entropy [R] of every row; at most chunk_rows x V logits exist."""
-        weight = self.model.lm_head.weight
-        scored = [
-            checkpoint(
-                linear_logprobs_reference, rows, weight, of, self.temperature, use_reentrant=False
-            )
-            for rows, of in zip(
-                self._hidden(packed).split(self.chunk_rows),
-                labels.split(self.chunk_rows),
-                strict=True,
-            )
-        ]
-        logprobs, entropies = zip(*scored, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
+    def _head(self) -> dict:
+        return {
+            "weight": self.model.lm_head.weight,
+            "temperature": self.temperature,
+            "chunk_rows": self.chunk_rows,
+        }
 
     def _tapo(self, batch: MicroBatch, negative: PackedBatch | None) -> tuple[Tensor, Metrics]:
-        loss = self.loss
-        logprobs, entropy = self._score(batch.update, batch.labels)
-        neg_logprobs = batch.neg_logprobs
+        loss, neg_hidden = self.loss, None
         if negative is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and loss.neg_grad == "flow"):
-                neg_logprobs, _ = self._score(negative, batch.labels)
-        total, metrics = tapo_loss_reference(
-            logprobs,
-            batch.old_logprobs,
-            neg_logprobs,
-            batch.advantages,
+                neg_hidden = self._hidden(negative)
+        return fused_linear_tapo_loss(
+            self._hidden(batch.update),
+            neg_hidden,
+            **self._head(),
+            labels=batch.labels,
+            old_logprobs=batch.old_logprobs,
+            neg_logprobs=batch.neg_logprobs,
+            advantages=batch.advantages,
             num_loss_tokens=batch.num_loss_tokens,
             clip_low=loss.clip_low,
             clip_high=loss.clip_high,
@@ -146,18 +140,3 @@ class Policy(nn.Module):
             neg_grad=loss.neg_grad,
             loss_mask=batch.loss_mask,
         )
-        metrics["exact_entropy"] = _masked_mean(
-            entropy.detach(), batch.loss_mask, batch.num_loss_tokens
-        )
-        return total, metrics
-
-    def _cross_entropy(
-        self, packed: PackedBatch, labels: Tensor, loss_mask: Tensor, num_loss_tokens: float
-    ) -> tuple[Tensor, Metrics]:
-        logprobs, _ = self._score(packed, labels.to(self.device))
-        loss = _masked_mean(-logprobs, loss_mask.to(self.device), num_loss_tokens)
-        return loss, {"cross_entropy": loss.detach()}
-
-
-def _masked_mean(values: Tensor, loss_mask: Tensor, num_loss_tokens: float) -> Tensor:
-    return torch.where(loss_mask != 0, values * loss_mask, 0).sum() / num_loss_tokens

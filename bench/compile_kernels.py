@@ -1,0 +1,161 @@
+"""Compile every kernel ahead of time, with no GPU, and hold it to its limits.
+
+    python -m tercet.bench.compile_kernels
+
+For sm_86 (RTX A6000) and sm_90 (H100, H200): no register may spill, shared memory must fit an
+sm_86 block, and the PTX must hold no fp64 arithmetic (a Python float that slipped in). Prints the
+table that README shows; exits with 1 where a limit is broken.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tercet.kernels import rows_triton
+
+ARCHITECTURES = (86, 90)
+MAX_SHARED = 101_376
+"""Bytes of shared memory that a block can have on sm_86."""
+TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel with the argument types and constants that the trainer launches it with."""
+
+    name: str
+    function: triton.JITFunction
+    types: dict[str, str]
+    constants: dict[str, object]
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes of one multiprocessor."""
+
+    kernel: str
+    architecture: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    has_fp64: bool
+    barriers: int
+    """Barriers in the PTX."""
+
+    def faults(self) -> list[str]:
+        """What is wrong with it, in words."""
+        found = []
+        if self.spilled_bytes:
+            found.append(f"spills {self.spilled_bytes} bytes")
+        if self.shared_bytes > MAX_SHARED:
+            found.append(f"needs {self.shared_bytes} bytes of shared memory, over {MAX_SHARED}")
+        if self.has_fp64:
+            found.append("computes in fp64")
+        return [f"{self.kernel} on sm_{self.architecture} {fault}" for fault in found]
+
+
+def kernels() -> list[Kernel]:
+    """Every kernel, in the variants that differ in what they compute."""
+    rows = {"BLOCK": rows_triton.BLOCK}
+    row_types = {
+        "logits": "*fp32",
+        "labels": "*i64",
+        "vocabulary": "i32",
+        "inv_temperature": "fp32",
+    }
+    floats = dict.fromkeys(["logprobs", "lse", "entropy", "d_logprobs", "d_entropy"], "*fp32")
+    found = [
+        Kernel("row_logprobs", rows_triton.row_logprobs_kernel, row_types | floats, rows, 8),
+    ]
+    for grad in ("bf16", "fp16", "fp32"):
+        types = row_types | floats | {"grad": f"*{grad}", "grad_stride": "i32"}
+        for entropy in (False, True):
+            name = f"logits_grad {grad}" + (", entropy" if entropy else "")
+            constants = rows | {"HAS_D_ENTROPY": entropy}
+            function = rows_triton.logits_grad_kernel
+            found.append(Kernel(name, function, types, constants, rows_triton.WARPS))
+    flags = ("HAS_OLD", "HAS_NEG", "HAS_REF", "HAS_MASK", "HAS_IS_WEIGHTS")
+    function = rows_triton.tapo_rows_kernel
+    types = {name: "fp32" for name in function.arg_names} | {"rows": "i32"}
+    pointers = function.arg_names[: function.arg_names.index("rows")]
+    types |= dict.fromkeys(pointers, "*fp32")
+    for name, present in (("tapo_rows", True), ("tapo_rows, plain", False)):
+        constants = dict.fromkeys(flags, present) | {"ROWS": rows_triton.ROWS}
+        found.append(Kernel(name, function, types, constants, 4))
+    return found
+
+
+def compile_kernel(kernel: Kernel, architecture: int) -> Usage:
+    """Compile one kernel for one architecture and measure it."""
+    names = kernel.function.arg_names
+    signature = {n: "constexpr" if n in kernel.constants else kernel.types[n] for n in names}
+    constants = {(names.index(n),): value for n, value in kernel.constants.items()}
+    # Pointers of PyTorch tensors, and V, are divisible by 16: say so, as a launch would.
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or n in ("vocabulary", "grad_stride")
+    }
+    source = ASTSource(kernel.function, signature, constants, divisible)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": kernel.num_warps},
+    )
+    registers, spilled = _resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return Usage(
+        kernel.name,
+        architecture,
+        registers,
+        spilled,
+        compiled.metadata.shared,
+        has_fp64=re.search(r"\.f64\b", ptx) is not None,
+        barriers=len(re.findall(r"\bbar(?:rier)?\.(?:cta\.)?sync", ptx)),
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of local memory a thread (spills and stack)."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        printed = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S
+        ).stdout
+    values = {
+        name: int(re.search(rf"{name}:(\d+)", printed)[1]) for name in ("REG", "LOCAL", "STACK")
+    }
+    return values["REG"], values["LOCAL"] + values["STACK"]
+
+
+def main() -> None:
+    print("| kernel | sm | registers | spilled bytes | shared bytes |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    faults = []
+    for kernel in kernels():
+        for architecture in ARCHITECTURES:
+            usage = compile_kernel(kernel, architecture)
+            faults += usage.faults()
+            print(
+                f"| {usage.kernel} | {usage.architecture} | {usage.registers} | "
+                f"{usage.spilled_bytes} | {usage.shared_bytes} |"
+            )
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -98,7 +98,7 @@ def chunks(rows: int, weight: Tensor, chunk_rows: int | None, branches: int = 1)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, or None, got {chunk_rows}")
     if chunk_rows is None:
-        on_cpu = max(16, CPU_CHUNK_LOGITS // max(1, len(weight)))
+        on_cpu = max(64, CPU_CHUNK_LOGITS // max(1, len(weight)))
         chunk_rows = GPU_CHUNK_ROWS if weight.is_cuda else on_cpu
     size = max(1, chunk_rows // branches)
     return [slice(start, min(start + size, rows)) for start in range(0, max(1, rows), size)]

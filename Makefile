@@ -5,11 +5,13 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+WHEELS ?= wheels
 KERNEL_TESTS := tests/test_rows.py tests/test_linear_logprobs.py tests/test_tapo_loss.py
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo demo-seeds test test-core lint bench clean
+.PHONY: install demo demo-seeds test test-core lint bench bench-kernels bench-gpu-kernels \
+	bench-figures kernel-table clean
 
 install: $(STAMP)
 
@@ -39,6 +41,23 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/pytest bench --benchmark-only -o python_files='*.py'
+
+bench-kernels: $(STAMP)  ## head and loss beside their peers, into bench/results/kernels.csv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]' -c $(CONSTRAINTS)
+	$(BIN)/python -m tercet.bench.kernels
+
+# On a GPU machine: its own python3 and packages, and pure-Python wheels laid into WHEELS.
+bench-gpu-kernels:
+	mkdir -p build/gpu/tercet
+	for folder in core kernels bench; do ln -sfn $(CURDIR)/$$folder build/gpu/tercet/$$folder; done
+	for wheel in $(wildcard $(WHEELS)/*.whl); do python3 -m zipfile -e $$wheel build/gpu; done
+	PYTHONPATH=build/gpu python3 -m tercet.bench.kernels --device cuda
+
+bench-figures: $(STAMP)  ## the figures, from the ledgers
+	$(BIN)/python -m tercet.bench.figures
+
+kernel-table: $(STAMP)  ## registers, spills and shared memory of every kernel, with no GPU
+	$(BIN)/python -m tercet.bench.compile_kernels
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .benchmarks

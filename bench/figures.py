@@ -1,6 +1,6 @@
 """Draws the figures of README from the ledgers in bench/results.
 
-    make bench-figures
+make bench-figures
 """
 
 from __future__ import annotations

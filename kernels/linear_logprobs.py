@@ -68,7 +68,7 @@ class Head:
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         # GPUs multiply 16-bit numbers into float32 sums; on a CPU both are float32 before.
         self.mixed = weight.is_cuda and weight.dtype != self.dtype
-        self.weight = weight if self.mixed else weight.to(self.dtype)
+        self.weight = weight.detach() if self.mixed else weight.detach().to(self.dtype)
         self.needs_grad = needs_grad
         self.grad: Tensor | None = None
 

@@ -256,7 +256,7 @@ def check_rows(logprobs: Tensor, **others: Tensor | None) -> None:
         raise ValueError(
             f"logprobs must be [R] floats, got {logprobs.dtype} of shape {tuple(logprobs.shape)}"
         )
-    if others["advantages"] is None:
+    if others.get("advantages", logprobs) is None:
         raise ValueError("advantages must be [R] floats, got None")
     for name, rows in others.items():
         if rows is None:

@@ -243,7 +243,7 @@ def _weighted_logprobs(
     labels = head["labels"]
     like = torch.empty_like(labels, dtype=torch.promote_types(weight.dtype, torch.float32))
     for rows in coefficients:
-        check_rows(like, advantages=rows, loss_mask=loss_mask)
+        check_rows(like, coefficients=rows, loss_mask=loss_mask)
     given = [rows.detach().to(like.dtype) for rows in coefficients]
 
     def row_step(part: slice, logprobs: Tensor, entropy: Tensor):
@@ -277,7 +277,6 @@ class _Done:
     """[B, R, D] in the dtype of the hidden states."""
     d_weight: Tensor | None
     """[V, D] in max(float32, the weight's dtype)."""
-
     scale: float
     """What both gradients must still be multiplied by."""
 
@@ -301,6 +300,9 @@ def _one_pass(
     operator, rows, count = operators(weight), len(labels), len(branches)
     needs_hidden = torch.is_grad_enabled() and any(x.requires_grad for x in branches)
     needs_weight = torch.is_grad_enabled() and weight.requires_grad
+    head = Head(weight, needs_weight)
+    # 16-bit gradients would lose small numbers: they are scaled last.
+    now, later = (1.0, scale) if weight.dtype.itemsize == 2 else (scale, 1.0)
 
     def one_chunk(part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         mask = None if loss_mask is None else loss_mask[part]
@@ -318,10 +320,7 @@ def _one_pass(
             d_hidden = head.backward(d_logits, hidden, needs_hidden)
         return by_branch, sums, d_hidden
 
-    # 16-bit gradients would lose small numbers: they are scaled last.
-    now, later = (1.0, scale) if weight.dtype.itemsize == 2 else (scale, 1.0)
     with torch.no_grad():
-        head = Head(weight, needs_weight)
         parts = [one_chunk(part) for part in chunks(rows, weight, chunk_rows, count)]
         logprobs, sums, d_hidden = zip(*parts, strict=True)
         if needs_hidden:

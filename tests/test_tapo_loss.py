@@ -392,7 +392,7 @@ def test_strided_inputs():
         ({"neg_grad": "stop"}, "neg_grad must be"),
         ({"kl_ratio": "k1"}, "kl_ratio must be"),
         ({"coefficients": torch.zeros(3)}, "one .R. a branch: 2, got 1"),
-        ({"coefficients": (torch.zeros(3), torch.zeros(2))}, "must be floats of shape"),
+        ({"coefficients": (torch.zeros(3), torch.zeros(2))}, "coefficients must be floats of"),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -11,7 +11,7 @@ KERNEL_TESTS := tests/test_rows.py tests/test_linear_logprobs.py tests/test_tapo
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: install demo demo-seeds test test-core lint bench bench-kernels bench-gpu-kernels \
-	bench-figures kernel-table clean
+	bench-figures kernel-table test-sglang clean
 
 install: $(STAMP)
 
@@ -31,6 +31,17 @@ demo-seeds: $(STAMP)  ## three seeds of the demo beside their controls
 test: $(STAMP)  ## all tests; then those of the kernels again, in Triton's interpreter
 	$(BIN)/pytest -n 2
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 $(KERNEL_TESTS)
+
+# The server has an environment of its own, kept in the user's cache and named after its pins.
+SGLANG_VENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tercet/sglang-$(shell cat tests/sglang_cpu/*.py tests/sglang_cpu/*.toml tests/sglang_cpu/*.txt | sha256sum | cut -c1-12)
+test-sglang: $(STAMP) $(SGLANG_VENV)/installed  ## the rollout engine against a real SGLang server on the CPU
+	TERCET_SGLANG_PYTHON=$(SGLANG_VENV)/bin/python $(BIN)/pytest -m sglang
+
+$(SGLANG_VENV)/installed:
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/sglang_cpu/requirements.txt
+	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check ./tests/sglang_cpu
+	touch $@
 
 test-core: $(STAMP)  ## the quick tests that need no trained model
 	$(BIN)/pytest -n 2 -m core

@@ -24,6 +24,7 @@ setup(
         "safetensors>=0.8",
         "pillow>=10.3",
         "pyarrow>=17",
+        "httpx>=0.27",
         "jsonargparse[signatures]>=4.49",
         "pyyaml>=6.0",
         "rich>=14.3",

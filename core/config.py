@@ -85,8 +85,22 @@ class ModelConfig:
 
 @dataclass
 class RolloutConfig:
-    engine: Literal["local"] = "local"
-    """local: the in-process engine on the policy's own weights."""
+    engine: Literal["local", "sglang"] = "local"
+    """local: in this process, on the policy's own weights. sglang: SGLang servers."""
+    sglang_python: str = ""
+    """Python of the environment that holds sglang: a server is started with it."""
+    sglang_args: str = ""
+    """Further flags of sglang.launch_server, as on a command line."""
+    urls: list[str] = field(default_factory=list)
+    """SGLang servers that run already, in place of one of ours; they must see run.out."""
+    api_key: str | None = None
+    """Sent to the servers, and asked for by ours."""
+    start_timeout_s: float = 600.0
+    """How long a server may take to load."""
+    request_timeout_s: float = 600.0
+    """How long one response may take."""
+    max_in_flight: int = 256
+    """Most requests sent to the servers at once."""
     n_anchor: int = 5
     """n1: responses sampled on the anchor image."""
     n_positive: int = 5
@@ -260,6 +274,7 @@ class TapoConfig:
             "rollout.max_rounds": rollout.max_rounds,
             "rollout.max_response_tokens": rollout.max_response_tokens,
             "rollout.max_rows": rollout.max_rows,
+            "rollout.max_in_flight": rollout.max_in_flight,
             "optim.groups_per_minibatch": self.optim.groups_per_minibatch,
             "loss.mean_over_size": loss.mean_over_size,
             "parallel.head_chunk_rows": self.parallel.head_chunk_rows,

@@ -223,7 +223,8 @@ def build_tiny(
 def _tiny_vision(architecture: str, size: int, layers: int, out: int, std: float) -> dict:
     common = {"depth": layers, "num_heads": size // 32, "initializer_range": std}
     if architecture == "qwen2_vl":
-        return common | {"embed_dim": size, "hidden_size": out, "mlp_ratio": 3}
+        # in_chans: published configurations have it, and SGLang reads it.
+        return common | {"embed_dim": size, "hidden_size": out, "mlp_ratio": 3, "in_chans": 3}
     return common | {
         "hidden_size": size,
         "intermediate_size": 3 * size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +36,8 @@ class Run(Protocol):
 
     def draw(self) -> None: ...
 
+    def close(self) -> None: ...
+
 
 def run(
     make: Callable[[TapoConfig | SftConfig, str, StopSignal, Path | None], Run],
@@ -56,7 +59,7 @@ def run(
     found = find_checkpoint(config.run.out, resume) if resume else None
     with StopSignal() as stop:
         made = make(config, resolved, stop, found)
-        with made.log:
+        with closing(made), made.log:
             saved = run_steps(made, config.run.save_every)
         made.draw()
     return saved or found

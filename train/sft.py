@@ -110,6 +110,9 @@ class SftRun:
         self.steps_done += 1
         return figures
 
+    def close(self) -> None:
+        """Nothing runs beside it."""
+
     def draw(self) -> None:
         """Write curves.png."""
         draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")

@@ -46,6 +46,7 @@ from tercet.core.types import Group
 from tercet.core.vision import PromptEncoder, load_image
 from tercet.rollout.local import LocalEngine
 from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
+from tercet.rollout.sglang import open_engine
 from tercet.train.checkpoint import (
     load_state,
     rng_state,
@@ -89,7 +90,10 @@ class TapoRun:
         if config.model.gradient_checkpointing:
             self.parts.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
-        self.engine = LocalEngine(self.parts, self.encoder, max_rows=config.rollout.max_rows)
+        if config.rollout.engine == "sglang":
+            self.engine = open_engine(self.parts, self.encoder, config.rollout, self.out / "sglang")
+        else:
+            self.engine = LocalEngine(self.parts, self.encoder, max_rows=config.rollout.max_rows)
         self.stream = TripletStream(
             self.manifest.anchors, positive=config.data.positive, seed=config.run.seed
         )
@@ -113,6 +117,7 @@ class TapoRun:
         self.optimizer_steps = 0
         if resume:
             self._restore(load_state(resume))
+        self.engine.update_weights(self.policy.named_weights(), self.steps_done)
         self.log = RunLog(self.out, self.total_steps, resolved, config.run.wandb)
         self.log.resume_at(self.steps_done + 1)
         self.shown: list[Group] = []
@@ -232,6 +237,10 @@ class TapoRun:
         self.optimizer_steps += 1
         return figures
 
+    def close(self) -> None:
+        """Stop the servers that sample."""
+        self.engine.close()
+
     def draw(self) -> None:
         """Write curves.png and samples.png."""
         draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
@@ -262,7 +271,6 @@ class TapoRun:
         self.sampler.carried = state["carried"]
         self.stream.restore(state["stream"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.engine.weight_version = self.steps_done
         set_rng_state(state["rng"])
 
 

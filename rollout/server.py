@@ -1,0 +1,266 @@
+"""SGLang servers as child processes: started, watched, restarted, stopped.
+
+A server runs in its own virtual environment (SGLang pins another torch), its own process group and
+its own working directory, and logs to a file. Between it and the trainer stands a guard, a process
+that reads from a pipe: when the trainer ends, however it ends, the pipe closes and the guard kills
+the group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+CONNECT_S = 5.0
+POLL_S = 0.5
+STOP_S = 15.0
+"""Time a server has between SIGTERM and SIGKILL."""
+LOG_LINES = 20
+"""Lines of its log that an error about a server shows."""
+GUARD = """
+import os, signal, subprocess, sys, threading
+
+def watch():
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+signal.signal(signal.SIGTERM, lambda *_: None)  # the group's other members have it too
+server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+threading.Thread(target=watch, daemon=True).start()
+os._exit(server.wait() & 255)
+"""
+
+
+class ServerError(RuntimeError):
+    """A server that does not start, does not answer, or answers what it must not."""
+
+
+class Server:
+    """One SGLang server.
+
+    Args:
+        model_path: Hugging Face folder that the server loads.
+        python: Python of the environment that holds sglang.
+        work_dir: its working directory; the log is `sglang.log` in it.
+        arguments: further flags of `sglang.launch_server`, passed on as they are.
+        host: address to bind to; anything but loopback opens the server to the network.
+        port: port to bind to; None: a free one.
+        api_key: asked of every client when given.
+        start_timeout_s: how long loading may take.
+        environment: variables set on top of the trainer's.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        python: str | Path,
+        work_dir: str | Path,
+        *,
+        arguments: Sequence[str] = (),
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        api_key: str | None = None,
+        start_timeout_s: float = 600.0,
+        environment: dict[str, str] | None = None,
+    ):
+        self.model_path, self.python = Path(model_path).resolve(), Path(python).absolute()
+        self.work_dir, self.arguments = Path(work_dir).resolve(), tuple(arguments)
+        self.host, self.api_key = host, api_key
+        self.port = port if port is not None else free_port(host)
+        self.start_timeout_s = start_timeout_s
+        self.environment = environment or {}
+        self.log_path = self.work_dir / "sglang.log"
+        self._process: subprocess.Popen | None = None
+        if not self.python.exists():
+            raise ValueError(f"rollout.sglang_python: there is no {self.python}")
+        if not (self.model_path / "config.json").exists():
+            raise ValueError(f"the server cannot load {self.model_path}: it holds no config.json")
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def process_group(self) -> int | None:
+        """Id of the processes that belong to it; None when it was not started."""
+        return None if self._process is None else self._process.pid
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the server and wait until it answers.
+
+        Raises:
+            ServerError: the port is taken, the server ended, or it did not answer in time; with the
+                end of its log.
+        """
+        if self.is_running():
+            return
+        _require_free(self.host, self.port)
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        command = [str(self.python), "-m", "sglang.launch_server"]
+        command += ["--model-path", str(self.model_path), "--host", self.host]
+        command += ["--port", str(self.port), *self.arguments]
+        if self.api_key:
+            command += ["--api-key", self.api_key]
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", GUARD, *command],
+                cwd=self.work_dir,
+                env=self._environment(),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        atexit.register(self.stop)
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+
+    def is_running(self) -> bool:
+        """Whether the process lives; it may still hang."""
+        return self._process is not None and self._process.poll() is None
+
+    def is_healthy(self, timeout_s: float = 5.0) -> bool:
+        """Whether it answers in time."""
+        try:
+            return httpx.get(f"{self.url}/health", timeout=timeout_s).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def restart(self) -> None:
+        """Stop what is left of it and start it again, on the same port."""
+        self.stop()
+        self.start()
+
+    def stop(self) -> None:
+        """End the whole process group: SIGTERM, then SIGKILL."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        atexit.unregister(self.stop)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            _signal_group(process.pid, number)
+            deadline = time.monotonic() + STOP_S
+            while time.monotonic() < deadline:
+                if process.poll() is not None and not _group_lives(process.pid):
+                    process.stdin.close()
+                    return
+                time.sleep(0.05)
+
+    def log_tail(self) -> str:
+        """The last lines of its log."""
+        if not self.log_path.exists():
+            return ""
+        lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(lines[-LOG_LINES:])
+
+    def _environment(self) -> dict[str, str]:
+        variables = dict(os.environ) | {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+        # Its sleep path refuses expandable segments; torchrun's rank is not the server's.
+        for name in ("PYTORCH_CUDA_ALLOC_CONF", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+            variables.pop(name, None)
+        return variables | self.environment
+
+    def _wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + self.start_timeout_s
+        while not self.is_healthy():
+            if not self.is_running():
+                code = self._process.returncode
+                raise ServerError(f"{self.url} ended with code {code}:\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"{self.url} did not answer in {self.start_timeout_s:.0f} s:\n{self.log_tail()}"
+                )
+            time.sleep(POLL_S)
+
+
+@dataclass
+class Endpoint:
+    """A server as its clients see it, ours or not."""
+
+    url: str
+    server: Server | None
+    """None: it was running already, and is never restarted."""
+    headers: dict[str, str]
+    timeout_s: float
+    lock: asyncio.Lock | None = None
+    """Held while the server is restarted; a new one for every event loop."""
+
+    def check(self) -> None:
+        """Raises ServerError, in seconds, where no server answers."""
+        try:
+            self.get("/model_info", CONNECT_S)
+        except httpx.HTTPError as error:
+            raise ServerError(f"rollout.urls: {self.url} does not answer: {error}") from None
+
+    def post(self, path: str, body: dict) -> dict:
+        """The reply to a POST; ServerError for any status but 200."""
+        reply = httpx.post(
+            self.url + path,
+            json=body,
+            headers=self.headers,
+            timeout=httpx.Timeout(self.timeout_s, connect=CONNECT_S),
+            trust_env=False,
+        )
+        if reply.status_code != 200:
+            raise ServerError(f"{self.url}{path}: {reply.status_code} {reply.text[:500]}")
+        return reply.json() if reply.text else {}
+
+    def get(self, path: str, timeout_s: float = 30.0) -> dict:
+        """The reply to a GET."""
+        timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
+        reply = httpx.get(self.url + path, headers=self.headers, timeout=timeout, trust_env=False)
+        reply.raise_for_status()
+        return reply.json()
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def _require_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerError(f"port {port} of {host} is taken: {error}") from None
+
+
+def _signal_group(group: int, number: int) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        pass
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

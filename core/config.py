@@ -19,6 +19,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "loss.mean_over": "batch",
         "rollout.max_rounds": 20,
         "rollout.on_exhausted": "error",
+        "rollout.dispatch": "auto",
         "rollout.surplus": "carry",
         "data.positive": "redraw",
         "optim.minibatch_by": "group",
@@ -33,6 +34,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "loss.mean_over": "micro_batch",
         "rollout.max_rounds": None,
         "rollout.on_exhausted": "keep_last_round",
+        "rollout.dispatch": "batch",
         "rollout.surplus": "drop",
         "data.positive": "fixed",
         "optim.minibatch_by": "response",
@@ -88,11 +90,22 @@ class RolloutConfig:
     engine: Literal["local", "sglang"] = "local"
     """local: in this process, on the policy's own weights. sglang: SGLang servers."""
     sglang_python: str = ""
-    """Python of the environment that holds sglang: a server is started with it."""
+    """Python of the environment that holds sglang: servers are started with it."""
+    server_gpus: list[str] = field(default_factory=lambda: [""])
+    """One server of ours an entry: the GPUs it sees, as `0` or `2,3`; empty: the trainer's own."""
+    colocated: bool = False
+    """Servers and trainer share GPUs: servers sleep while the policy is updated."""
     sglang_args: str = ""
     """Further flags of sglang.launch_server, as on a command line."""
     urls: list[str] = field(default_factory=list)
-    """SGLang servers that run already, in place of one of ours; they must see run.out."""
+    """SGLang servers that run already, in place of ours."""
+    weight_sync: Literal["disk", "distributed", "tensor"] = "disk"
+    """How weights reach servers: files (in memory where there is room; servers of `urls` must see
+    run.out), a broadcast (servers with GPUs of their own), or handed over on one host."""
+    weight_bucket_mib: int = 512
+    """Weights sent at once."""
+    sync_host: str = "127.0.0.1"
+    """Address of this machine that servers join for `weight_sync: distributed`."""
     api_key: str | None = None
     """Sent to the servers, and asked for by ours."""
     start_timeout_s: float = 600.0
@@ -117,8 +130,12 @@ class RolloutConfig:
     """Longer responses are cut off."""
     groups_per_step: int = 384
     """Kept groups (prompts) of a rollout step."""
+    dispatch: Literal["auto", "batch", "stream"] = "auto"
+    """batch: prompts in batches, each finished before the next, the same groups in every run.
+    stream: always enough prompts in flight, the rest aborted once the step is full; nothing waits
+    for the slowest response. auto: stream to SGLang servers, batch in this process."""
     prompts_per_batch: int | None = None
-    """Prompts sent to the engine at a time; None: as many as the step has groups."""
+    """Prompts of a batch; None: as many as the step has groups."""
     max_rounds: int | None = 20
     """A round is one step's worth of prompts sent; None: no limit."""
     on_exhausted: Literal["error", "train_kept", "keep_last_round"] = "error"
@@ -137,6 +154,10 @@ class RolloutConfig:
     """Taken from the reward of a cut-off response with `cut_off: penalise`."""
     max_rows: int = 256
     """Most responses the in-process engine decodes at once."""
+
+    @property
+    def streaming(self) -> bool:
+        return self.dispatch == "stream" or (self.dispatch == "auto" and self.engine == "sglang")
 
 
 @dataclass
@@ -165,6 +186,8 @@ class LossConfig:
     """Whether gradients pass through pi_neg."""
     neg_at: Literal["now", "step_start"] = "now"
     """pi_neg of the current weights, or computed once a rollout step."""
+    is_cap: float | None = None
+    """Weigh the policy term by min(pi_old / pi_sampler, this), token by token; None: off."""
     mean_over: Literal["batch", "group", "response", "micro_batch"] = "batch"
     """Token mean over the mini-batch, or mean over groups, responses or virtual micro-batches of
     their token means."""
@@ -275,6 +298,7 @@ class TapoConfig:
             "rollout.max_response_tokens": rollout.max_response_tokens,
             "rollout.max_rows": rollout.max_rows,
             "rollout.max_in_flight": rollout.max_in_flight,
+            "rollout.weight_bucket_mib": rollout.weight_bucket_mib,
             "optim.groups_per_minibatch": self.optim.groups_per_minibatch,
             "loss.mean_over_size": loss.mean_over_size,
             "parallel.head_chunk_rows": self.parallel.head_chunk_rows,
@@ -285,6 +309,8 @@ class TapoConfig:
         for name, value in positive.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if loss.is_cap is not None and loss.is_cap <= 0:
+            raise ValueError(f"loss.is_cap must be positive, got {loss.is_cap}")
         if not 0 < rollout.top_p <= 1:
             raise ValueError(f"rollout.top_p must lie in (0, 1], got {rollout.top_p}")
         if rollout.temperature <= 0:

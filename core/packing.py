@@ -9,6 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from tercet.core.mismatch import importance_weights
 from tercet.core.types import Group, MicroBatch, PackedBatch, Response, Segments
 from tercet.core.vision import EncodedPrompt
 
@@ -189,6 +190,7 @@ def micro_batch(
     update_on: str,
     negative: bool,
     num_loss_tokens: float,
+    is_cap: float | None = None,
 ) -> MicroBatch:
     """Pack pieces for one forward and backward pass.
 
@@ -200,6 +202,8 @@ def micro_batch(
         update_on: `anchor` or `own`.
         negative: whether the negative branch is computed.
         num_loss_tokens: sum of the weights of all rows of the mini-batch, over all ranks.
+        is_cap: bound of the importance weights against the sampler; None: no such weights. Under
+            `anchor` they are 1 for responses sampled on the positive: another image is scored.
 
     Returns:
         A MicroBatch on the CPU; old_logprobs and neg_logprobs are None where no response has them.
@@ -211,6 +215,11 @@ def micro_batch(
         assert all(unscored) or not any(unscored), f"{name} of some responses, not of all"
         return None if any(unscored) else rows(responses, lambda r: getattr(r, name))
 
+    def importance(response: Response) -> Tensor | float:
+        if update_on == "anchor" and response.role == "positive":
+            return 1.0
+        return importance_weights(response, is_cap)
+
     return MicroBatch(
         update=pack_branch(pieces, update_on, encode),
         negative=pack_branch(pieces, "negative", encode) if negative else None,
@@ -220,6 +229,7 @@ def micro_batch(
         num_loss_tokens=num_loss_tokens,
         old_logprobs=scored("old_logprobs"),
         neg_logprobs=scored("neg_logprobs"),
+        is_weights=None if is_cap is None else rows(responses, importance),
     )
 
 

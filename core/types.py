@@ -186,6 +186,8 @@ class MicroBatch:
     """[R] float32; None: the current ones, detached."""
     neg_logprobs: Tensor | None = None
     """[R] float32, only with `neg_at: step_start`."""
+    is_weights: Tensor | None = None
+    """[R] float32 weights of the policy term, only with `is_cap`."""
 
 
 def to_device(batch, device: torch.device | str):

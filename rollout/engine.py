@@ -5,7 +5,9 @@ The in-process engine (rollout/local.py) and the SGLang server stand behind this
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
@@ -76,3 +78,14 @@ def sample_seed(seed: int, step: int, request_id: str, index: int) -> int:
     """
     text = f"{seed}/{step}/{request_id}/{index}".encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+@asynccontextmanager
+async def together() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group whose first error cancels the rest and goes on as it is, not in a group."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except BaseExceptionGroup as errors:
+        first = errors.exceptions[0]
+        raise first from first.__cause__

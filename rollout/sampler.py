@@ -21,9 +21,11 @@ from tercet.core.rewards import call_reward, keep_group
 from tercet.core.triplets import draw_triplet
 from tercet.core.types import Anchor, Completion, Group, Request, Response, Triplet
 from tercet.core.vision import PromptEncoder
-from tercet.rollout.engine import Engine, Sampling
+from tercet.rollout.engine import Engine, Sampling, together
 
 Progress = Callable[[int], None]
+OVERSAMPLE = 1.25
+"""Groups in flight on a stream, as a multiple of those that should fill the step."""
 
 
 class NotEnoughGroups(RuntimeError):
@@ -31,7 +33,10 @@ class NotEnoughGroups(RuntimeError):
 
 
 class TripletStream:
-    """Endless triplets: every epoch a fresh permutation of the anchors, drawn from the seed."""
+    """Endless triplets: every epoch a fresh permutation of the anchors, drawn from the seed.
+
+    What is put back comes again before anything new.
+    """
 
     def __init__(self, anchors: Sequence[Anchor], *, positive: str, seed: int):
         if not anchors:
@@ -41,8 +46,11 @@ class TripletStream:
         self._seed = seed
         self.epoch = 0
         self.cursor = 0
+        self._returned: list[Triplet] = []
 
     def __next__(self) -> Triplet:
+        if self._returned:
+            return self._returned.pop(0)
         if self.cursor == len(self._anchors):
             self.epoch, self.cursor = self.epoch + 1, 0
         order = np.random.default_rng([self._seed, self.epoch]).permutation(len(self._anchors))
@@ -50,11 +58,16 @@ class TripletStream:
         self.cursor += 1
         return draw_triplet(anchor, self.epoch, self._seed, self._positive)
 
-    def state(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "cursor": self.cursor}
+    def put_back(self, triplets: Sequence[Triplet]) -> None:
+        """Take back triplets that were not sampled to their end."""
+        self._returned = [*triplets, *self._returned]
 
-    def restore(self, state: dict[str, int]) -> None:
+    def state(self) -> dict:
+        return {"epoch": self.epoch, "cursor": self.cursor, "returned": list(self._returned)}
+
+    def restore(self, state: dict) -> None:
         self.epoch, self.cursor = state["epoch"], state["cursor"]
+        self._returned = list(state["returned"])
 
 
 @dataclass
@@ -68,7 +81,8 @@ class StepGroups:
     filled_up: int = 0
     """Groups that did not pass but are trained on (`keep_last_round`)."""
     reward_seconds: float = 0.0
-    """Time that passed between the last response of a batch and its last reward."""
+    """Time that passed between the last response of a batch and its last reward; on a stream
+    nothing waits for rewards."""
     seen: list[Response] = field(default_factory=list)
     """Every response that was sampled, kept or not: for honest reward and accuracy figures."""
 
@@ -126,6 +140,8 @@ class GroupSampler:
         self._system_prompt = system_prompt
         self._seed = seed
         self._prompt_ids: dict[str, tuple[int, ...]] = {}
+        self._accepted, self._judged = 1.0, 2.0
+        """Groups that passed and all groups, on streams; before the first, one of two."""
         self._sampling = Sampling(
             config.temperature, config.top_p, config.top_k, config.max_response_tokens
         )
@@ -159,16 +175,11 @@ class GroupSampler:
         result = StepGroups(groups=self._fresh_carried())
         self.carried = []
         passing = {group.id for group in result.groups}
-        while len(result.groups) < wanted and result.prompts_sent < limit:
-            size = min(config.prompts_per_batch or wanted, limit - result.prompts_sent)
-            batch, chosen = await self._batch(step, size, result, progress)
-            passing |= chosen
-            spent = result.prompts_sent >= limit
-            if config.on_exhausted == "keep_last_round" and (spent or not chosen):
-                missing = max(0, wanted - len(result.groups) - len(chosen))
-                failed = [group.id for group in batch if group.id not in chosen]
-                chosen = chosen.union(failed[:missing])
-            result.groups += [group for group in batch if group.id in chosen]
+        fill = self._stream_in if config.streaming else self._rounds
+        async with together() as tasks:
+            beat = tasks.create_task(_beat(progress))
+            await fill(step, limit, result, passing, progress)
+            beat.cancel()
         if len(result.groups) < wanted and config.on_exhausted == "error":
             raise NotEnoughGroups(
                 f"step {step}: {len(result.groups)} of {wanted} groups passed in "
@@ -181,62 +192,112 @@ class GroupSampler:
         result.filled_up = sum(group.id not in passing for group in result.groups)
         return result
 
+    async def _rounds(
+        self, step: int, limit: float, result: StepGroups, passing: set[str], progress: Progress
+    ) -> None:
+        """Batch after batch, each finished before the next: the same result in every run."""
+        config = self._config
+        wanted = config.groups_per_step
+        while len(result.groups) < wanted and result.prompts_sent < limit:
+            size = min(config.prompts_per_batch or wanted, limit - result.prompts_sent)
+            batch = [self._next_group(step, result) for _ in range(size)]
+            passes = await self._sample(batch, step, result, progress)
+            chosen = {group.id for group in batch if passes[group.id]}
+            passing |= chosen
+            spent = result.prompts_sent >= limit
+            if config.on_exhausted == "keep_last_round" and (spent or not chosen):
+                missing = max(0, wanted - len(result.groups) - len(chosen))
+                failed = [group.id for group in batch if group.id not in chosen]
+                chosen = chosen.union(failed[:missing])
+            result.groups += [group for group in batch if group.id in chosen]
+
+    async def _stream_in(
+        self, step: int, limit: float, result: StepGroups, passing: set[str], progress: Progress
+    ) -> None:
+        """Keep enough groups in flight; each counts as soon as its last reward is there.
+
+        When the step is full the others are aborted, and their triplets come again in the next.
+        """
+        wanted = self._config.groups_per_step
+        running: dict[asyncio.Task[dict[str, bool]], Group] = {}
+        failed: list[Group] = []
+        self._accepted, self._judged = self._accepted / 2, self._judged / 2  # older steps fade
+
+        def count(task: asyncio.Task[dict[str, bool]]) -> None:
+            group = running.pop(task)
+            passes = task.result()[group.id]
+            self._accepted, self._judged = self._accepted + passes, self._judged + 1
+            if passes:
+                passing.add(group.id)
+            (result.groups if passes else failed).append(group)
+
+        async with together() as tasks:
+            while (missing := wanted - len(result.groups)) > 0:
+                while len(running) < self._room(missing) and result.prompts_sent < limit:
+                    group = self._next_group(step, result)
+                    task = tasks.create_task(self._sample([group], step, result, progress))
+                    running[task] = group
+                if not running:
+                    break
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in [task for task in running if task in done]:
+                    count(task)
+            for task in running:
+                task.cancel()
+        for task in [task for task in running if not task.cancelled()]:
+            count(task)  # it came to its end at the same time
+        self._stream.put_back([group.triplet for group in running.values()])
+        if self._config.on_exhausted == "keep_last_round" and missing > 0:
+            result.groups += failed[-missing:]
+
+    def _room(self, missing: int) -> int:
+        """Groups that may be in flight: as many as should fill the step, with some to spare."""
+        likely = math.ceil(OVERSAMPLE * missing * self._judged / self._accepted)
+        responses = self._config.n_anchor + self._config.n_positive
+        return min(likely, 1 + math.ceil(self._config.max_in_flight / responses))
+
     def _fresh_carried(self) -> list[Group]:
         """Carried groups whose weights are at most max_staleness steps old."""
         oldest = self._engine.weight_version - self._config.max_staleness
         return [g for g in self.carried if min(r.weight_version for r in g.responses) >= oldest]
 
-    async def _batch(
-        self, step: int, size: int, result: StepGroups, progress: Progress
-    ) -> tuple[list[Group], set[str]]:
-        """Sample and reward `size` triplets: groups in request order, ids of those that pass."""
-        groups: dict[str, Group] = {}
-        requests: list[Request] = []
-        for _ in range(size):
-            triplet = next(self._stream)
-            group_id = f"{step}.{result.prompts_sent}.{triplet.id}"
-            groups[group_id] = Group(group_id, triplet, self._prompt(triplet), [])
-            requests += self._requests(groups[group_id], step)
-            result.prompts_sent += 1
-        passes = await self._sample(groups, requests, result, progress)
-        if missing := [group_id for group_id in groups if group_id not in passes]:
-            raise RuntimeError(f"step {step}: the engine did not finish group(s) {missing}")
-        result.groups_done += len(groups)
-        result.groups_kept += sum(passes.values())
-        result.seen += [response for group in groups.values() for response in group.responses]
-        return list(groups.values()), {group_id for group_id in groups if passes[group_id]}
+    def _next_group(self, step: int, result: StepGroups) -> Group:
+        """The next triplet as a group without responses."""
+        triplet = next(self._stream)
+        group_id = f"{step}.{result.prompts_sent}.{triplet.id}"
+        result.prompts_sent += 1
+        return Group(group_id, triplet, self._prompt(triplet), [])
 
     async def _sample(
-        self,
-        groups: dict[str, Group],
-        requests: list[Request],
-        result: StepGroups,
-        progress: Progress,
+        self, groups: Sequence[Group], step: int, result: StepGroups, progress: Progress
     ) -> dict[str, bool]:
-        """Fill the groups and reward each once it is complete; ids to whether they pass.
+        """Fill groups and reward each once it is complete; ids to whether they pass.
 
         A reward that fails ends the sampling at once.
         """
-        done: dict[str, list[Completion]] = {group_id: [] for group_id in groups}
+        by_id = {group.id: group for group in groups}
+        requests = [request for group in groups for request in self._requests(group, step)]
+        done: dict[str, list[Completion]] = {group_id: [] for group_id in by_id}
         judging: dict[str, asyncio.Task[bool]] = {}
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                beat = tasks.create_task(_beat(progress))
-                async for completion in self._engine.generate(requests, self._sampling):
-                    group_id = completion.request_id.rpartition(".")[0]
-                    done[group_id].append(completion)
-                    progress(1)
-                    if len(done[group_id]) == self._config.n_anchor + self._config.n_positive:
-                        self._fill(groups[group_id], done[group_id])
-                        judging[group_id] = tasks.create_task(self._judge(groups[group_id]))
-                sampled = time.perf_counter()
-                passes = await asyncio.gather(*judging.values())
+        async with together() as tasks:
+            async for completion in self._engine.generate(requests, self._sampling):
+                group_id = completion.request_id.rpartition(".")[0]
+                done[group_id].append(completion)
+                progress(1)
+                if len(done[group_id]) == self._config.n_anchor + self._config.n_positive:
+                    self._fill(by_id[group_id], done[group_id])
+                    judging[group_id] = tasks.create_task(self._judge(by_id[group_id]))
+            sampled = time.perf_counter()
+            await asyncio.gather(*judging.values())
+            if not self._config.streaming:
                 result.reward_seconds += time.perf_counter() - sampled
-                beat.cancel()
-        except BaseExceptionGroup as errors:
-            first = errors.exceptions[0]
-            raise first from first.__cause__
-        return dict(zip(judging, passes, strict=True))
+        if missing := [group_id for group_id in by_id if group_id not in judging]:
+            raise RuntimeError(f"step {step}: the engine did not finish group(s) {missing}")
+        passes = {group_id: task.result() for group_id, task in judging.items()}
+        result.groups_done += len(groups)
+        result.groups_kept += sum(passes.values())
+        result.seen += [response for group in groups for response in group.responses]
+        return passes
 
     def _prompt(self, triplet: Triplet) -> tuple[int, ...]:
         """Prompt ids of a triplet's question; checks all three prompts against the limit."""

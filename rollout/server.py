@@ -8,7 +8,6 @@ the group.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import os
 import signal
@@ -17,12 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 
-CONNECT_S = 5.0
 POLL_S = 0.5
 STOP_S = 15.0
 """Time a server has between SIGTERM and SIGKILL."""
@@ -78,7 +77,7 @@ class Server:
         self.model_path, self.python = Path(model_path).resolve(), Path(python).absolute()
         self.work_dir, self.arguments = Path(work_dir).resolve(), tuple(arguments)
         self.host, self.api_key = host, api_key
-        self.port = port if port is not None else free_port(host)
+        self.port = port if port is not None else free_ports(1, host)[0]
         self.start_timeout_s = start_timeout_s
         self.environment = environment or {}
         self.log_path = self.work_dir / "sglang.log"
@@ -142,7 +141,9 @@ class Server:
         return self._process is not None and self._process.poll() is None
 
     def is_healthy(self, timeout_s: float = 5.0) -> bool:
-        """Whether it answers in time."""
+        """Whether it runs and answers in time."""
+        if not self.is_running():
+            return False
         try:
             return httpx.get(f"{self.url}/health", timeout=timeout_s).status_code == 200
         except httpx.HTTPError:
@@ -180,6 +181,10 @@ class Server:
         # Its sleep path refuses expandable segments; torchrun's rank is not the server's.
         for name in ("PYTORCH_CUDA_ALLOC_CONF", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
             variables.pop(name, None)
+        # Features of a photo must not outlive the vision tower that they were computed with.
+        variables.setdefault("SGLANG_VLM_CACHE_SIZE_MB", "0")
+        if self.host == "127.0.0.1":
+            variables["GLOO_SOCKET_IFNAME"] = "lo"
         return variables | self.environment
 
     def _wait_until_healthy(self) -> None:
@@ -195,51 +200,33 @@ class Server:
             time.sleep(POLL_S)
 
 
-@dataclass
-class Endpoint:
-    """A server as its clients see it, ours or not."""
-
-    url: str
-    server: Server | None
-    """None: it was running already, and is never restarted."""
-    headers: dict[str, str]
-    timeout_s: float
-    lock: asyncio.Lock | None = None
-    """Held while the server is restarted; a new one for every event loop."""
-
-    def check(self) -> None:
-        """Raises ServerError, in seconds, where no server answers."""
-        try:
-            self.get("/model_info", CONNECT_S)
-        except httpx.HTTPError as error:
-            raise ServerError(f"rollout.urls: {self.url} does not answer: {error}") from None
-
-    def post(self, path: str, body: dict) -> dict:
-        """The reply to a POST; ServerError for any status but 200."""
-        reply = httpx.post(
-            self.url + path,
-            json=body,
-            headers=self.headers,
-            timeout=httpx.Timeout(self.timeout_s, connect=CONNECT_S),
-            trust_env=False,
-        )
-        if reply.status_code != 200:
-            raise ServerError(f"{self.url}{path}: {reply.status_code} {reply.text[:500]}")
-        return reply.json() if reply.text else {}
-
-    def get(self, path: str, timeout_s: float = 30.0) -> dict:
-        """The reply to a GET."""
-        timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
-        reply = httpx.get(self.url + path, headers=self.headers, timeout=timeout, trust_env=False)
-        reply.raise_for_status()
-        return reply.json()
+def start_all(servers: Sequence[Server]) -> None:
+    """Start servers at once; none is left running where one does not start."""
+    with ThreadPoolExecutor(max(1, len(servers))) as pool:
+        starts = [pool.submit(server.start) for server in servers]
+    try:
+        for start in starts:
+            start.result()
+    except BaseException:
+        stop_all(servers)
+        raise
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+def stop_all(servers: Sequence[Server]) -> None:
+    """Stop servers at once."""
+    with ThreadPoolExecutor(max(1, len(servers))) as pool:
+        list(pool.map(Server.stop, servers))
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Ports that nothing listens on now, all different."""
+    with ExitStack() as probes:
+        ports = []
+        for _ in range(count):
+            probe = probes.enter_context(socket.socket())
+            probe.bind((host, 0))
+            ports.append(probe.getsockname()[1])
+    return ports
 
 
 def _require_free(host: str, port: int) -> None:

@@ -1,4 +1,8 @@
-"""The policy's weights on their way to a server: names as on disk, safetensors in shards.
+"""The policy's weights on their way to servers: over the disk, broadcast, or handed over.
+
+`send_weights` is the one way in. `disk` writes safetensors that the servers read; `distributed`
+broadcasts buckets in a process group of trainer and servers (NCCL: they need GPUs of their own;
+gloo on a CPU); `tensor` hands buckets over on one host (CUDA IPC: no copy leaves the GPU).
 
 transformers keeps Qwen2-VL and Qwen2.5-VL in memory as `model.visual.*` and
 `model.language_model.*`; checkpoints, and so servers, name them `visual.*` and `model.*`. A tied
@@ -7,60 +11,362 @@ head is not among the weights: servers tie it themselves.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import pickle
 import shutil
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, Protocol
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import BroadcastOptions, PrefixStore, TCPStore
+from torch.distributed import distributed_c10d as c10d
+from torch.multiprocessing import reductions
 
-SHARD_BYTES = 2 << 30
+from tercet.rollout.endpoint import Endpoint
+from tercet.rollout.server import ServerError
+
+NamedWeights = Iterable[tuple[str, Tensor]]
+Way = Literal["disk", "distributed", "tensor"]
 PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
+MEMORY_DISK = Path("/dev/shm")
+POLL_S = 0.005
+UUID_PLACE = 6  # of a CUDA tensor's device in what torch.multiprocessing sends
 
 
-def disk_names(named_weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def disk_names(named_weights: NamedWeights) -> Iterator[tuple[str, Tensor]]:
     """The same weights under the names of Hugging Face checkpoints."""
     for name, tensor in named_weights:
         for inside, on_disk in PREFIXES:
             if name.startswith(inside):
                 name = on_disk + name.removeprefix(inside)
                 break
-        yield name, tensor
+        yield name, tensor.detach()
+
+
+def buckets(named_weights: NamedWeights, size: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Cut weights into runs of one dtype and at most `size` bytes, or of one larger tensor."""
+    bucket: list[tuple[str, Tensor]] = []
+    used = 0
+    for name, tensor in disk_names(named_weights):
+        if bucket and (used + tensor.nbytes > size or tensor.dtype != bucket[0][1].dtype):
+            yield bucket
+            bucket, used = [], 0
+        bucket.append((name, tensor))
+        used += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+class WeightSync(Protocol):
+    """One way for weights to reach servers."""
+
+    def send(
+        self, endpoints: Sequence[Endpoint], named_weights: NamedWeights, version: int
+    ) -> None:
+        """Load weights into every server under a version's name, or raise."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held between two updates; `send` may be called again."""
+        ...
+
+
+def open_sync(
+    way: Way,
+    *,
+    parent: Path,
+    config_from: Path,
+    bucket_bytes: int = 512 << 20,
+    host: str = "127.0.0.1",
+    timeout_s: float = 600.0,
+) -> WeightSync:
+    """The way that is asked for.
+
+    Args:
+        way: `disk`, `distributed` or `tensor`.
+        parent: where `disk` makes its folder; every server must see it.
+        config_from: Hugging Face folder whose other files (configuration, tokenizer) go with them.
+        bucket_bytes: most bytes of a file, a broadcast or a hand-over.
+        host: address of this machine that servers join for `distributed`.
+        timeout_s: longest that a broadcast may take.
+
+    Raises:
+        ValueError: another way.
+    """
+    if way == "disk":
+        return DiskSync(parent.resolve(), config_from, bucket_bytes)
+    if way == "distributed":
+        return DistributedSync(bucket_bytes, host, timeout_s)
+    if way == "tensor":
+        return TensorSync(bucket_bytes)
+    raise ValueError(f"rollout.weight_sync must be disk, distributed or tensor, got {way!r}")
+
+
+class DiskSync:
+    """Writes a Hugging Face folder, lets every server load it, and removes it."""
+
+    def __init__(self, parent: Path, config_from: Path, bucket_bytes: int):
+        self._parent, self._config_from = parent, config_from
+        self._bucket_bytes = bucket_bytes
+
+    def send(
+        self, endpoints: Sequence[Endpoint], named_weights: NamedWeights, version: int
+    ) -> None:
+        self._parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="tercet-weights-", dir=self._parent) as folder:
+            write_weights(named_weights, self._config_from, Path(folder), self._bucket_bytes)
+            body = {"model_path": folder, "weight_version": str(version), "flush_cache": True}
+            _post_all(endpoints, "/update_weights_from_disk", body)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class DistributedSync:
+    """Broadcasts from rank 0, the trainer, to the servers' ranks, in a group of their own."""
+
+    def __init__(self, bucket_bytes: int, host: str, timeout_s: float):
+        self._bucket_bytes, self._host = bucket_bytes, host
+        self._timeout = timedelta(seconds=timeout_s)
+        self._group: c10d.Backend | None = None
+        self._members: tuple[str, ...] = ()
+        self._name = ""
+
+    def send(
+        self, endpoints: Sequence[Endpoint], named_weights: NamedWeights, version: int
+    ) -> None:
+        try:
+            with _update(endpoints):
+                for bucket, last in _marked(buckets(named_weights, self._bucket_bytes)):
+                    flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in bucket])
+                    self._join(endpoints, flat.device)
+                    body = _about(bucket) | _ending(version, last)
+                    body |= {"group_name": self._name, "load_format": "flattened_bucket"}
+                    with _posting(endpoints, "/update_weights_from_distributed", body) as replies:
+                        self._broadcast(flat, replies)
+        except BaseException:
+            self.close()  # its members no longer agree on what comes next
+            raise
+
+    def close(self) -> None:
+        self._group, self._members = None, ()
+
+    def _join(self, endpoints: Sequence[Endpoint], device: torch.device) -> None:
+        """Make the group of trainer and servers, unless it is there."""
+        members = tuple(f"{e.url} {e.server and e.server.process_group}" for e in endpoints)
+        if self._group is not None and members == self._members:
+            return
+        sizes = [e.get("/server_info").get("tp_size", 1) for e in endpoints]
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        self._name = f"tercet-{time.time_ns()}"  # servers keep the groups of dead trainers
+        with socket.create_server((self._host, 0)) as listener:
+            port = listener.getsockname()[1]
+            store = TCPStore(
+                self._host,
+                port,
+                is_master=True,
+                timeout=self._timeout,
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )
+        bodies = [
+            {
+                "master_address": self._host,
+                "master_port": port,
+                "rank_offset": 1 + sum(sizes[:place]),
+                "world_size": 1 + sum(sizes),
+                "group_name": self._name,
+                "backend": backend,
+            }
+            for place in range(len(endpoints))
+        ]
+        # Where torch.distributed looks for a group of this name on this device.
+        for prefix in (self._name, f"{self._name}/", f"{device.type}/"):
+            store = PrefixStore(prefix, store)
+        with _posting(endpoints, "/init_weights_update_group", *bodies) as replies:
+            self._group = self._make(backend, store, 1 + sum(sizes))
+            for reply in replies:
+                reply.result()
+        self._members = members
+
+    def _make(self, backend: str, store: PrefixStore, size: int) -> c10d.Backend:
+        if backend == "nccl":
+            options = c10d.ProcessGroupNCCL.Options()
+            options._timeout = self._timeout
+            return c10d.ProcessGroupNCCL(store, 0, size, options)
+        options = c10d.ProcessGroupGloo._Options()
+        options._timeout = self._timeout
+        options._devices = [c10d.ProcessGroupGloo.create_device(hostname=self._host)]
+        return c10d.ProcessGroupGloo(store, 0, size, options)
+
+    def _broadcast(self, flat: Tensor, replies: Sequence[Future]) -> None:
+        """Send to all; a server that has answered with an error will never receive."""
+        options = BroadcastOptions()
+        options.rootRank = 0
+        work = self._group.broadcast([flat], options)
+        while not work.is_completed():
+            for reply in replies:
+                if reply.done():
+                    reply.result()
+            time.sleep(POLL_S)
+        work.wait()
+        for reply in replies:
+            reply.result()
+
+
+class TensorSync:
+    """Hands tensors over to servers on this host; on a GPU as handles of its memory."""
+
+    def __init__(self, bucket_bytes: int):
+        self._bucket_bytes = bucket_bytes
+
+    def send(
+        self, endpoints: Sequence[Endpoint], named_weights: NamedWeights, version: int
+    ) -> None:
+        sizes = {e.url: e.get("/server_info").get("tp_size", 1) for e in endpoints}
+        with _update(endpoints):
+            for bucket, last in _marked(buckets(named_weights, self._bucket_bytes)):
+                payload = pickled(bucket)
+                bodies = [
+                    {"serialized_named_tensors": [payload] * sizes[e.url]} | _ending(version, last)
+                    for e in endpoints
+                ]
+                _post_all(endpoints, "/update_weights_from_tensor", *bodies)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def pickled(bucket: list[tuple[str, Tensor]]) -> str:
+    """Tensors as SGLang unpickles them, in base64: bytes on a CPU, memory handles on a GPU."""
+    buffer = io.BytesIO()
+    on_gpu = bucket[0][1].is_cuda
+    (_HandlePickler if on_gpu else pickle.Pickler)(buffer).dump(bucket)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+class _HandlePickler(ForkingPickler):
+    """Names a GPU by its UUID: trainer and server may number GPUs differently."""
+
+    def reducer_override(self, value):
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        rebuild, arguments = reductions.reduce_tensor(value)
+        device = torch.cuda.get_device_properties(arguments[UUID_PLACE])
+        return rebuild, (
+            *arguments[:UUID_PLACE],
+            str(device.uuid),
+            *arguments[UUID_PLACE + 1 :],
+        )
 
 
 def write_weights(
-    named_weights: Iterator[tuple[str, Tensor]], config_from: Path, folder: Path
+    named_weights: NamedWeights, config_from: Path, folder: Path, shard_bytes: int = 2 << 30
 ) -> None:
     """Write weights as a folder that a server can load, a shard in memory at a time.
 
     Args:
         named_weights: (name in the transformers model, tensor), streamed.
         config_from: Hugging Face folder whose other files (configuration, tokenizer) are copied.
-        folder: emptied and filled.
+        folder: an empty folder.
+        shard_bytes: most bytes of a file.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     for file in config_from.iterdir():
         if file.is_file() and not file.name.startswith(("model.safetensors", "model-", "state")):
             shutil.copy(file, folder / file.name)
     index: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal shard, size
-        name = f"model-{len(set(index.values())) + 1:05}.safetensors"
+    total = 0
+    for number, bucket in enumerate(buckets(named_weights, shard_bytes), start=1):
+        name = f"model-{number:05}.safetensors"
+        shard = {key: tensor.to("cpu").contiguous() for key, tensor in bucket}
         save_file(shard, folder / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, name))
-        shard, size = {}, 0
-
-    for name, tensor in disk_names(named_weights):
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            flush()
-        shard[name] = tensor.detach().to("cpu").contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
+        index |= dict.fromkeys(shard, name)
+        total += sum(tensor.nbytes for tensor in shard.values())
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index}), encoding="utf-8"
     )
+
+
+def _about(bucket: list[tuple[str, Tensor]]) -> dict:
+    return {
+        "names": [name for name, _ in bucket],
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+        "shapes": [list(tensor.shape) for _, tensor in bucket],
+    }
+
+
+def _ending(version: int, last: bool) -> dict:
+    """The version and an empty prefix cache come with the last bucket."""
+    return {"flush_cache": last} | ({"weight_version": str(version)} if last else {})
+
+
+def _marked(items: Iterable) -> Iterator[tuple[object, bool]]:
+    """Items with whether each is the last."""
+    iterator = iter(items)
+    held = next(iterator)
+    for item in iterator:
+        yield held, False
+        held = item
+    yield held, True
+
+
+@contextmanager
+def _update(endpoints: Sequence[Endpoint]) -> Iterator[None]:
+    """Open and close an update on servers that ask for it (SGLang from 0.5.18 or so)."""
+    having = [e for e in endpoints if _begin(e)]
+    yield
+    _post_all(having, "/end_weight_update", {})
+
+
+def _begin(endpoint: Endpoint) -> bool:
+    """Open an update; False where the server knows no such thing."""
+    try:
+        endpoint.post("/begin_weight_update", {})
+    except ServerError as error:
+        if "404" in str(error):
+            return False
+        if "already open" not in str(error):
+            raise
+        endpoint.post("/end_weight_update", {})  # of a trainer that did not come to its end
+        endpoint.post("/begin_weight_update", {})
+    return True
+
+
+@contextmanager
+def _posting(
+    endpoints: Sequence[Endpoint], path: str, *bodies: dict
+) -> Iterator[list[Future[dict]]]:
+    """Post to all servers at once (one body for all, or one each) while the block runs."""
+    pool = ThreadPoolExecutor(max(1, len(endpoints)))
+    each = bodies * len(endpoints) if len(bodies) == 1 else bodies
+    try:
+        yield [pool.submit(e.post, path, body) for e, body in zip(endpoints, each, strict=True)]
+    finally:
+        pool.shutdown(wait=False)
+
+
+def _post_all(endpoints: Sequence[Endpoint], path: str, *bodies: dict) -> None:
+    with _posting(endpoints, path, *bodies) as replies:
+        for reply in replies:
+            reply.result()
+
+
+def roomy_folder(needed: int, otherwise: Path) -> Path:
+    """The memory file system where it has room for twice `needed` bytes, else `otherwise`."""
+    try:
+        free = shutil.disk_usage(MEMORY_DISK).free
+    except OSError:
+        return otherwise
+    return MEMORY_DISK if free > 2 * needed else otherwise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -393,12 +394,33 @@ def test_micro_batch_rows(update_on):
     assert batch.update.hidden_index.numel() == batch.negative.hidden_index.numel() == 8
 
 
+@pytest.mark.parametrize("update_on", ["anchor", "own"])
+def test_importance_weights_of_micro_batch_rows(update_on):
+    """Capped; responses sampled on the positive have none where the anchor is scored."""
+    group = make_group([2, 1], positives=1)
+    for n, each in enumerate(group.responses):
+        each.rollout_logprobs = (-1.0,) * len(each.token_ids)
+        each.old_logprobs = torch.full((len(each.token_ids),), -1.0 + math.log(4 - n))
+    batch = micro_batch(
+        [whole(group)],
+        encode,
+        {id(r): 1.0 for r in group.responses},
+        update_on=update_on,
+        negative=False,
+        num_loss_tokens=3.0,
+        is_cap=3.5,
+    )
+    positive = 3.0 if update_on == "own" else 1.0
+    torch.testing.assert_close(batch.is_weights, torch.tensor([3.5, 3.5, positive]))
+
+
 def test_micro_batch_without_scores_or_negative():
     group = make_group([2, 3])
     weights = {id(r): 1.0 for r in group.responses}
     options = {"update_on": "anchor", "negative": False, "num_loss_tokens": 5.0}
     batch = micro_batch([whole(group)], encode, weights, **options)
     assert batch.negative is batch.old_logprobs is batch.neg_logprobs is None
+    assert batch.is_weights is None
     group.responses[0].old_logprobs = torch.zeros(2)
     with pytest.raises(AssertionError, match="old_logprobs of some responses, not of all"):
         micro_batch([whole(group)], encode, weights, **options)

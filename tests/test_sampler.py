@@ -21,6 +21,7 @@ from tercet.rollout.sampler import GroupSampler, NotEnoughGroups, TripletStream
 
 pytestmark = pytest.mark.core
 
+START = {"epoch": 0, "cursor": 0, "returned": []}
 NAMES = {"bird": ("least auklet", "crested auklet")}
 
 
@@ -566,7 +567,7 @@ def test_progress_is_called_while_nothing_comes(make, monkeypatch):
     with pytest.raises(Stop):
         collect(sampler, progress=stop)
     assert time.perf_counter() - started < 30
-    assert sampler._stream.state() == {"epoch": 0, "cursor": 0}
+    assert sampler._stream.state() == START
 
 
 def test_responses_that_never_come_are_an_error(make, parts):
@@ -586,7 +587,7 @@ def test_an_over_long_prompt_names_triplet_and_photo(make, anchors, encoder):
     message = rf"triplet 'a[135]'.*a\d\.png'.* {max(limits)} tokens.*max_prompt_tokens is"
     with pytest.raises(ValueError, match=message):
         collect(too_tight)
-    assert too_tight._stream.state() == {"epoch": 0, "cursor": 0}
+    assert too_tight._stream.state() == START
 
 
 @pytest.mark.parametrize("role", ["positive", "negative"])
@@ -612,7 +613,7 @@ def test_a_bad_photo_is_named_and_loses_nothing(make, parts, encoder, anchors):
     sampler = build(parts, encoder, [*anchors[:2], missing], Script(), prompts_per_batch=3)
     with pytest.raises(ValueError, match="gone.png"):
         collect(sampler)
-    assert sampler._stream.state() == {"epoch": 0, "cursor": 0}
+    assert sampler._stream.state() == START
 
 
 # Repeatable ---------------------------------------------------------------------------------------
@@ -634,3 +635,114 @@ def test_the_same_seed_gives_the_same_steps(make, parts):
 
     assert play(1) == play(1) == play(1, resume_at=1) == play(1, resume_at=2)
     assert play(1) != play(2)
+
+
+class TimedEngine(ScriptedEngine):
+    """Groups take as many turns of the event loop as `turns` says by rank (None: for ever)."""
+
+    def __init__(self, tokenizer, turns=lambda rank: 1):
+        super().__init__(tokenizer, shuffle=None)
+        self.turns = turns
+        self.running = self.most = 0
+        self.aborted: list[int] = []
+
+    async def generate(self, requests, sampling):
+        rank = int(requests[0].id.split(".")[1])
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            turns = self.turns(rank)
+            for _ in range(turns or 10**9):
+                await asyncio.sleep(0 if turns else 0.01)
+            async for completion in super().generate(requests, sampling):
+                yield completion
+        except (asyncio.CancelledError, GeneratorExit):
+            self.aborted.append(rank)
+            raise
+        finally:
+            self.running -= 1
+
+
+def test_a_stream_does_not_wait_for_slow_responses(make, parts):
+    """Ranks 0 and 2 never finish: the step fills without them, they are aborted, and their
+    triplets come first in the next step."""
+    engine = TimedEngine(parts.tokenizer, lambda rank: None if rank in (0, 2) else 1 + 20 * rank)
+    everyone = set(range(100))
+    sampler = make(Script(everyone, everyone), engine=engine, dispatch="stream")
+    result = collect(sampler)
+    assert ranks(result.groups) == ["0.1", "0.3", "0.4", "0.5"]
+    assert {0, 2} <= set(engine.aborted) and engine.running == 0
+    aborted = sorted(engine.aborted)
+    assert result.prompts_sent == 4 + len(aborted) and result.groups_done == 4
+    returned = [t.id for t in sampler._stream.state()["returned"]]
+    assert returned == [triplet_of(sampler, rank) for rank in aborted]
+    engine.turns = lambda rank: 1 + 20 * rank
+    again = collect(sampler, step=1)
+    assert [g.triplet.id for g in again.groups] == returned[:4]
+
+
+def triplet_of(sampler: GroupSampler, rank: int) -> str:
+    """Id of the triplet that a fresh stream of the same seed gives at a rank."""
+    fresh = TripletStream(sampler._stream._anchors, positive="redraw", seed=0)
+    return [next(fresh).id for _ in range(rank + 1)][-1]
+
+
+def test_a_stream_sends_by_the_share_that_passes(make, parts):
+    """One of two expected at first: ceil(1.25 * 4 * 2) = 10 in flight, later fewer; never more
+    than the servers hold."""
+    engine = TimedEngine(parts.tokenizer)
+    everyone = set(range(100))
+    sampler = make(Script(*[everyone] * 3), engine=engine, dispatch="stream", surplus="drop")
+    collect(sampler)
+    assert engine.most == 10
+    engine.most = 0
+    collect(sampler, step=1)
+    assert engine.most == 6
+    narrow = TimedEngine(parts.tokenizer)
+    collect(make(Script(everyone), engine=narrow, dispatch="stream", max_in_flight=9))
+    assert narrow.most == 3  # of 5 responses each: 2 fill 9 places, 1 stands ready
+
+
+def test_a_stream_replaces_groups_that_do_not_pass(make, parts):
+    engine = TimedEngine(parts.tokenizer, lambda rank: 1)
+    sampler = make(Script({11, 12, 13, 14, 15, 16}), engine=engine, dispatch="stream")
+    result = collect(sampler)
+    assert ranks(result.groups) == ["0.11", "0.12", "0.13", "0.14"]
+    assert result.filled_up == 0 and result.groups_kept >= 4
+    assert len(result.seen) == 5 * result.groups_done >= 5 * 15
+
+
+@pytest.mark.parametrize("on_exhausted", ["error", "train_kept", "keep_last_round"])
+def test_a_stream_that_is_spent(make, parts, on_exhausted):
+    engine = TimedEngine(parts.tokenizer)
+    sampler = make(
+        Script({1}), engine=engine, dispatch="stream", max_rounds=2, on_exhausted=on_exhausted
+    )
+    if on_exhausted == "error":
+        with pytest.raises(NotEnoughGroups, match=r"1 of 4 groups passed .*8 prompts"):
+            collect(sampler)
+        assert sampler._stream.state() == START
+        return
+    result = collect(sampler)
+    kept = ["0.1"] if on_exhausted == "train_kept" else ["0.1", "0.5", "0.6", "0.7"]
+    assert ranks(result.groups) == kept
+    assert result.prompts_sent == 8 and result.filled_up == len(kept) - 1
+
+
+def test_a_reward_that_fails_ends_a_stream_and_loses_nothing(make, parts):
+    def fails(rows):
+        if ".5." in rows[0]["group_id"]:
+            raise RuntimeError("the judge is gone")
+        return Script()(rows)
+
+    engine = TimedEngine(parts.tokenizer)
+    sampler = make(fails, engine=engine, dispatch="stream")
+    with pytest.raises(ValueError, match="judge is gone"):
+        collect(sampler)
+    assert sampler._stream.state() == START and engine.running == 0
+
+
+def test_streams_are_for_servers_and_batches_for_this_process():
+    assert RolloutConfig(engine="sglang").streaming and not RolloutConfig().streaming
+    assert not RolloutConfig(engine="sglang", dispatch="batch").streaming
+    assert RolloutConfig(dispatch="stream").streaming

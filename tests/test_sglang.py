@@ -24,10 +24,13 @@ from support import tiny
 from tercet.core.config import TapoConfig
 from tercet.core.types import Request
 from tercet.core.vision import PromptEncoder
+from tercet.rollout.endpoint import Endpoint
 from tercet.rollout.engine import Sampling
+from tercet.rollout.launch import SAME_PIXELS
 from tercet.rollout.local import LocalEngine
-from tercet.rollout.server import Server, ServerError, free_port
-from tercet.rollout.sglang import SAME_PIXELS, SglangEngine
+from tercet.rollout.server import Server, ServerError, free_ports
+from tercet.rollout.sglang import SglangEngine
+from tercet.rollout.weights import open_sync
 from tercet.train import tapo
 from tercet.train.command_line import parse
 
@@ -65,9 +68,55 @@ def server(policy, tmp_path_factory):
     assert not server.is_running()
 
 
+def make_engine(parts, servers, folder: Path, *, way="disk", timeout_s=60.0, **options):
+    """An engine on servers of ours (or on addresses of others); small buckets, so that there are
+    several."""
+    if not (folder / "policy").exists():
+        parts.save(folder / "policy")
+    sync = open_sync(
+        way,
+        parent=folder,
+        config_from=folder / "policy",
+        bucket_bytes=100 << 10,
+        timeout_s=timeout_s,
+    )
+    endpoints = [
+        Endpoint(s, None, {}, timeout_s)
+        if isinstance(s, str)
+        else Endpoint(s.url, s, {}, timeout_s)
+        for s in servers
+    ]
+    weights = parts.model.named_parameters
+    return SglangEngine(parts, PromptEncoder(parts), endpoints, sync, weights, **options)
+
+
 @pytest.fixture
 def engine(policy, server, tmp_path):
-    return SglangEngine(policy, PromptEncoder(policy), servers=[server], work_dir=tmp_path)
+    return make_engine(policy, [server], tmp_path)
+
+
+def change_weights(parts) -> None:
+    with torch.no_grad():
+        for parameter in parts.model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+        # A random policy may prefer an image token, which the engine refuses.
+        parts.model.lm_head.weight[list(parts.banned_ids)] = 0
+
+
+def assert_same_as_local(parts, engine, requests, sampling=None) -> None:
+    """Greedy tokens and log-probs of the servers are those of the in-process engine."""
+    local = LocalEngine(parts, PromptEncoder(parts))
+    local.update_weights(iter(()), engine.weight_version)
+    found = collect(engine, requests, sampling or GREEDY)
+    want = collect(local, requests, sampling or GREEDY)
+    assert len(found) == sum(request.n for request in requests)
+    for ours, theirs in zip(found, want, strict=True):
+        assert (ours.request_id, ours.index) == (theirs.request_id, theirs.index)
+        assert ours.token_ids == theirs.token_ids
+        assert ours.finish_reason == theirs.finish_reason
+        assert ours.weight_version == engine.weight_version
+        got = torch.tensor(ours.rollout_logprobs)
+        torch.testing.assert_close(got, torch.tensor(theirs.rollout_logprobs), atol=1e-5, rtol=0)
 
 
 def make_requests(parts, photos, n=3) -> list[Request]:
@@ -89,27 +138,26 @@ def collect(engine, requests, sampling=GREEDY):
     return sorted(done, key=lambda c: (c.request_id, c.index))
 
 
-def test_greedy_tokens_and_logprobs_are_those_of_the_local_engine(policy, engine, photos):
+@pytest.mark.parametrize("way", ["disk", "distributed", "tensor"])
+def test_every_way_of_weights_gives_the_local_engines_answers(
+    policy, server, photos, tmp_path, way
+):
+    """Tokens and log-probs, after each of two updates: nothing of the old weights is left."""
+    engine = make_engine(policy, [server], tmp_path, way=way)
     requests = make_requests(policy, photos)
-    engine.update_weights(policy.model.named_parameters(), 1)
-    local = LocalEngine(policy, PromptEncoder(policy))
-    local.update_weights(iter(()), 1)
-    found, want = collect(engine, requests), collect(local, requests)
-    assert len(found) == 9
-    for ours, theirs in zip(found, want, strict=True):
-        assert (ours.request_id, ours.index) == (theirs.request_id, theirs.index)
-        assert ours.token_ids == theirs.token_ids
-        assert ours.finish_reason == theirs.finish_reason and ours.weight_version == 1
-        got = torch.tensor(ours.rollout_logprobs)
-        torch.testing.assert_close(got, torch.tensor(theirs.rollout_logprobs), atol=1e-5, rtol=0)
+    for version in (1, 2):
+        change_weights(policy)
+        engine.update_weights(policy.model.named_parameters(), version)
+        assert_same_as_local(policy, engine, requests)
+    assert not list(tmp_path.glob("tercet-weights-*"))
 
 
 def test_a_prompt_is_prefilled_once(policy, engine, photos):
     requests = make_requests(policy, photos, n=4)[:1]
-    engine.update_weights(policy.model.named_parameters(), 2)
+    engine.update_weights(policy.model.named_parameters(), 3)
     assert len(collect(engine, requests)) == 4
     length = len(PromptEncoder(policy)(requests[0].prompt_ids, requests[0].images))
-    assert engine.cached_tokens == 3 * (length - 1)
+    assert engine.cached_tokens == 3 * (length - 1) and engine.prompt_tokens == 4 * length
 
 
 def test_sampling_gives_full_vocabulary_logprobs(policy, engine, photos):
@@ -135,24 +183,14 @@ def test_sampling_gives_full_vocabulary_logprobs(policy, engine, photos):
 
 @pytest.mark.parametrize("architecture, tied", [("qwen2_vl", True), ("qwen2_5_vl", False)])
 def test_other_architectures_and_heads(architecture, tied, photos, tmp_path):
-    """Weight names and tied heads: a server that loaded other weights answers with the new ones."""
+    """Weight names and tied heads, on every way."""
     parts = tiny(architecture, tie_word_embeddings=tied)
     with make_server(parts, tmp_path / "model") as server:
-        with torch.no_grad():
-            for parameter in parts.model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-            # A random policy may prefer an image token, which the engine refuses.
-            parts.model.lm_head.weight[list(parts.banned_ids)] = 0
-        engine = SglangEngine(parts, PromptEncoder(parts), servers=[server], work_dir=tmp_path)
-        engine.update_weights(parts.model.named_parameters(), 1)
-        local = LocalEngine(parts, PromptEncoder(parts))
-        requests = make_requests(parts, photos, n=1)
-        for ours, theirs in zip(collect(engine, requests), collect(local, requests), strict=True):
-            assert ours.token_ids == theirs.token_ids
-            got = torch.tensor(ours.rollout_logprobs)
-            torch.testing.assert_close(
-                got, torch.tensor(theirs.rollout_logprobs), atol=1e-5, rtol=0
-            )
+        for version, way in enumerate(("disk", "distributed", "tensor"), start=1):
+            change_weights(parts)
+            engine = make_engine(parts, [server], tmp_path, way=way)
+            engine.update_weights(parts.model.named_parameters(), version)
+            assert_same_as_local(parts, engine, make_requests(parts, photos, n=1))
 
 
 def test_a_server_killed_while_it_generates_is_restarted(policy, server, engine, photos):
@@ -177,9 +215,7 @@ def test_a_server_killed_while_it_generates_is_restarted(policy, server, engine,
 
 
 def test_a_hung_server_is_restarted(policy, server, photos, tmp_path):
-    engine = SglangEngine(
-        policy, PromptEncoder(policy), servers=[server], work_dir=tmp_path, timeout_s=20.0
-    )
+    engine = make_engine(policy, [server], tmp_path, timeout_s=20.0)
     engine.update_weights(policy.model.named_parameters(), 5)
     os.killpg(server.process_group, signal.SIGSTOP)
     found = collect(engine, make_requests(policy, photos, n=1))
@@ -188,7 +224,7 @@ def test_a_hung_server_is_restarted(policy, server, photos, tmp_path):
 
 def test_the_server_dies_with_a_killed_trainer(policy, tmp_path):
     policy.save(tmp_path / "model")
-    port = free_port()
+    port = free_ports(1)[0]
     script = f"""
 import time
 from tercet.rollout.server import Server
@@ -217,12 +253,11 @@ time.sleep(600)
 
 def test_bad_configuration_is_named_in_seconds(policy, server, tmp_path):
     started = time.monotonic()
-    encoder = PromptEncoder(policy)
-    nowhere = f"http://127.0.0.1:{free_port()}"
+    nowhere = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(ServerError, match="does not answer"):
-        SglangEngine(policy, encoder, urls=[nowhere], work_dir=tmp_path)
+        make_engine(policy, [nowhere], tmp_path)
     with pytest.raises(ValueError, match="twice"):
-        SglangEngine(policy, encoder, urls=[nowhere, nowhere + "/"], work_dir=tmp_path)
+        make_engine(policy, [nowhere, nowhere], tmp_path)
     with pytest.raises(ValueError, match="holds no config.json"):
         Server(tmp_path / "none", PYTHON, tmp_path)
     with pytest.raises(ValueError, match="there is no"):
@@ -271,6 +306,6 @@ def test_training_samples_on_a_server_and_leaves_none(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["grad_norm"] > 0 and row["groups"] == 4 for row in rows)
-    log = (out / "sglang" / "server" / "sglang.log").read_text()
+    log = (out / "sglang" / "server_0" / "sglang.log").read_text()
     assert log.count('"POST /update_weights_from_disk HTTP/1.1" 200') == 4
-    assert processes_in(out / "sglang" / "server") == []
+    assert processes_in(out / "sglang" / "server_0") == []

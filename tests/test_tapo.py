@@ -189,6 +189,29 @@ def test_only_later_mini_batches_need_old_logprobs(monkeypatch, world, tmp_path)
     assert len(scored) == 1
 
 
+@pytest.mark.parametrize("size, preset", [(4, "paper"), (2, "paper"), (2, "released")])
+def test_sampler_and_trainer_agree(monkeypatch, world, tmp_path, size, preset):
+    """Whether old log-probs were scored or came back from the update."""
+    more = [f"--optim.groups_per_minibatch={size}", f"--run.preset={preset}"]
+    train(monkeypatch, options(world, tmp_path, *more))
+    rows = figures(tmp_path)
+    assert all(0 < row["mismatch_mean"] <= row["mismatch_max"] < 1e-5 for row in rows)
+    assert all(abs(row["mismatch_kl"]) < 1e-9 and row["mismatch_over"] == 0 for row in rows)
+
+
+def test_importance_weights_scale_the_policy_term(monkeypatch, world, tmp_path):
+    """The sampler is exact here: a cap of 0.5 is the weight of every token."""
+    found = {}
+    for cap in ("null", "0.5"):
+        out = tmp_path / cap
+        more = ["--run.steps=1", "--loss.update_on=own", "--optim.groups_per_minibatch=4"]
+        train(monkeypatch, options(world, out, *more, f"--loss.is_cap={cap}"))
+        found[cap] = figures(out)[0]
+    assert found["null"]["pg_loss"] != 0
+    assert found["0.5"]["pg_loss"] == pytest.approx(0.5 * found["null"]["pg_loss"], abs=1e-6)
+    assert found["0.5"]["kl"] == pytest.approx(found["null"]["kl"], rel=1e-5)
+
+
 @pytest.mark.parametrize("mean_over", ["batch", "group", "response", "micro_batch"])
 def test_the_token_budget_does_not_change_the_step(monkeypatch, world, tmp_path, mean_over):
     more = ["--run.steps=1", f"--loss.mean_over={mean_over}", "--optim.lr=1e-4"]

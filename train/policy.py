@@ -60,16 +60,18 @@ class Policy(nn.Module):
             branch: `joint`: TAPO loss, the negative scored too; `update`: TAPO loss with
                 batch.neg_logprobs (or none); `logprobs`: given labels [R]; `cross_entropy`: given
                 labels [R], loss_mask [R] and num_loss_tokens.
+            given: what the branch needs besides; `joint` and `update` take return_logprobs.
 
         Returns:
             `logprobs`: [R] float32. Otherwise (loss, metrics): a 0-d tensor, already divided by
-            num_loss_tokens, and 0-d detached tensors that add up over micro-batches and ranks.
+            num_loss_tokens, and 0-d detached tensors that add up over micro-batches and ranks
+            (with return_logprobs also `logprobs` [R], and `neg_logprobs` [R] where they are).
         """
         batch = to_device(batch, self.device)
         if branch == "joint":
-            return self._tapo(batch, batch.negative)
+            return self._tapo(batch, batch.negative, **given)
         if branch == "update":
-            return self._tapo(batch, None)
+            return self._tapo(batch, None, **given)
         if branch == "logprobs":
             labels = given["labels"].to(self.device)
             return linear_logprobs(self._hidden(batch), labels=labels, **self._head())[0]
@@ -113,7 +115,9 @@ class Policy(nn.Module):
             "chunk_rows": self.chunk_rows,
         }
 
-    def _tapo(self, batch: MicroBatch, negative: PackedBatch | None) -> tuple[Tensor, Metrics]:
+    def _tapo(
+        self, batch: MicroBatch, negative: PackedBatch | None, return_logprobs: bool = False
+    ) -> tuple[Tensor, Metrics]:
         loss, neg_hidden = self.loss, None
         if negative is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and loss.neg_grad == "flow"):
@@ -139,4 +143,6 @@ class Policy(nn.Module):
             neg_entropy_coef=loss.neg_entropy_coef,
             neg_grad=loss.neg_grad,
             loss_mask=batch.loss_mask,
+            is_weights=batch.is_weights,
+            return_logprobs=return_logprobs,
         )

@@ -31,6 +31,7 @@ from tercet.core.advantages import group_advantages, row_weights
 from tercet.core.config import TapoConfig
 from tercet.core.embedders import embedder
 from tercet.core.manifest import MANIFEST_NAME, Manifest
+from tercet.core.mismatch import mismatch_figures
 from tercet.core.model import load_policy
 from tercet.core.packing import (
     Piece,
@@ -42,11 +43,10 @@ from tercet.core.packing import (
 )
 from tercet.core.rewards import is_correct, load_reward
 from tercet.core.triplets import prepare_manifest
-from tercet.core.types import Group
+from tercet.core.types import Group, Response
 from tercet.core.vision import PromptEncoder, load_image
-from tercet.rollout.local import LocalEngine
+from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
-from tercet.rollout.sglang import open_engine
 from tercet.train.checkpoint import (
     load_state,
     rng_state,
@@ -90,10 +90,13 @@ class TapoRun:
         if config.model.gradient_checkpointing:
             self.parts.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
-        if config.rollout.engine == "sglang":
-            self.engine = open_engine(self.parts, self.encoder, config.rollout, self.out / "sglang")
-        else:
-            self.engine = LocalEngine(self.parts, self.encoder, max_rows=config.rollout.max_rows)
+        self.engine = open_engine(
+            self.parts,
+            self.encoder,
+            config.rollout,
+            self.out / "sglang",
+            self.policy.named_weights,
+        )
         self.stream = TripletStream(
             self.manifest.anchors, positive=config.data.positive, seed=config.run.seed
         )
@@ -139,8 +142,10 @@ class TapoRun:
             figures = self._sample()
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
         batches = mini_batches(self.groups, size, config.optim.minibatch_by)
-        # The first mini-batch is updated at the very weights that old log-probs would be taken of.
-        self._score("old", [piece for batch in batches[1:] for piece in batch])
+        # The first mini-batch is updated at the very weights that old log-probs are those of: only
+        # importance weights need them before the update.
+        unscored = batches if config.loss.is_cap is not None else batches[1:]
+        self._score("old", [piece for batch in unscored for piece in batch])
         if config.loss.needs_negative and config.loss.neg_at == "step_start":
             self._score("negative", [piece for batch in batches for piece in batch])
         updates = []
@@ -149,6 +154,7 @@ class TapoRun:
             for batch in batches[self.minibatches_done :]:
                 updates.append(self._update(batch, len(batches), phase))
                 self.minibatches_done += 1
+        figures |= self._mismatch()
         with self.log.phase("sync", total=1, unit="update"):
             self.engine.update_weights(self.policy.named_weights(), self.steps_done + 1)
         self.steps_done += 1
@@ -192,10 +198,7 @@ class TapoRun:
                 self.stop.check()
                 responses = [r for piece in chunk for r in piece.chosen()]
                 packed = pack_branch(chunk, branch, self.encoder)
-                logprobs = self.policy.logprobs(packed, labels_of(responses)).cpu()
-                lengths = [len(r.token_ids) for r in responses]
-                for response, part in zip(responses, logprobs.split(lengths), strict=True):
-                    setattr(response, field, part.clone())
+                _set_logprobs(responses, field, self.policy.logprobs(packed, labels_of(responses)))
                 phase.advance(len(chunk))
 
     def _update(self, pieces: Sequence[Piece], minibatches: int, phase) -> dict[str, float]:
@@ -217,6 +220,7 @@ class TapoRun:
         branches = [loss.update_on, "negative"] if negative else [loss.update_on]
         budget = config.parallel.micro_batch_tokens
         sums: dict[str, torch.Tensor] = {}
+        scored: list[torch.Tensor] = []
         for chunk in split_by_budget(pieces, branches, self.encoder, budget):
             self.stop.check()
             batch = micro_batch(
@@ -226,16 +230,36 @@ class TapoRun:
                 update_on=loss.update_on,
                 negative=negative,
                 num_loss_tokens=num_loss_tokens,
+                is_cap=loss.is_cap,
             )
-            value, metrics = self.policy(batch, "joint" if negative else "update")
+            branch = "joint" if negative else "update"
+            value, metrics = self.policy(batch, branch, return_logprobs=True)
             value.backward()
+            scored.append(metrics.pop("logprobs"))
+            metrics.pop("neg_logprobs", None)
             add_up(sums, {"loss": value.detach()} | metrics)
             phase.advance(len(chunk) / minibatches)
         steps = self.total_steps * minibatches
         lr = learning_rate(self.optimizer_steps, steps, config.optim, self.steps_done == 0)
         figures = take_step(self, lr, sums)
         self.optimizer_steps += 1
+        if self.minibatches_done == 0 and loss.is_cap is None:  # at the step's first weights
+            _set_logprobs(responses, "old_logprobs", torch.cat(scored))
+            for response in responses:
+                if not weight_of[id(response)]:
+                    response.old_logprobs = None  # its rows were left out
         return figures
+
+    def _mismatch(self) -> dict[str, float]:
+        """Sampler against trainer on anchor responses of this step's weights."""
+        return mismatch_figures(
+            [
+                response
+                for group in self.groups
+                for response in group.responses
+                if response.role == "anchor" and response.weight_version == self.steps_done
+            ]
+        )
 
     def close(self) -> None:
         """Stop the servers that sample."""
@@ -272,6 +296,13 @@ class TapoRun:
         self.stream.restore(state["stream"])
         self.optimizer.load_state_dict(state["optimizer"])
         set_rng_state(state["rng"])
+
+
+def _set_logprobs(responses: Sequence[Response], field: str, logprobs: torch.Tensor) -> None:
+    """Give responses their parts of [R] log-probs."""
+    parts = logprobs.cpu().split([len(r.token_ids) for r in responses])
+    for response, part in zip(responses, parts, strict=True):
+        setattr(response, field, part.clone())
 
 
 def _sampling_figures(sampled: StepGroups, seconds: float) -> dict[str, float]:

@@ -1,0 +1,50 @@
+"""How far the sampler's log-probs are from the trainer's, and weights that correct for it.
+
+Both score the same tokens with the same weights, but with other kernels and roundings: the ratio
+pi_trainer / pi_sampler is what an unbiased gradient would have to be weighted with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tercet.core.types import Response
+
+BOUND = 0.1
+"""Differences of log-probs over this are counted."""
+
+
+def mismatch_figures(responses: Sequence[Response]) -> dict[str, float]:
+    """Differences between old (trainer) and rollout (sampler) log-probs, over all tokens.
+
+    Args:
+        responses: those with old_logprobs are used; they must come from the weights and the image
+            that they were scored with.
+
+    Returns:
+        mismatch_mean and mismatch_max of |old - rollout|; mismatch_kl, the k3 estimate
+        E[e^d - 1 - d] of KL(sampler || trainer) with d = old - rollout; mismatch_over, the share
+        of tokens with |d| > BOUND. Nothing where there is no token.
+    """
+    scored = [r for r in responses if r.old_logprobs is not None and r.token_ids]
+    if not scored:
+        return {}
+    difference = torch.cat([r.old_logprobs.double() - _sampled(r).double() for r in scored])
+    return {
+        "mismatch_mean": float(difference.abs().mean()),
+        "mismatch_max": float(difference.abs().max()),
+        "mismatch_kl": float((difference.expm1() - difference).mean()),
+        "mismatch_over": float((difference.abs() > BOUND).double().mean()),
+    }
+
+
+def importance_weights(response: Response, cap: float) -> Tensor:
+    """[length] float32: min(exp(old - rollout), cap), truncated importance weights."""
+    return (response.old_logprobs - _sampled(response)).exp().clamp(max=cap)
+
+
+def _sampled(response: Response) -> Tensor:
+    return torch.tensor(response.rollout_logprobs, dtype=torch.float32)

@@ -6,6 +6,7 @@ calls them one prompt at a time, so that a prompt's arrays are the same wherever
 
 from __future__ import annotations
 
+import base64
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,6 +56,14 @@ def load_image(key: str) -> Image.Image:
             f"image {key!r}: aspect ratio of {image.width} x {image.height} is over {MAX_ASPECT}:1"
         )
     return image
+
+
+@lru_cache(maxsize=128)
+def data_uri(key: str) -> str:
+    """A photo as PNG in a data URI: the very pixels that the trainer sees, for a server."""
+    buffer = BytesIO()
+    load_image(key).save(buffer, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import httpx
@@ -28,16 +30,51 @@ async def pause(attempt: int) -> None:
     await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)
 
 
-def open_client(
-    timeout_s: float, connections: int, headers: dict[str, str] | None = None
-) -> httpx.AsyncClient:
-    """A client for at most `connections` requests at once, each at most `timeout_s` long."""
-    return httpx.AsyncClient(
-        timeout=httpx.Timeout(timeout_s, connect=CONNECT_S),
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=connections),
-        headers=headers,
-        trust_env=False,
+@dataclass
+class Session:
+    """What the requests that run at one time share; it belongs to one event loop."""
+
+    client: httpx.AsyncClient
+    places: asyncio.Semaphore
+    """Bounds the requests in flight."""
+    restarts: defaultdict[str, asyncio.Lock] = field(
+        default_factory=lambda: defaultdict(asyncio.Lock)
     )
+    """Held while the server of that address is restarted."""
+
+
+class SharedSession:
+    """A session that the first of several calls opens and the last one closes.
+
+    Args:
+        timeout_s: longest that a request may take.
+        places: most requests in flight.
+        headers: sent with every request.
+    """
+
+    def __init__(self, timeout_s: float, places: int, headers: dict[str, str] | None = None):
+        self._timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
+        self._places, self._headers = places, headers
+        self._session: Session | None = None
+        self._users = 0
+
+    @asynccontextmanager
+    async def use(self) -> AsyncIterator[Session]:
+        if self._session is None:
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._places)
+            client = httpx.AsyncClient(
+                timeout=self._timeout, limits=limits, headers=self._headers, trust_env=False
+            )
+            self._session = Session(client, asyncio.Semaphore(self._places))
+        session = self._session
+        self._users += 1
+        try:
+            yield session
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._session = None
+                await session.client.aclose()
 
 
 async def refuse(reply: httpx.Response) -> None:
@@ -62,8 +99,6 @@ class Endpoint:
     load: int = 0
     """Samples that wait for it or run on it."""
     asleep: bool = False
-    reviving: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while it is restarted."""
 
     def check(self) -> None:
         """Raises ServerError, in seconds, where no server answers."""

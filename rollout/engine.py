@@ -45,6 +45,8 @@ class Engine(Protocol):
     on image tokens, top_p and top_k act after they are taken."""
 
     weight_version: int
+    full_vocabulary: bool
+    """Whether log-probs are what the line above asks for; a server may say otherwise."""
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling

@@ -136,6 +136,7 @@ class LocalEngine:
 
     def __init__(self, parts: PolicyParts, encoder: PromptEncoder, *, max_rows: int = 256):
         self.weight_version = 0
+        self.full_vocabulary = True
         self._model = parts.model
         self._encoder = encoder
         self._max_rows = max_rows

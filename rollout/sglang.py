@@ -13,37 +13,30 @@ growing pauses; a server of ours that has died or hangs is restarted with the cu
 from __future__ import annotations
 
 import asyncio
-import base64
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from hashlib import blake2b
-from io import BytesIO
 from uuid import uuid4
 
 import httpx
+import torch
 from torch import Tensor
 
 from tercet.core.model import PolicyParts
 from tercet.core.types import Completion, Request
-from tercet.core.vision import PromptEncoder, load_image
-from tercet.rollout.endpoint import TRIES, Again, Endpoint, open_client, pause
+from tercet.core.vision import PromptEncoder, data_uri
+from tercet.rollout.endpoint import TRIES, Again, Endpoint, Session, SharedSession, pause
 from tercet.rollout.engine import Sampling, sample_seed, together
 from tercet.rollout.server import ServerError, stop_all
 from tercet.rollout.weights import WeightSync
 
+SETTLE_S = 10.0
+SETTLE_POLL_S = 0.2
+
 
 class _Unfit(Exception):
     """A sample that the policy must not have drawn."""
-
-
-@dataclass
-class _Session:
-    """What the calls of `generate` that run at one time share."""
-
-    client: httpx.AsyncClient
-    slots: asyncio.Semaphore
 
 
 @dataclass
@@ -91,12 +84,13 @@ class SglangEngine:
         """Prompt tokens of all replies that counted."""
         self._parts, self._encoder = parts, encoder
         self._endpoints, self._sync, self._weights = endpoints, sync, weights
-        self._concurrency = concurrency
         addresses = [e.url for e in self._endpoints]
         if not addresses or len(set(addresses)) < len(addresses):
             raise ValueError(f"rollout.urls: no server, or one address twice: {addresses}")
+        first = endpoints[0]
+        self._shared = SharedSession(first.timeout_s, concurrency, first.headers)
         self._version_name = "default"  # what servers call the weights they start with
-        self._session: _Session | None = None
+        self._session: Session | None = None
         self._calls = 0
         self._running: dict[str, asyncio.Task] = {}
         for endpoint in self._endpoints:
@@ -113,7 +107,7 @@ class SglangEngine:
             ServerError: a server does not answer rightly, however often it is asked.
         """
         finished: asyncio.Queue[Completion | None] = asyncio.Queue()
-        async with self._connected() as session:
+        async with self._shared.use() as session:
             task = asyncio.create_task(self._run_all(session, requests, sampling, finished))
             task.add_done_callback(lambda _: finished.put_nowait(None))
             try:
@@ -152,6 +146,7 @@ class SglangEngine:
             endpoint.drain()
             endpoint.post("/release_memory_occupation", {})
             endpoint.asleep = True
+        _wait_for_memory()
 
     def wake(self) -> None:
         """Let the servers take their memory back; their weights are empty until the next update."""
@@ -161,32 +156,16 @@ class SglangEngine:
                 endpoint.asleep = False
 
     def close(self) -> None:
-        """Stop the servers that are ours."""
+        """Stop the servers that are ours; leave the others awake."""
         self._sync.close()
+        for endpoint in self._endpoints:
+            if endpoint.asleep and endpoint.server is None:
+                endpoint.post("/resume_memory_occupation", {})
         stop_all([e.server for e in self._endpoints if e.server is not None])
-
-    @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[_Session]:
-        """The session of the calls that run now: the first one opens it, the last one closes it."""
-        if self._session is None:
-            first = self._endpoints[0]
-            client = open_client(first.timeout_s, self._concurrency, first.headers)
-            self._session = _Session(client, asyncio.Semaphore(self._concurrency))
-            for endpoint in self._endpoints:
-                endpoint.reviving = asyncio.Lock()
-        session = self._session
-        self._calls += 1
-        try:
-            yield session
-        finally:
-            self._calls -= 1
-            if not self._calls:
-                self._session = None
-                await session.client.aclose()
 
     async def _run_all(
         self,
-        session: _Session,
+        session: Session,
         requests: Sequence[Request],
         sampling: Sampling,
         done: asyncio.Queue,
@@ -212,7 +191,7 @@ class SglangEngine:
     ) -> _Job:
         body = {
             "input_ids": list(request.prompt_ids),
-            "image_data": [_data_uri(image) for image in request.images] or None,
+            "image_data": [data_uri(image) for image in request.images] or None,
             # Else the features of a photo outlive the vision tower that they were computed with.
             "mm_hashes": [self._photo_hash(image) for image in request.images] or None,
             "sampling_params": {
@@ -234,23 +213,23 @@ class SglangEngine:
 
     def _photo_hash(self, image: str) -> str:
         """Name of a photo at these weights, for the server's caches."""
-        text = f"{self.weight_version} {_data_uri(image)}"
+        text = f"{self.weight_version} {data_uri(image)}"
         return blake2b(text.encode(), digest_size=8).hexdigest()
 
-    async def _run(self, session: _Session, job: _Job) -> None:
+    async def _run(self, session: Session, job: _Job) -> None:
         """A request's samples, the first one ahead."""
 
         async def sample(j: int) -> None:
             if j:
                 await job.prefilled.wait()
-            async with session.slots:
-                job.done.put_nowait(await self._sample(session.client, job, j))
+            async with session.places:
+                job.done.put_nowait(await self._sample(session, job, j))
 
         async with together() as tasks:
             for j in range(job.request.n):
                 tasks.create_task(sample(j))
 
-    async def _sample(self, client: httpx.AsyncClient, job: _Job, j: int) -> Completion:
+    async def _sample(self, session: Session, job: _Job, j: int) -> Completion:
         """One sample, drawn until it is right."""
         endpoint, request, reason = job.endpoint, job.request, ""
         for attempt in range(TRIES):
@@ -262,23 +241,23 @@ class SglangEngine:
             body = job.body | {"rid": rid, "sampling_params": sampling}
             reply: dict = {}
             try:
-                async for message in endpoint.stream(client, "/generate", body):
+                async for message in endpoint.stream(session.client, "/generate", body):
                     reply = message
                     job.prefilled.set()
                 return self._completion(job, j, reply)
             except _Unfit as error:
                 reason = str(error)
+                continue
             except Again as error:
                 reason = str(error)
-                await pause(attempt)
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__}: {error}"
-                await self._revive(endpoint)
-                await endpoint.abort(client, rid)
-                await pause(attempt)
+                await self._revive(session, endpoint)
+                await endpoint.abort(session.client, rid)
             except asyncio.CancelledError:
-                await endpoint.abort(client, rid)
+                await endpoint.abort(session.client, rid)
                 raise
+            await pause(attempt)
         raise ServerError(
             f"{endpoint.url}: sample {j} of {request.id} failed {TRIES} times: {reason}"
         )
@@ -322,9 +301,9 @@ class SglangEngine:
         reply = endpoint.post("/generate", body | {"return_logprob": True})
         return reply["meta_info"]["output_token_logprobs"][0][0] < -1e-6
 
-    async def _revive(self, endpoint: Endpoint) -> None:
+    async def _revive(self, session: Session, endpoint: Endpoint) -> None:
         """Restart a server of ours that has died or hangs, with the current weights."""
-        async with endpoint.reviving:
+        async with session.restarts[endpoint.url]:
             if endpoint.server is None or await asyncio.to_thread(endpoint.server.is_healthy):
                 return
             await asyncio.to_thread(endpoint.restart)
@@ -348,9 +327,12 @@ class SglangEngine:
                 )
 
 
-@lru_cache(maxsize=128)
-def _data_uri(image: str) -> str:
-    """A photo as PNG: the very pixels that the trainer sees."""
-    buffer = BytesIO()
-    load_image(image).save(buffer, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _wait_for_memory() -> None:
+    """Wait while the GPU's free memory still grows: servers answer before they have released it."""
+    if not torch.cuda.is_available():
+        return
+    deadline = time.monotonic() + SETTLE_S
+    free = -1
+    while (now := torch.cuda.mem_get_info()[0]) > free and time.monotonic() < deadline:
+        free = now
+        time.sleep(SETTLE_POLL_S)

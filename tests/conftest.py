@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sglang_support import make_engine, make_server
 from support import tiny
 
 from tercet.core.model import PolicyParts
@@ -44,3 +45,23 @@ def real_photos() -> Path:
     if not (folder / "manifest.json").exists():
         pytest.skip("no folder of real photos: set TERCET_PHOTOS")
     return folder
+
+
+@pytest.fixture(scope="session")
+def policy() -> PolicyParts:
+    return tiny("qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def server(policy, tmp_path_factory):
+    """A real SGLang server on the CPU."""
+    server = make_server(policy, tmp_path_factory.mktemp("sglang") / "model")
+    server.start()
+    yield server
+    server.stop()
+    assert not server.is_running()
+
+
+@pytest.fixture
+def engine(policy, server, tmp_path):
+    return make_engine(policy, [server], tmp_path)

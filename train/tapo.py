@@ -123,6 +123,8 @@ class TapoRun:
         self.engine.update_weights(self.policy.named_weights(), self.steps_done)
         self.log = RunLog(self.out, self.total_steps, resolved, config.run.wandb)
         self.log.resume_at(self.steps_done + 1)
+        if not self.engine.full_vocabulary:
+            self.log.say("the sampler's log-probs are renormalised after top_p and top_k")
         self.shown: list[Group] = []
 
     def _manifest(self, resume: Path | None) -> Manifest:
@@ -140,6 +142,8 @@ class TapoRun:
         figures = {}
         if not self.groups:
             figures = self._sample()
+        if config.rollout.colocated:
+            self.engine.sleep()
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
         batches = mini_batches(self.groups, size, config.optim.minibatch_by)
         # The first mini-batch is updated at the very weights that old log-probs are those of: only
@@ -156,6 +160,8 @@ class TapoRun:
                 self.minibatches_done += 1
         figures |= self._mismatch()
         with self.log.phase("sync", total=1, unit="update"):
+            if config.rollout.colocated:
+                self.engine.wake()
             self.engine.update_weights(self.policy.named_weights(), self.steps_done + 1)
         self.steps_done += 1
         self.shown, self.groups, self.minibatches_done = self.groups[:SAMPLES_SHOWN], [], 0

@@ -11,7 +11,7 @@ KERNEL_TESTS := tests/test_rows.py tests/test_linear_logprobs.py tests/test_tapo
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: install demo demo-seeds test test-core lint bench bench-kernels bench-gpu-kernels \
-	bench-figures kernel-table test-sglang clean
+	bench-figures bench-rollout kernel-table test-sglang clean
 
 install: $(STAMP)
 
@@ -42,6 +42,9 @@ $(SGLANG_VENV)/installed:
 	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/sglang_cpu/requirements.txt
 	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check ./tests/sglang_cpu
 	touch $@
+
+bench-rollout: $(STAMP) $(SGLANG_VENV)/installed  ## sampling on a server beside SGLang's own client
+	$(BIN)/python -m tercet.bench.rollout --python $(SGLANG_VENV)/bin/python
 
 test-core: $(STAMP)  ## the quick tests that need no trained model
 	$(BIN)/pytest -n 2 -m core

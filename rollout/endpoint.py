@@ -99,6 +99,7 @@ class Endpoint:
     load: int = 0
     """Samples that wait for it or run on it."""
     asleep: bool = False
+    restarts: int = 0
 
     def check(self) -> None:
         """Raises ServerError, in seconds, where no server answers."""
@@ -110,6 +111,7 @@ class Endpoint:
     def restart(self) -> None:
         """Restart a server of ours; it then has the weights of its folder."""
         self.server.restart()
+        self.restarts += 1
         self.asleep = False
 
     def post(self, path: str, body: dict) -> dict:

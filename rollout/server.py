@@ -23,7 +23,10 @@ from pathlib import Path
 import httpx
 
 POLL_S = 0.5
-STOP_S = 15.0
+POLL_TIMEOUT_S = 5.0
+HUNG_S = 30.0
+"""A server that does not answer for so long hangs."""
+STOP_S = 2.0
 """Time a server has between SIGTERM and SIGKILL."""
 LOG_LINES = 20
 """Lines of its log that an error about a server shows."""
@@ -35,8 +38,8 @@ def watch():
         pass
     os.killpg(0, signal.SIGKILL)
 
-signal.signal(signal.SIGTERM, lambda *_: None)  # the group's other members have it too
 server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+signal.signal(signal.SIGTERM, lambda *_: server.terminate())
 threading.Thread(target=watch, daemon=True).start()
 os._exit(server.wait() & 255)
 """
@@ -140,8 +143,8 @@ class Server:
         """Whether the process lives; it may still hang."""
         return self._process is not None and self._process.poll() is None
 
-    def is_healthy(self, timeout_s: float = 5.0) -> bool:
-        """Whether it runs and answers in time."""
+    def is_healthy(self, timeout_s: float = HUNG_S) -> bool:
+        """Whether it runs and answers in time; a busy one may take its time."""
         if not self.is_running():
             return False
         try:
@@ -189,7 +192,7 @@ class Server:
 
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + self.start_timeout_s
-        while not self.is_healthy():
+        while not self.is_healthy(POLL_TIMEOUT_S):
             if not self.is_running():
                 code = self._process.returncode
                 raise ServerError(f"{self.url} ended with code {code}:\n{self.log_tail()}")

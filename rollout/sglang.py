@@ -240,6 +240,7 @@ class SglangEngine:
             rid = f"{request.id}.{j}.{uuid4().hex}"
             body = job.body | {"rid": rid, "sampling_params": sampling}
             reply: dict = {}
+            restarts = endpoint.restarts
             try:
                 async for message in endpoint.stream(session.client, "/generate", body):
                     reply = message
@@ -252,7 +253,7 @@ class SglangEngine:
                 reason = str(error)
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__}: {error}"
-                await self._revive(session, endpoint)
+                await self._revive(session, endpoint, restarts)
                 await endpoint.abort(session.client, rid)
             except asyncio.CancelledError:
                 await endpoint.abort(session.client, rid)
@@ -301,10 +302,15 @@ class SglangEngine:
         reply = endpoint.post("/generate", body | {"return_logprob": True})
         return reply["meta_info"]["output_token_logprobs"][0][0] < -1e-6
 
-    async def _revive(self, session: Session, endpoint: Endpoint) -> None:
-        """Restart a server of ours that has died or hangs, with the current weights."""
+    async def _revive(self, session: Session, endpoint: Endpoint, restarts: int) -> None:
+        """Restart a server of ours that has died or hangs, with the current weights.
+
+        `restarts` it had when the failed request was sent: with more, it is a new one already.
+        """
         async with session.restarts[endpoint.url]:
-            if endpoint.server is None or await asyncio.to_thread(endpoint.server.is_healthy):
+            if endpoint.server is None or endpoint.restarts > restarts:
+                return
+            if await asyncio.to_thread(endpoint.server.is_healthy):
                 return
             await asyncio.to_thread(endpoint.restart)
             if self._version_name != "default":

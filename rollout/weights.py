@@ -17,6 +17,7 @@ import json
 import pickle
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, Protocol
 
+import httpx
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -141,7 +143,9 @@ class DistributedSync:
         self._bucket_bytes, self._host = bucket_bytes, host
         self._timeout = timedelta(seconds=timeout_s)
         self._group: c10d.Backend | None = None
+        self._endpoints: Sequence[Endpoint] = ()
         self._members: tuple[str, ...] = ()
+        """Addresses and processes of the servers in the group."""
         self._name = ""
 
     def send(
@@ -157,17 +161,33 @@ class DistributedSync:
                     with _posting(endpoints, "/update_weights_from_distributed", body) as replies:
                         self._broadcast(flat, replies)
         except BaseException:
-            self.close()  # its members no longer agree on what comes next
+            self._drop()  # its members no longer agree on what comes next
             raise
 
     def close(self) -> None:
-        self._group, self._members = None, ()
+        """Leave the group and let the servers leave it, as far as they can be told."""
+        if self._group is None:
+            return
+        try:
+            body = {"group_name": self._name}
+            _post_all(self._endpoints, "/destroy_weights_update_group", body)
+        except (ServerError, httpx.HTTPError):
+            pass
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._group is None:
+            return
+        self._group.abort()  # what NCCL does not send; gloo's end waits for its peers, so not here
+        held, self._group = [self._group], None
+        threading.Thread(target=held.clear, daemon=True).start()
 
     def _join(self, endpoints: Sequence[Endpoint], device: torch.device) -> None:
         """Make the group of trainer and servers, unless it is there."""
         members = tuple(f"{e.url} {e.server and e.server.process_group}" for e in endpoints)
         if self._group is not None and members == self._members:
             return
+        self._drop()
         sizes = [e.get("/server_info").get("tp_size", 1) for e in endpoints]
         backend = "nccl" if device.type == "cuda" else "gloo"
         self._name = f"tercet-{time.time_ns()}"  # servers keep the groups of dead trainers
@@ -199,7 +219,7 @@ class DistributedSync:
             self._group = self._make(backend, store, 1 + sum(sizes))
             for reply in replies:
                 reply.result()
-        self._members = members
+        self._endpoints, self._members = endpoints, members
 
     def _make(self, backend: str, store: PrefixStore, size: int) -> c10d.Backend:
         if backend == "nccl":

@@ -107,7 +107,7 @@ def collect(engine, requests, sampling=GREEDY):
 
 
 def training_options(folder: Path, steps: int) -> list[str]:
-    """Options of train/tapo.py on two sub-categories of noise, with a server of ours."""
+    """Options of train/tapo.py on two sub-categories of noise, but for the server's."""
     parts = tiny("qwen2_5_vl")
     with torch.no_grad():
         parts.model.lm_head.weight[list(parts.banned_ids)] = 0
@@ -117,13 +117,12 @@ def training_options(folder: Path, steps: int) -> list[str]:
         for n in range(3):
             pixels = np.random.default_rng(n).integers(0, 255, (80 + n, 120, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "photos" / "bird" / name / f"{n}.png")
-    argv = f"""--data.path={folder / "photos"} --data.seen_fraction=1 --data.shots=3
+    return f"""--data.path={folder / "photos"} --data.seen_fraction=1 --data.shots=3
         --data.sft_shots=0 --model.path={folder / "policy"} --run.out={folder / "run"}
         --run.steps={steps} --run.device=cpu --rollout.groups_per_step=4 --rollout.n_anchor=2
         --rollout.n_positive=2 --rollout.max_prompt_tokens=512 --rollout.max_response_tokens=12
         --rollout.max_rounds=2 --rollout.on_exhausted=keep_last_round --optim.lr=1e-3
-        --rollout.engine=sglang --rollout.sglang_python={PYTHON}""".split()
-    return [*argv, f"--rollout.sglang_args={' '.join(FLAGS)}"]
+        --rollout.engine=sglang""".split()
 
 
 def processes_in(folder: Path) -> list[str]:

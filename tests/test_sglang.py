@@ -12,7 +12,9 @@ import time
 import pytest
 import torch
 from sglang_support import (
+    FLAGS,
     NEEDS_SERVER,
+    PYTHON,
     assert_same_as_local,
     change_weights,
     collect,
@@ -79,10 +81,9 @@ def test_sampling_gives_full_vocabulary_logprobs(policy, engine, photos):
         torch.testing.assert_close(got, want.detach(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("architecture, tied", [("qwen2_vl", True), ("qwen2_5_vl", False)])
-def test_other_architectures_and_heads(architecture, tied, photos, tmp_path):
-    """Weight names and tied heads, on every way."""
-    parts = tiny(architecture, tie_word_embeddings=tied)
+def test_the_other_architecture_with_a_head_of_its_own(photos, tmp_path):
+    """Weight names, on every way; the other tests' policy is a Qwen2.5-VL with a tied head."""
+    parts = tiny("qwen2_vl", tie_word_embeddings=False)
     with make_server(parts, tmp_path / "model") as server:
         for version, way in enumerate(("disk", "distributed", "tensor"), start=1):
             change_weights(parts)
@@ -155,26 +156,50 @@ def test_the_judge_asks_a_real_endpoint_about_a_photo(policy, server, engine, ph
     assert answer.strip() == policy.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize(
-    "way, gpus, placement", [("disk", "['']", "false"), ("distributed", "['','']", "true")]
-)
-def test_training_samples_on_servers_and_leaves_none(tmp_path, monkeypatch, way, gpus, placement):
-    """Three steps of train/tapo.py: weights go to the servers before and after each, and the
-    samplers' log-probs are the trainer's."""
+def test_a_broadcast_reaches_several_servers(policy, server, photos, tmp_path):
+    with make_server(policy, tmp_path / "model") as other:
+        engine = make_engine(policy, [server, other], tmp_path, way="distributed")
+        for version in (1, 2):
+            change_weights(policy)
+            engine.update_weights(policy.model.named_parameters(), version)
+            assert_same_as_local(policy, engine, make_requests(policy, photos, n=2))
+        engine._sync.close()
+
+
+def train_three_steps(folder, monkeypatch, *more: str) -> list[dict]:
     lengths = lambda rows: [{"overall": row["response_length"] / 10} for row in rows]  # noqa: E731
     monkeypatch.setattr(tapo, "load_reward", lambda spec: lengths)
-    argv = training_options(tmp_path, steps=3)
-    argv += [f"--rollout.weight_sync={way}", f"--rollout.server_gpus={gpus}"]
-    config, _, resolved = parse(TapoConfig, [*argv, f"--rollout.colocated={placement}"], "")
+    config, _, resolved = parse(TapoConfig, [*training_options(folder, steps=3), *more], "")
     tapo.train(config, resolved)
-    out = tmp_path / "run"
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_trained_with_synced_weights(rows: list[dict], log: str, ending: str) -> None:
+    """Weights went over before the first step and after each; the samplers' log-probs are the
+    trainer's."""
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["grad_norm"] > 0 and row["groups"] == 4 for row in rows)
     assert all(0 < row["mismatch_max"] < 1e-4 for row in rows)
-    for number in range(len(config.rollout.server_gpus)):
-        log = (out / "sglang" / f"server_{number}" / "sglang.log").read_text()
-        ends = "update_weights_from_disk" if way == "disk" else "end_weight_update"
-        assert log.count(f'"POST /{ends} HTTP/1.1" 200') == 4
-        assert '"POST /generate HTTP/1.1" 200' in log
-        assert processes_in(out / "sglang" / f"server_{number}") == []
+    assert log.count(f'"POST /{ending} HTTP/1.1" 200') == 4
+
+
+def test_training_samples_on_a_server_and_leaves_none(tmp_path, monkeypatch):
+    own = [f"--rollout.sglang_python={PYTHON}", f"--rollout.sglang_args={' '.join(FLAGS)}"]
+    rows = train_three_steps(tmp_path, monkeypatch, *own)
+    folder = tmp_path / "run" / "sglang" / "server_0"
+    log = (folder / "sglang.log").read_text()
+    assert_trained_with_synced_weights(rows, log, "update_weights_from_disk")
+    assert processes_in(folder) == []
+
+
+def test_training_shares_a_running_server_that_sleeps_during_updates(tmp_path, monkeypatch, server):
+    """Attached, colocated, weights handed over; the server goes on without the trainer."""
+    before = len(server.log_path.read_text())
+    more = [f"--rollout.urls=['{server.url}']", "--rollout.weight_sync=tensor"]
+    rows = train_three_steps(tmp_path, monkeypatch, *more, "--rollout.colocated=true")
+    log = server.log_path.read_text()[before:]
+    assert_trained_with_synced_weights(rows, log, "end_weight_update")
+    assert log.count('"POST /release_memory_occupation HTTP/1.1" 200') == 3
+    assert log.count('"POST /resume_memory_occupation HTTP/1.1" 200') == 3
+    assert server.is_healthy()

@@ -1,0 +1,321 @@
+"""Sampling on an SGLang server: overhead of the client, cache, weight sync, slow responses.
+
+    make bench-rollout
+
+The server is pinned to one core and the clients to another. Overhead is 1 - (our tokens/s) /
+(those of SGLang's bench_serving), with the same ids, photos and lengths, one sample a request, runs
+alternated after one to warm up, the prefix cache emptied before each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import datetime
+import json
+import os
+import resource
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tercet.bench.kernels import commit, device_name
+from tercet.core.config import ModelConfig, RolloutConfig
+from tercet.core.model import PolicyParts, build_tiny, load_policy
+from tercet.core.prompts import chat_ids
+from tercet.core.types import Anchor, Request
+from tercet.core.vision import PromptEncoder, data_uri
+from tercet.rollout.engine import Sampling
+from tercet.rollout.launch import open_engine
+from tercet.rollout.sampler import GroupSampler, TripletStream
+from tercet.rollout.sglang import SglangEngine
+
+RESULTS = Path(__file__).parent / "results" / "rollout.csv"
+CLIENT = Path(__file__).parent / "sglang_client.py"
+CPU_FLAGS = (
+    "--device cpu --attention-backend torch_native --sampling-backend pytorch --dtype float32 "
+    "--max-total-tokens 65536 --skip-server-warmup --mem-fraction-static 0.3"
+)
+QUESTION = "Which bird is shown in this photo? Think first, then answer with its name."
+WAYS = ("disk", "distributed", "tensor")
+
+
+@dataclass
+class Row:
+    what: str
+    unit: str
+    median: float
+    least: float
+    most: float
+    note: str
+    device: str = ""
+    sglang: str = ""
+    torch: str = torch.__version__
+    commit: str = ""
+    date: str = datetime.date.today().isoformat()
+
+
+def row(what: str, unit: str, values: Sequence[float], note: str = "") -> Row:
+    return Row(what, unit, float(np.median(values)), min(values), max(values), note)
+
+
+@contextmanager
+def pinned(*cores: int) -> Iterator[None]:
+    """This process, and those that it starts meanwhile, on some cores; all where there is one."""
+    before = os.sched_getaffinity(0)
+    chosen = {sorted(before)[core] for core in cores if core < len(before)}
+    os.sched_setaffinity(0, chosen or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def serving(
+    parts: PolicyParts, options: argparse.Namespace, folder: Path, way: str = "disk"
+) -> Iterator[SglangEngine]:
+    """An engine on one server with the policy's weights."""
+    config = RolloutConfig(
+        engine="sglang",
+        sglang_python=options.python,
+        sglang_args=options.sglang_args,
+        weight_sync=way,
+        max_in_flight=options.concurrency,
+    )
+    weights = parts.model.named_parameters
+    with pinned(0):
+        engine = open_engine(parts, PromptEncoder(parts), config, folder, weights)
+    try:
+        engine.update_weights(weights(), 1)
+        yield engine
+    finally:
+        engine.close()
+
+
+def noise_photos(folder: Path, count: int, side: int) -> list[str]:
+    paths = [folder / f"{n}.png" for n in range(count)]
+    for n, path in enumerate(paths):
+        pixels = np.random.default_rng(n).integers(0, 255, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return [str(path) for path in paths]
+
+
+def make_requests(parts: PolicyParts, photos: Sequence[str], n: int, name: str) -> list[Request]:
+    messages = [{"role": "user", "content": "<image>" + QUESTION}]
+    ids = tuple(chat_ids(parts.tokenizer, messages, 1))
+    return [Request(f"{name}{i}", f"{name}{i}", ids, (p,), n, 0, 0) for i, p in enumerate(photos)]
+
+
+def sample(engine: SglangEngine, requests: Sequence[Request], length: int) -> tuple[int, float]:
+    """Greedy tokens, and the seconds that they took."""
+
+    async def run() -> int:
+        sampling = Sampling(temperature=0.0, max_tokens=length)
+        return sum([len(c.token_ids) async for c in engine.generate(requests, sampling)])
+
+    started = time.perf_counter()
+    return asyncio.run(run()), time.perf_counter() - started
+
+
+def overhead(engine: SglangEngine, parts: PolicyParts, options, folder: Path) -> list[Row]:
+    """Beside bench_serving, which gets the same ids, photos and lengths."""
+    photos = noise_photos(folder, options.prompts, options.side)
+    requests = make_requests(parts, photos, 1, "single")
+    endpoint, length = engine._endpoints[0], options.tokens
+    rows = [
+        {
+            "input_ids": list(r.prompt_ids),
+            "image_data": [data_uri(r.images[0])],
+            "output_len": length,
+        }
+        for r in requests
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+    def theirs(out: Path) -> float:
+        command = f"""{options.python} {CLIENT} {folder / "rows.json"} --backend sglang
+            --base-url {endpoint.url} --model {folder / "policy"} --dataset-name random
+            --num-prompts {len(rows)} --max-concurrency {options.concurrency} --disable-stream
+            --return-logprob --flush-cache --output-file {out} --disable-tqdm --temperature 0"""
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        subprocess.run(
+            command.split(), check=True, capture_output=True, timeout=600, env=environment
+        )
+        found = json.loads(out.read_text().splitlines()[-1])
+        assert found["total_output_tokens"] == length * len(rows), found["total_output_tokens"]
+        return found["output_throughput"]
+
+    found: dict[str, list[float]] = {"ours": [], "theirs": [], "cpu": []}
+    for turn in range(options.rounds + 1):
+        endpoint.post("/flush_cache", {})
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        tokens, seconds = sample(engine, requests, length)
+        spent = resource.getrusage(resource.RUSAGE_SELF)
+        assert tokens == length * len(rows), "the policy ended a response by itself"
+        beside = theirs(folder / f"theirs_{turn}.jsonl")
+        if turn:
+            cpu = spent.ru_utime + spent.ru_stime - used.ru_utime - used.ru_stime
+            found["cpu"].append(1000 * cpu / tokens)
+            found["ours"].append(tokens / seconds)
+            found["theirs"].append(beside)
+    shares = [1 - a / b for a, b in zip(found["ours"], found["theirs"], strict=True)]
+    note = f"{len(rows)} requests of {length} tokens, {options.concurrency} at once"
+    return [
+        row("client CPU", "s per 1000 tokens", found["cpu"], note),
+        row("tokens, ours", "1/s", found["ours"], note),
+        row("tokens, bench_serving", "1/s", found["theirs"], note),
+        row("overhead", "share", shares, note),
+    ]
+
+
+def cache_hits(engine: SglangEngine, parts: PolicyParts, options, folder: Path) -> list[Row]:
+    """Prompt tokens that were found cached, with five samples a prompt."""
+    requests = make_requests(parts, noise_photos(folder, options.prompts, options.side), 5, "many")
+    engine._endpoints[0].post("/flush_cache", {})
+    engine.cached_tokens = engine.prompt_tokens = 0
+    sample(engine, requests, options.tokens)
+    share = engine.cached_tokens / engine.prompt_tokens
+    return [row("cached prompt tokens", "share", [share], "5 samples a prompt: at most 0.8")]
+
+
+def sync_times(engine: SglangEngine, parts: PolicyParts, way: str, rounds: int) -> list[Row]:
+    """Seconds of a weight update."""
+    size = sum(p.nbytes for p in parts.model.parameters()) / 2**20
+    seconds = []
+    for version in range(2, rounds + 3):
+        started = time.perf_counter()
+        engine.update_weights(parts.model.named_parameters(), version)
+        seconds.append(time.perf_counter() - started)
+    return [row(f"weights by {way}", "s", seconds[1:], f"{size:.0f} MiB")]
+
+
+def stragglers(engine: SglangEngine, parts: PolicyParts, options, folder: Path) -> list[Row]:
+    """Seconds of a sampling step in which half of the groups pass, in batches and on a stream.
+
+    One of 64 tokens ends a response: lengths spread as 1/64 exp(-length / 64).
+    """
+    photos = noise_photos(folder, 12, options.side)
+    anchors = [
+        Anchor(str(i), p, (photos[i - 1],), (photos[i - 2],), QUESTION, "bird", "wren")
+        for i, p in enumerate(photos)
+    ]
+    generation = parts.model.generation_config
+    generation.eos_token_id = list(range(7, len(parts.tokenizer), 64))
+
+    def half(rows: list[dict]) -> list[dict]:
+        kept = sum(map(ord, rows[0]["response"])) % 2
+        return [{"overall": float(n * kept)} for n in range(len(rows))]
+
+    found: dict[str, list[float]] = {"batch": [], "stream": []}
+    for turn in range(options.rounds + 1):
+        for dispatch, seconds in found.items():
+            config = RolloutConfig(
+                engine="sglang",
+                dispatch=dispatch,
+                groups_per_step=12,
+                n_anchor=3,
+                n_positive=3,
+                max_response_tokens=512,
+                max_in_flight=options.concurrency,
+                surplus="drop",
+            )
+            sampler = GroupSampler(
+                engine,
+                TripletStream(anchors, positive="fixed", seed=turn),
+                parts.tokenizer,
+                PromptEncoder(parts),
+                config,
+                reward=half,
+                names={},
+                system_prompt=None,
+                seed=turn,
+            )
+            started = time.perf_counter()
+            asyncio.run(sampler.collect(turn))
+            if turn:
+                seconds.append(time.perf_counter() - started)
+    saved = [1 - b / a for a, b in zip(found["batch"], found["stream"], strict=True)]
+    note = "12 groups of 6, half of them pass, mean length 64, at most 512"
+    return [
+        row("step in batches", "s", found["batch"], note),
+        row("step on a stream", "s", found["stream"], note),
+        row("time saved by streaming", "share", saved, note),
+    ]
+
+
+def make_parts(options, hidden_size: int, layers: int) -> PolicyParts:
+    """The model that is asked for, or a random one that neither stops nor shows photos."""
+    if options.model:
+        return load_policy(ModelConfig(path=options.model), options.device)
+    parts = build_tiny([QUESTION], hidden_size=hidden_size, layers=layers, image_size=options.side)
+    with torch.no_grad():
+        parts.model.lm_head.weight[[*parts.banned_ids, *parts.stop_ids]] = 0
+    return parts
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """All rows, as they come."""
+    sizes = [(0, 0)] if options.model else [(128, 3), (768, 8)]
+    for place, size in enumerate(sizes):
+        parts = make_parts(options, *size)
+        for way in WAYS:
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                serving(parts, options, Path(folder), way) as engine,
+                pinned(1),
+            ):
+                yield from sync_times(engine, parts, way, options.rounds)
+                if place or way != "disk":
+                    continue
+                for part in (overhead, cache_hits, stragglers):
+                    yield from part(engine, parts, options, Path(folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--python", required=True, help="Python of the server's environment")
+    parser.add_argument("--model", default="", help="folder; a small random model when not given")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--sglang-args", default=CPU_FLAGS)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--side", type=int, default=112, help="pixels of a photo")
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    version = subprocess.run(
+        [options.python, "-c", "import importlib.metadata as m; print(m.version('sglang'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout.strip()
+    is_new = not options.out.exists()
+    with options.out.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if is_new:
+            writer.writerow([field.name for field in fields(Row)])
+        for found in measure(options):
+            found.device, found.sglang = device_name(options.device), version
+            found.commit = commit()
+            values = astuple(found)
+            writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in values])
+            file.flush()
+            spread = f"({found.least:.4g} to {found.most:.4g})"
+            print(f"{found.what:26} {found.median:9.4g} {spread:24} {found.unit:18} {found.note}")
+
+
+if __name__ == "__main__":
+    main()

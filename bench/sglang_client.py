@@ -1,0 +1,33 @@
+"""SGLang's own bench_serving on requests of ours; runs in the server's environment.
+
+    python sglang_client.py ROWS.json [flags of bench_serving]
+
+ROWS.json is a list of {"input_ids", "image_data", "output_len"}. Only where the requests come from
+is replaced; everything that is measured is bench_serving's.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from sglang.benchmark import serving
+from sglang.benchmark.datasets.common import DatasetRow
+
+
+def main() -> None:
+    rows = json.loads(Path(sys.argv.pop(1)).read_text())
+    requests = [
+        DatasetRow(
+            prompt=row["input_ids"],
+            prompt_len=len(row["input_ids"]),
+            output_len=row["output_len"],
+            image_data=row["image_data"],
+        )
+        for row in rows
+    ]
+    serving.get_dataset = lambda *_, **__: requests
+    serving.cli_main()
+
+
+if __name__ == "__main__":
+    main()

@@ -148,7 +148,8 @@ class Server:
         if not self.is_running():
             return False
         try:
-            return httpx.get(f"{self.url}/health", timeout=timeout_s).status_code == 200
+            reply = httpx.get(f"{self.url}/health", timeout=timeout_s, trust_env=False)
+            return reply.status_code == 200
         except httpx.HTTPError:
             return False
 

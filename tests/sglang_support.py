@@ -41,9 +41,10 @@ def make_server(parts, folder: Path, **options) -> Server:
     return Server(folder, PYTHON, folder.parent / "server", **options)
 
 
-def make_engine(parts, servers, folder: Path, *, way="disk", timeout_s=60.0, **options):
+def make_engine(parts, servers, folder: Path, *, way="disk", timeout_s=60.0, key=None, **options):
     """An engine on servers of ours (or on addresses of others); small buckets, so that there are
     several."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     if not (folder / "policy").exists():
         parts.save(folder / "policy")
     sync = open_sync(
@@ -54,9 +55,9 @@ def make_engine(parts, servers, folder: Path, *, way="disk", timeout_s=60.0, **o
         timeout_s=timeout_s,
     )
     endpoints = [
-        Endpoint(s, None, {}, timeout_s)
+        Endpoint(s, None, headers, timeout_s)
         if isinstance(s, str)
-        else Endpoint(s.url, s, {}, timeout_s)
+        else Endpoint(s.url, s, headers, timeout_s)
         for s in servers
     ]
     weights = parts.model.named_parameters

@@ -15,6 +15,7 @@ import pytest
 import torch
 from real_parts import download, real_language_model
 from safetensors.torch import load_file
+from sglang_support import FLAGS, PYTHON, processes_in
 from support import tiny
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -78,6 +79,23 @@ def test_tiny_policy_trains_and_resumes_on_real_photos(real_photos, tmp_path):
     check(tmp_path, policy, 3)
     manifest = json.loads((tmp_path / "run" / "triplets.json").read_text())
     assert len(manifest["anchors"]) > 50
+
+
+@pytest.mark.sglang
+@pytest.mark.skipif(not PYTHON, reason="no SGLang server: run make test-sglang")
+def test_real_photos_are_sampled_on_a_server(real_photos, tmp_path):
+    """The server sees the very pixels and prompts that the trainer scores."""
+    parts = tiny()
+    with torch.no_grad():
+        parts.model.lm_head.weight[list(parts.banned_ids)] = 0
+    parts.save(tmp_path / "policy")
+    more = ["--rollout.engine", "sglang", "--rollout.sglang_python", PYTHON]
+    more += ["--rollout.sglang_args", " ".join(FLAGS), "--run.steps", "3"]
+    train(real_photos, tmp_path / "policy", tmp_path, *more)
+    check(tmp_path, tmp_path / "policy", 3)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert all(0 < row["mismatch_max"] < 1e-4 for row in rows)
+    assert processes_in(tmp_path / "run" / "sglang" / "server_0") == []
 
 
 @pytest.fixture(scope="module")

@@ -26,12 +26,15 @@ from sglang_support import (
 )
 from support import tiny
 
-from tercet.core.config import TapoConfig
+from tercet.core.config import RolloutConfig, TapoConfig
 from tercet.core.prompts import chat_ids
-from tercet.core.types import Request
+from tercet.core.types import Anchor, Request
 from tercet.core.vision import PromptEncoder
 from tercet.rollout.engine import Sampling
 from tercet.rollout.judge import Judge
+from tercet.rollout.launch import SAME_PIXELS
+from tercet.rollout.sampler import GroupSampler, TripletStream
+from tercet.rollout.server import ServerError
 from tercet.train import tapo
 from tercet.train.command_line import parse
 
@@ -90,6 +93,65 @@ def test_the_other_architecture_with_a_head_of_its_own(photos, tmp_path):
             engine = make_engine(parts, [server], tmp_path, way=way)
             engine.update_weights(parts.model.named_parameters(), version)
             assert_same_as_local(parts, engine, make_requests(parts, photos, n=1))
+
+
+def collect_groups(policy, engine, photos, seed: int, **options):
+    anchors = [
+        Anchor(str(i), photo, (photos[i - 1],), (photos[i - 2],), "Which bird?", "bird", "wren")
+        for i, photo in enumerate(photos)
+    ]
+    odd = lambda rows: [{"overall": len(row["response"]) % 7} for row in rows]  # noqa: E731
+    defaults = {"engine": "sglang", "groups_per_step": 3, "n_anchor": 2, "n_positive": 2}
+    defaults |= {"max_response_tokens": 16, "max_rounds": 2, "on_exhausted": "keep_last_round"}
+    sampler = GroupSampler(
+        engine,
+        TripletStream(anchors, positive="fixed", seed=seed),
+        policy.tokenizer,
+        PromptEncoder(policy),
+        RolloutConfig(**(defaults | options)),
+        reward=odd,
+        names={},
+        system_prompt=None,
+        seed=seed,
+    )
+    return asyncio.run(sampler.collect(0))
+
+
+def said(result) -> list:
+    return [(g.id, [(r.role, r.token_ids) for r in g.responses]) for g in result.groups]
+
+
+def test_batches_give_the_same_groups_in_every_run(policy, engine, photos):
+    engine.update_weights(policy.model.named_parameters(), 4)
+    found = [
+        collect_groups(policy, engine, photos, seed=1, dispatch="batch", temperature=0.0)
+        for _ in range(2)
+    ]
+    assert said(found[0]) == said(found[1]) and len(found[0].groups) == 3
+
+
+def test_a_stream_fills_a_step_from_the_server(policy, engine, photos):
+    engine.update_weights(policy.model.named_parameters(), 4)
+    result = collect_groups(policy, engine, photos, seed=1)
+    assert len(result.groups) == 3
+    assert all(len(group.responses) == 4 for group in result.groups)
+    assert {r.weight_version for r in result.seen} == {4}
+
+
+@pytest.mark.gpu
+def test_batches_of_seeded_samples_are_the_same_in_every_run(policy, photos, tmp_path):
+    """The CPU's backend takes no seeds."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    flags = ["--enable-deterministic-inference", "--mem-fraction-static", "0.3", *SAME_PIXELS]
+    with make_server(policy, tmp_path / "model", arguments=flags) as server:
+        engine = make_engine(policy, [server], tmp_path)
+        engine.update_weights(policy.model.named_parameters(), 1)
+        one, same, other = (
+            collect_groups(policy, engine, photos, seed=seed, dispatch="batch")
+            for seed in (1, 1, 2)
+        )
+    assert said(one) == said(same) != said(other)
 
 
 def test_several_calls_share_the_server_and_can_be_aborted(policy, engine, photos):
@@ -157,8 +219,11 @@ def test_the_judge_asks_a_real_endpoint_about_a_photo(policy, server, engine, ph
 
 
 def test_a_broadcast_reaches_several_servers(policy, server, photos, tmp_path):
-    with make_server(policy, tmp_path / "model") as other:
-        engine = make_engine(policy, [server, other], tmp_path, way="distributed")
+    """One of them asks for a key."""
+    with make_server(policy, tmp_path / "model", api_key="secret") as other:
+        with pytest.raises(ServerError, match="does not answer.*401"):
+            make_engine(policy, [other], tmp_path, key="wrong")
+        engine = make_engine(policy, [server, other], tmp_path, way="distributed", key="secret")
         for version in (1, 2):
             change_weights(policy)
             engine.update_weights(policy.model.named_parameters(), version)

@@ -119,6 +119,19 @@ def test_what_does_not_pass_is_an_error_that_names_it(
     assert_same_as_local(policy, engine, make_requests(policy, photos, n=1))
 
 
+def test_log_probs_after_top_p_are_noticed_at_the_start(policy, proxy, tmp_path):
+    assert make_engine(policy, [proxy.url], tmp_path).full_vocabulary
+
+    def renormalised(content: bytes) -> bytes:
+        reply = json.loads(content)
+        for entry in reply["meta_info"]["output_token_logprobs"]:
+            entry[0] = 0.0
+        return json.dumps(reply).encode()
+
+    proxy.fault = Fault(change=renormalised)
+    assert not make_engine(policy, [proxy.url], tmp_path).full_vocabulary
+
+
 @pytest.mark.parametrize("way", ["disk", "distributed", "tensor"])
 @pytest.mark.parametrize("fault", [Fault(status=500), Fault(drop=True), Fault(status=400)])
 def test_a_weight_update_that_fails_once_is_done_again(policy, proxy, photos, tmp_path, way, fault):

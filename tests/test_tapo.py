@@ -19,6 +19,8 @@ from support import tiny
 from transformers import AutoModelForImageTextToText
 
 from tercet.core.config import TapoConfig
+from tercet.rollout.judge import Judge, judged
+from tercet.rollout.server import free_ports
 from tercet.train import tapo
 from tercet.train.checkpoint import load_state
 from tercet.train.command_line import parse
@@ -257,6 +259,14 @@ def run_command(world: Path, out: Path, *more: str) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def test_a_judge_that_is_down_is_waited_for_then_named(monkeypatch, world, tmp_path):
+    url = f"http://127.0.0.1:{free_ports(1)[0]}/v1"
+    reward = judged(Judge(url, "m", patience_s=1.0), "{response}")
+    with pytest.raises(ValueError, match=rf"judge {url}: no answer in 1 s"):
+        train(monkeypatch, options(world, tmp_path), reward)
+    assert load_state(tmp_path / "checkpoints" / "step_000000")["steps_done"] == 0
 
 
 def test_sigterm_checkpoints_and_stops(world, tmp_path):

@@ -228,6 +228,9 @@ class TapoOptimConfig(OptimConfig):
 class ParallelConfig:
     micro_batch_tokens: int = 16384
     """Most packed tokens of one branch of one forward pass."""
+    branches: Literal["joint", "one_at_a_time"] = "joint"
+    """Forward and backward of update and negative together, or one after the other: the same
+    gradient with half the activations and one more forward pass."""
     head_chunk_rows: int | None = None
     """Response rows that reach the head at once; None: what suits the device."""
 

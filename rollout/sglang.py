@@ -206,7 +206,6 @@ class SglangEngine:
                 "stream_interval": sampling.max_tokens,
             },
             "return_logprob": True,
-            "stream": True,
         }
         length = len(self._encoder(request.prompt_ids, request.images))
         return _Job(request, endpoint, body, length, done)
@@ -239,12 +238,12 @@ class SglangEngine:
             # Never the same twice: a server aborts a streamed rid again 2 s after its end.
             rid = f"{request.id}.{j}.{uuid4().hex}"
             body = job.body | {"rid": rid, "sampling_params": sampling}
-            reply: dict = {}
             restarts = endpoint.restarts
             try:
-                async for message in endpoint.stream(session.client, "/generate", body):
-                    reply = message
-                    job.prefilled.set()
+                if j or request.n == 1:
+                    reply = await endpoint.ask(session.client, "/generate", body)
+                else:
+                    reply = await self._prefill(session, job, body)
                 return self._completion(job, j, reply)
             except _Unfit as error:
                 reason = str(error)
@@ -262,6 +261,15 @@ class SglangEngine:
         raise ServerError(
             f"{endpoint.url}: sample {j} of {request.id} failed {TRIES} times: {reason}"
         )
+
+    async def _prefill(self, session: Session, job: _Job, body: dict) -> dict:
+        """Reply to a prompt's first sample; the others may start at its first token."""
+        reply: dict = {}
+        body = body | {"stream": True}
+        async for message in job.endpoint.stream(session.client, "/generate", body):
+            reply = message
+            job.prefilled.set()
+        return reply
 
     def _completion(self, job: _Job, j: int, reply: dict) -> Completion:
         """A checked reply as a completion; raises Again for one that must not count."""

@@ -7,6 +7,7 @@ inside it, and the head's weight is touched nowhere else.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -17,9 +18,10 @@ from tercet.core.model import PolicyParts
 from tercet.core.types import MicroBatch, PackedBatch, to_device
 from tercet.kernels.linear_logprobs import linear_logprobs
 from tercet.kernels.prefix_attention import ATTENTION_NAME
+from tercet.kernels.reference import tapo_loss_reference
 from tercet.kernels.tapo_loss import fused_linear_cross_entropy, fused_linear_tapo_loss
 
-Branch = Literal["joint", "update", "logprobs", "cross_entropy"]
+Branch = Literal["joint", "update", "negative", "logprobs", "cross_entropy"]
 Metrics = dict[str, Tensor]
 
 
@@ -58,8 +60,10 @@ class Policy(nn.Module):
         Args:
             batch: a MicroBatch for `joint` and `update`, a PackedBatch for the others.
             branch: `joint`: TAPO loss, the negative scored too; `update`: TAPO loss with
-                batch.neg_logprobs (or none); `logprobs`: given labels [R]; `cross_entropy`: given
-                labels [R], loss_mask [R] and num_loss_tokens.
+                batch.neg_logprobs (or none); `negative`: a loss with the gradient that `joint` has
+                through the negative image alone, given logprobs [R] of the update's, and with
+                batch.neg_logprobs; `logprobs`: given labels [R]; `cross_entropy`: given labels
+                [R], loss_mask [R] and num_loss_tokens.
             given: what the branch needs besides; `joint` and `update` take return_logprobs.
 
         Returns:
@@ -72,6 +76,8 @@ class Policy(nn.Module):
             return self._tapo(batch, batch.negative, **given)
         if branch == "update":
             return self._tapo(batch, None, **given)
+        if branch == "negative":
+            return self._negative(batch, given["logprobs"])
         if branch == "logprobs":
             labels = given["labels"].to(self.device)
             return linear_logprobs(self._hidden(batch), labels=labels, **self._head())[0]
@@ -84,6 +90,34 @@ class Policy(nn.Module):
     def logprobs(self, packed: PackedBatch, labels: Tensor) -> Tensor:
         """Log-probs [R] float32 of `labels` [R], without gradient."""
         return self(packed, "logprobs", labels=labels)
+
+    def accumulate(
+        self, batch: MicroBatch, branches: Literal["joint", "one_at_a_time"] = "joint"
+    ) -> tuple[Tensor, Metrics]:
+        """Add a micro-batch's gradients to those that are there.
+
+        Args:
+            batch: with or without a negative to be scored now.
+            branches: `joint`: both branches' activations exist at once; `one_at_a_time`: the
+                negative is scored without gradient first, then each branch has its own forward and
+                backward pass, with the other one's log-probs as constants. The gradient is the
+                same, the activations half, at the price of one more forward pass.
+
+        Returns:
+            The loss and its metrics, detached; `logprobs` [R] among them.
+        """
+        if batch.negative is None or branches == "joint":
+            branch = "update" if batch.negative is None else "joint"
+            value, metrics = self(batch, branch, return_logprobs=True)
+            value.backward()
+            return value.detach(), metrics
+        neg_logprobs = self.logprobs(batch.negative, batch.labels)
+        batch = replace(batch, neg_logprobs=neg_logprobs)
+        value, metrics = self(batch, "update", return_logprobs=True)
+        value.backward()
+        if self.loss.neg_grad == "flow":
+            self(batch, "negative", logprobs=metrics["logprobs"])[0].backward()
+        return value.detach(), metrics
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters as (Hugging Face name, tensor), in one order on all ranks, tied ones once."""
@@ -115,34 +149,58 @@ class Policy(nn.Module):
             "chunk_rows": self.chunk_rows,
         }
 
+    def _loss(self, batch: MicroBatch) -> dict:
+        """What the loss is told about a micro-batch's rows."""
+        loss = self.loss
+        return {
+            "old_logprobs": batch.old_logprobs,
+            "advantages": batch.advantages,
+            "num_loss_tokens": batch.num_loss_tokens,
+            "clip_low": loss.clip_low,
+            "clip_high": loss.clip_high,
+            "clip_dual": loss.clip_dual,
+            "log_ratio_clamp": loss.log_ratio_clamp,
+            "kl_coef": loss.kl_coef,
+            "kl_ratio": loss.kl_ratio,
+            "kl_log_clamp": loss.kl_log_clamp,
+            "kl_clamp": loss.kl_clamp,
+            "entropy_coef": loss.entropy_coef,
+            "neg_entropy_coef": loss.neg_entropy_coef,
+            "neg_grad": loss.neg_grad,
+            "loss_mask": batch.loss_mask,
+            "is_weights": batch.is_weights,
+        }
+
     def _tapo(
         self, batch: MicroBatch, negative: PackedBatch | None, return_logprobs: bool = False
     ) -> tuple[Tensor, Metrics]:
-        loss, neg_hidden = self.loss, None
+        neg_hidden = None
         if negative is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and loss.neg_grad == "flow"):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss.neg_grad == "flow"):
                 neg_hidden = self._hidden(negative)
         return fused_linear_tapo_loss(
             self._hidden(batch.update),
             neg_hidden,
             **self._head(),
+            **self._loss(batch),
             labels=batch.labels,
-            old_logprobs=batch.old_logprobs,
             neg_logprobs=batch.neg_logprobs,
-            advantages=batch.advantages,
-            num_loss_tokens=batch.num_loss_tokens,
-            clip_low=loss.clip_low,
-            clip_high=loss.clip_high,
-            clip_dual=loss.clip_dual,
-            log_ratio_clamp=loss.log_ratio_clamp,
-            kl_coef=loss.kl_coef,
-            kl_ratio=loss.kl_ratio,
-            kl_log_clamp=loss.kl_log_clamp,
-            kl_clamp=loss.kl_clamp,
-            entropy_coef=loss.entropy_coef,
-            neg_entropy_coef=loss.neg_entropy_coef,
-            neg_grad=loss.neg_grad,
-            loss_mask=batch.loss_mask,
-            is_weights=batch.is_weights,
             return_logprobs=return_logprobs,
+        )
+
+    def _negative(self, batch: MicroBatch, logprobs: Tensor) -> tuple[Tensor, Metrics]:
+        neg_logprobs = batch.neg_logprobs.detach().requires_grad_()
+        with torch.enable_grad():
+            value, _ = tapo_loss_reference(logprobs, neg_logprobs=neg_logprobs, **self._loss(batch))
+            (coefficients,) = torch.autograd.grad(value, neg_logprobs)
+        return fused_linear_tapo_loss(
+            self._hidden(batch.negative),
+            None,
+            **self._head(),
+            labels=batch.labels,
+            old_logprobs=None,
+            advantages=None,
+            coefficients=coefficients,
+            num_loss_tokens=batch.num_loss_tokens,
+            loss_mask=batch.loss_mask,
         )

@@ -238,12 +238,10 @@ class TapoRun:
                 num_loss_tokens=num_loss_tokens,
                 is_cap=loss.is_cap,
             )
-            branch = "joint" if negative else "update"
-            value, metrics = self.policy(batch, branch, return_logprobs=True)
-            value.backward()
+            value, metrics = self.policy.accumulate(batch, config.parallel.branches)
             scored.append(metrics.pop("logprobs"))
             metrics.pop("neg_logprobs", None)
-            add_up(sums, {"loss": value.detach()} | metrics)
+            add_up(sums, {"loss": value} | metrics)
             phase.advance(len(chunk) / minibatches)
         steps = self.total_steps * minibatches
         lr = learning_rate(self.optimizer_steps, steps, config.optim, self.steps_done == 0)

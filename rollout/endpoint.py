@@ -152,6 +152,18 @@ class Endpoint:
                     raise
             time.sleep(POLL_S)
 
+    async def ask(self, client: httpx.AsyncClient, path: str, body: dict) -> dict:
+        """The reply to a POST in one piece; raises what `stream` does."""
+        reply = await client.post(self.url + path, json=body)
+        await refuse(reply)
+        try:
+            found = reply.json()
+        except json.JSONDecodeError:
+            raise Again("the reply is cut") from None
+        if not isinstance(found, dict):
+            raise Again("the reply is no object")
+        return found
+
     async def stream(self, client: httpx.AsyncClient, path: str, body: dict) -> AsyncIterator[dict]:
         """The messages of a streamed reply.
 

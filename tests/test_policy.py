@@ -191,6 +191,34 @@ def test_update_branch_takes_given_negative_logprobs(photos):
     assert policy(joint)[0].item() == pytest.approx(policy(given, "update")[0].item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("neg_grad", ["flow", "detach"])
+@pytest.mark.parametrize("kl_ratio", ["neg_over_policy", "policy_over_neg"])
+def test_branches_one_at_a_time_have_the_gradient_of_both(photos, neg_grad, kl_ratio):
+    """In float64, row weights of 0 among them; loss and metrics are the same as well."""
+    parts = tiny()
+    parts.model.double()
+    encoder, group = PromptEncoder(parts), make_group(parts, photos)
+    weights = {id(r): float(n != 3) for n, r in enumerate(group.responses)}
+    piece = Piece(group, tuple(range(len(LENGTHS))))
+    options = {"update_on": "anchor", "negative": True, "num_loss_tokens": 9.0}
+    batch = micro_batch([piece], encoder, weights, **options)
+    config = LossConfig(neg_grad=neg_grad, kl_ratio=kl_ratio, kl_coef=0.3, neg_entropy_coef=0.2)
+    policy = Policy(parts, config)
+    found = []
+    for branches in ("joint", "one_at_a_time"):
+        policy.zero_grad(set_to_none=True)
+        value, metrics = policy.accumulate(batch, branches)
+        grads = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+        found.append((value, metrics, grads))
+    (value, metrics, grads), (other_value, other_metrics, other_grads) = found
+    assert value.item() == pytest.approx(other_value.item(), rel=1e-9)
+    for name in metrics:
+        torch.testing.assert_close(metrics[name], other_metrics[name], rtol=1e-7, atol=1e-9)
+    assert len(grads) == len(other_grads) > 20
+    for one, other in zip(grads, other_grads, strict=True):
+        assert (one - other).abs().max() <= 1e-6 * one.abs().max() + 1e-12
+
+
 def test_unknown_branch_is_named(photos):
     parts = tiny()
     with pytest.raises(ValueError, match="sideways"):

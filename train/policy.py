@@ -20,6 +20,7 @@ from tercet.kernels.linear_logprobs import linear_logprobs
 from tercet.kernels.prefix_attention import ATTENTION_NAME
 from tercet.kernels.reference import tapo_loss_reference
 from tercet.kernels.tapo_loss import fused_linear_cross_entropy, fused_linear_tapo_loss
+from tercet.kernels.varlen import VISION_NAME, backend_of
 
 Branch = Literal["joint", "update", "negative", "logprobs", "cross_entropy"]
 Metrics = dict[str, Tensor]
@@ -45,7 +46,12 @@ class Policy(nn.Module):
     ):
         super().__init__()
         self.model = parts.model
-        self.model.set_attn_implementation({"text_config": ATTENTION_NAME, "vision_config": "sdpa"})
+        backend = backend_of(torch.empty(0, device=self.model.device, dtype=self.model.dtype))
+        self.attention = backend.name if backend else "dense masks"
+        """What computes attention; it suits the model's device and dtype."""
+        # On a CPU the loop over windows is as fast, and transformers' own.
+        vision = VISION_NAME if backend and self.model.device.type != "cpu" else "sdpa"
+        self.model.set_attn_implementation({"text_config": ATTENTION_NAME, "vision_config": vision})
         self.loss = loss
         self.temperature = temperature
         self.chunk_rows = chunk_rows

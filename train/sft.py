@@ -80,6 +80,7 @@ class SftRun:
             set_rng_state(state["rng"])
         self.log = RunLog(self.out, self.total_steps, resolved, config.run.wandb)
         self.log.resume_at(self.steps_done + 1)
+        self.log.say(f"attention: {self.policy.attention}")
         for reason in skipped:
             self.log.say(f"left out: {reason}")
 

@@ -123,6 +123,7 @@ class TapoRun:
         self.engine.update_weights(self.policy.named_weights(), self.steps_done)
         self.log = RunLog(self.out, self.total_steps, resolved, config.run.wandb)
         self.log.resume_at(self.steps_done + 1)
+        self.log.say(f"attention: {self.policy.attention}")
         if not self.engine.full_vocabulary:
             self.log.say("the sampler's log-probs are renormalised after top_p and top_k")
         self.shown: list[Group] = []

@@ -30,6 +30,8 @@ STOP_S = 2.0
 """Time a server has between SIGTERM and SIGKILL."""
 LOG_LINES = 20
 """Lines of its log that an error about a server shows."""
+TORCHRUN = ("TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_")
+"""Beginnings of the variables that torchrun sets; with them a server waits for ever."""
 GUARD = """
 import os, signal, subprocess, sys, threading
 
@@ -181,10 +183,13 @@ class Server:
         return "\n".join(lines[-LOG_LINES:])
 
     def _environment(self) -> dict[str, str]:
-        variables = dict(os.environ) | {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
-        # Its sleep path refuses expandable segments; torchrun's rank is not the server's.
-        for name in ("PYTORCH_CUDA_ALLOC_CONF", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-            variables.pop(name, None)
+        # Its sleep path refuses expandable segments; torchrun's rendezvous is not the server's.
+        variables = {
+            name: value
+            for name, value in os.environ.items()
+            if name != "PYTORCH_CUDA_ALLOC_CONF" and not name.startswith(TORCHRUN)
+        }
+        variables |= {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
         # Features of a photo must not outlive the vision tower that they were computed with.
         variables.setdefault("SGLANG_VLM_CACHE_SIZE_MB", "0")
         if self.host == "127.0.0.1":

@@ -212,6 +212,8 @@ class OptimConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; a step with a non-finite norm is skipped."""
+    max_skipped: int = 5
+    """Steps skipped one after the other that end the run, with a checkpoint."""
 
 
 @dataclass
@@ -233,6 +235,10 @@ class ParallelConfig:
     gradient with half the activations and one more forward pass."""
     head_chunk_rows: int | None = None
     """Response rows that reach the head at once; None: what suits the device."""
+    replicas: int = 1
+    """Groups of ranks that hold a whole sharded copy each (HSDP): one a machine, as a rule."""
+    timeout_s: float = 7200.0
+    """Longest that a rank waits for the others; sampling counts."""
 
 
 @dataclass
@@ -303,8 +309,10 @@ class TapoConfig:
             "rollout.max_in_flight": rollout.max_in_flight,
             "rollout.weight_bucket_mib": rollout.weight_bucket_mib,
             "optim.groups_per_minibatch": self.optim.groups_per_minibatch,
+            "optim.max_skipped": self.optim.max_skipped,
             "loss.mean_over_size": loss.mean_over_size,
             "parallel.head_chunk_rows": self.parallel.head_chunk_rows,
+            "parallel.replicas": self.parallel.replicas,
             "run.save_every": self.run.save_every,
             "run.keep_last": self.run.keep_last,
             "data.shots": self.data.shots,

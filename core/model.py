@@ -70,9 +70,14 @@ class PolicyParts:
         """Token ids that must never be sampled: each stands for image features."""
         return (self.model.config.image_token_id, self.model.config.video_token_id)
 
-    def save(self, folder: str | Path) -> None:
-        """Write a folder that transformers loads: safetensors, configs, tokenizer, processor."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write a folder that transformers loads: safetensors, configs, tokenizer, processor.
+
+        Args:
+            folder: made where it is not there.
+            weights: whole weights by parameter name, of a model that is sharded; None: its own.
+        """
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 

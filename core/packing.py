@@ -134,6 +134,16 @@ def _tokens(prompts: list[tuple[EncodedPrompt, list[tuple[int, ...]]]]) -> int:
     return sum(len(p) + sum(max(0, len(t) - 1) for t in tokens) for p, tokens in prompts)
 
 
+def piece_cost(piece: Piece, branches: Sequence[str], encode: Encode) -> int:
+    """Work of a piece: packed tokens, those of photos twice.
+
+    The vision tower works about as much on a photo's tokens as the language model does after it.
+    """
+    prompts = [prompt for branch in branches for prompt in branch_prompts(piece, branch, encode)]
+    patches = sum(int(image.grid_thw.prod()) for p, _ in prompts for image in p.images)
+    return _tokens(prompts) + patches // 4
+
+
 def split_by_budget(
     pieces: Sequence[Piece], branches: Sequence[str], encode: Encode, budget: int
 ) -> Iterator[list[Piece]]:

@@ -73,6 +73,25 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+class IdleEngine:
+    """What ranks other than the first hold: nothing is sampled there."""
+
+    weight_version = 0
+    full_vocabulary = True
+
+    def update_weights(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Take part in putting sharded weights together."""
+        for _ in named_weights:
+            pass
+        self.weight_version = version
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def sample_seed(seed: int, step: int, request_id: str, index: int) -> int:
     """63-bit seed of sample `index` of a request; the same in every process and on every machine.
 

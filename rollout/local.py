@@ -161,7 +161,11 @@ class LocalEngine:
         self._aborted.update(request_ids)
 
     def update_weights(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Nothing to copy: the engine decodes with the policy's own parameters."""
+        """Copy what is not the engine's own memory: with the policy's own parameters, nothing."""
+        own = dict(self._model.named_parameters())
+        for name, weight in named_weights:
+            if own[name].data_ptr() != weight.data_ptr():
+                own[name].data.copy_(weight)
         self.weight_version = version
 
     def sleep(self) -> None:

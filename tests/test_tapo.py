@@ -261,6 +261,60 @@ def run_command(world: Path, out: Path, *more: str) -> subprocess.Popen:
     )
 
 
+def test_gradients_that_stay_not_finite_end_the_run_with_a_checkpoint(monkeypatch, world, tmp_path):
+    def broken(self, batch, branches):
+        value, metrics = accumulate(self, batch, branches)
+        next(self.parameters()).grad.fill_(float("nan"))
+        return value, metrics
+
+    accumulate = Policy.accumulate
+    monkeypatch.setattr(Policy, "accumulate", broken)
+    argv = options(world, tmp_path, "--run.steps=9", "--optim.max_skipped=3")
+    with pytest.raises(ValueError, match="step 2: the gradient was not finite 3 times in a row"):
+        train(monkeypatch, argv)
+    state = load_state(tmp_path / "checkpoints" / "step_000001")
+    assert state["steps_done"] == 1 and state["groups"]
+    assert figures(tmp_path)[0]["skipped_steps"] == 1
+
+
+def out_of_memory_above(monkeypatch, tokens: int) -> list[int]:
+    """Lets a micro-batch of more packed tokens fail; returns the sizes of those that did not."""
+    accumulate, sizes = Policy.accumulate, []
+
+    def limited(self, batch, branches):
+        value, metrics = accumulate(self, batch, branches)
+        if batch.update.num_tokens > tokens:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(batch.update.num_tokens)
+        return value, metrics
+
+    monkeypatch.setattr(Policy, "accumulate", limited)
+    return sizes
+
+
+def test_out_of_memory_begins_again_with_half_the_budget(monkeypatch, world, tmp_path, capsys):
+    """The step is that of a run whose memory sufficed, and a resumed run keeps the budget."""
+    more = ["--run.steps=1", "--rollout.max_prompt_tokens=64", "--optim.lr=1e-4"]
+    more += ["--optim.groups_per_minibatch=4", "--parallel.micro_batch_tokens=640"]
+    train(monkeypatch, options(world, tmp_path / "roomy", *more))
+    sizes = out_of_memory_above(monkeypatch, 200)
+    train(monkeypatch, options(world, tmp_path / "tight", *more))
+    assert max(sizes) <= 200 and len(sizes) > 1
+    said = capsys.readouterr().out
+    assert "out of memory with parallel.micro_batch_tokens = 640: going on with 320" in said
+    assert (tmp_path / "tight" / "micro_batch_tokens").read_text() == "160"
+    roomy, tight = (figures(tmp_path / name)[0] for name in ("roomy", "tight"))
+    for name, value in roomy.items():
+        assert value == pytest.approx(tight[name], rel=1e-4, abs=1e-6), name
+
+
+def test_memory_that_does_not_hold_one_response_is_named(monkeypatch, world, tmp_path):
+    out_of_memory_above(monkeypatch, 10)
+    more = ["--rollout.max_prompt_tokens=64", "--parallel.micro_batch_tokens=100"]
+    with pytest.raises(ValueError, match="tokens = 100; half of it does not hold one prompt"):
+        train(monkeypatch, options(world, tmp_path, *more))
+
+
 def test_a_judge_that_is_down_is_waited_for_then_named(monkeypatch, world, tmp_path):
     url = f"http://127.0.0.1:{free_ports(1)[0]}/v1"
     reward = judged(Judge(url, "m", patience_s=1.0), "{response}")

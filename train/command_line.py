@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import fields
@@ -59,7 +60,7 @@ def parse(
 
 
 def set_up(run: RunConfig) -> torch.device:
-    """Threads, seeds and the device of a run."""
+    """Threads, seeds and this process's device."""
     transformers_logging.disable_progress_bar()
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -68,4 +69,8 @@ def set_up(run: RunConfig) -> torch.device:
     torch.manual_seed(run.seed)
     if run.device != "auto":
         return torch.device(run.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+from tercet.core.rewards import is_correct
+from tercet.core.types import Group
+from tercet.core.vision import load_image
 
 PANELS = (
     (
@@ -305,3 +310,29 @@ def _save(figure: Figure, png: Path | str, dpi: int) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # of scripts that the font lacks
         figure.savefig(png, dpi=dpi)
+
+
+def sample_rows(groups: Sequence[Group]) -> list[dict]:
+    """What samples.png shows of groups."""
+    return [
+        {
+            "anchor": load_image(group.triplet.anchor),
+            "positive": load_image(group.triplet.positive),
+            "negative": load_image(group.triplet.negative),
+            "question": group.triplet.question,
+            "truth": group.triplet.sub_category,
+            "responses": [
+                {
+                    "role": response.role,
+                    "text": response.text,
+                    "correct": is_correct(response.metrics)
+                    if "accuracy" in response.metrics
+                    else response.advantage > 0,
+                    "reward": response.reward,
+                    "advantage": response.advantage,
+                }
+                for response in group.responses
+            ],
+        }
+        for group in groups
+    ]

@@ -35,6 +35,11 @@ class StopSignal:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
+    @property
+    def signum(self) -> int:
+        """The signal that has come; 0: none."""
+        return self._signum or 0
+
     def check(self) -> None:
         """Raise Interrupted when a signal has come."""
         if self._signum is not None:

@@ -15,6 +15,7 @@ from tercet.core.config import SftConfig, TapoConfig
 from tercet.train.checkpoint import find_checkpoint
 from tercet.train.interrupt import Interrupted, StopSignal
 from tercet.train.optim import optimizer_step
+from tercet.train.parallel import World, is_on_all_ranks, on_all_ranks
 from tercet.train.policy import Policy
 from tercet.train.run_log import RunLog
 
@@ -24,11 +25,15 @@ class Run(Protocol):
 
     config: TapoConfig | SftConfig
     log: RunLog
-    stop: StopSignal
+    world: World
     policy: Policy
     optimizer: torch.optim.Optimizer
+    skipped: int
+    """Optimiser steps skipped in a row."""
     steps_done: int
     total_steps: int
+
+    def check_stop(self) -> None: ...
 
     def step(self) -> dict[str, float]: ...
 
@@ -68,18 +73,21 @@ def run(
 def run_steps(run: Run, save_every: int) -> Path | None:
     """Run all steps; save every `save_every`, at the end, and before any exception goes on.
 
+    One that came to some ranks only is not saved from: the others wait elsewhere.
+
     Returns:
         The last checkpoint; None when there was nothing left to do.
     """
     saved = None
     try:
         while run.steps_done < run.total_steps:
-            run.stop.check()
+            run.check_stop()
             run.log.step(run.steps_done + 1, run.step())
             if run.steps_done % save_every == 0 or run.steps_done == run.total_steps:
                 saved = run.save()
-    except BaseException:
-        run.log.say(f"checkpoint after {run.steps_done} steps: {run.save()}")
+    except BaseException as error:
+        if run.world.size == 1 or is_on_all_ranks(error):
+            run.log.say(f"checkpoint after {run.steps_done} steps: {run.save()}")
         raise
     return saved
 
@@ -91,9 +99,21 @@ def add_up(sums: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
 
 
 def take_step(run: Run, lr: float, sums: dict[str, Tensor]) -> dict[str, float]:
-    """Take the optimiser step that a mini-batch's gradients ask for; returns its figures."""
+    """Take the optimiser step that a mini-batch's gradients ask for; returns its figures.
+
+    Raises:
+        ValueError: for the max_skipped-th time in a row the gradient is not finite.
+    """
     limit = run.config.optim.max_grad_norm
     norm, stepped = optimizer_step(run.optimizer, run.policy.parameters(), lr, limit)
+    run.skipped = 0 if stepped else run.skipped + 1
+    if run.skipped == run.config.optim.max_skipped:
+        raise on_all_ranks(
+            ValueError(
+                f"step {run.steps_done + 1}: the gradient was not finite {run.skipped} times in a "
+                "row (optim.max_skipped): lower optim.lr, or look at the last groups"
+            )
+        )
     figures = {name: float(value) for name, value in sums.items()}
     figures |= {"lr": lr, "skipped_steps": float(not stepped)}
     return figures | ({"grad_norm": norm} if stepped else {})

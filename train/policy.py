@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tercet.core.config import LossConfig
 from tercet.core.model import PolicyParts
@@ -126,9 +127,13 @@ class Policy(nn.Module):
         return value.detach(), metrics
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters as (Hugging Face name, tensor), in one order on all ranks, tied ones once."""
+        """Parameters as (Hugging Face name, tensor), in one order on all ranks, tied ones once.
+
+        Sharded ones are put together one at a time: a collective, which every rank iterates.
+        """
         for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
+            weight = parameter.detach()
+            yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
     def _hidden(self, packed: PackedBatch) -> Tensor:
         """[R, D]: the hidden states that predict the pack's response tokens."""

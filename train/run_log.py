@@ -356,3 +356,25 @@ def _start_wandb(project: str, out: Path, config_yaml: str | None) -> ModuleType
     config = yaml.safe_load(config_yaml) if config_yaml else None
     wandb.init(project=project, group=out.name, dir=str(out), config=config)
     return wandb
+
+
+class SilentLog:
+    """Stands in for a RunLog on ranks that neither show nor record."""
+
+    def phase(self, name: str, total: float | None = None, unit: str = "") -> SilentLog:
+        return self
+
+    def advance(self, n: float = 1) -> None: ...
+
+    def add_time(self, name: str, seconds: float) -> None: ...
+
+    def resume_at(self, step: int) -> None: ...
+
+    def step(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def __exit__(self, *exception) -> None: ...

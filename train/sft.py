@@ -32,6 +32,7 @@ from tercet.train.figures import draw_curves
 from tercet.train.interrupt import StopSignal
 from tercet.train.loop import add_up, command, run, take_step
 from tercet.train.optim import build_optimizer, learning_rate
+from tercet.train.parallel import World
 from tercet.train.policy import Policy
 from tercet.train.run_log import RunLog
 
@@ -60,7 +61,10 @@ class SftRun:
 
     def __init__(self, config: SftConfig, resolved: str, stop: StopSignal, resume: Path | None):
         device = set_up(config.run)
-        self.config, self.stop, self.out = config, stop, Path(config.run.out)
+        self.config, self.check_stop, self.out = config, stop.check, Path(config.run.out)
+        self.world = World(device, config.parallel)
+        if self.world.size > 1:
+            raise ValueError("train/sft.py runs in one process for now: use --nproc-per-node 1")
         model = replace(config.model, path=str(resume)) if resume else config.model
         self.parts = load_policy(model, device)
         self.encoder = PromptEncoder(self.parts)
@@ -72,7 +76,7 @@ class SftRun:
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         per_epoch = len(self.samples) / config.optim.samples_per_step
         self.total_steps = config.run.steps or max(1, round(config.run.epochs * per_epoch))
-        self.steps_done = 0
+        self.steps_done = self.skipped = 0
         if resume:
             state = load_state(resume)
             self.steps_done = state["steps_done"]
@@ -93,7 +97,7 @@ class SftRun:
         with self.log.phase("update", total=size, unit="samples") as phase:
             self.policy.train()
             for chunk in self._micro_batches(chosen):
-                self.stop.check()
+                self.check_stop()
                 packed = pack([(self._prompt(i), [self.examples[i].target_ids]) for i in chunk])
                 labels = torch.tensor([t for i in chunk for t in self.examples[i].target_ids])
                 loss, metrics = self.policy(

@@ -9,6 +9,7 @@ KL(pi || pi_neg) and lowering the entropies of both. `--rollout.n_positive 0 --l
     torchrun train/tapo.py                                    # the demo: draws its own data
     torchrun train/tapo.py --data.path photos --model.path MODEL --run.out runs/mine
     torchrun train/tapo.py ... --resume auto                  # go on from the newest checkpoint
+    torchrun --nproc-per-node 4 --max-restarts 3 train/tapo.py ...   # 4 GPUs; goes on after a crash
 
 --help lists every option. An interrupted run (Ctrl-C, SIGTERM) writes a checkpoint and exits with
 128 + the signal's number.
@@ -17,36 +18,31 @@ KL(pi || pi_neg) and lowering the entropies of both. `--rollout.n_positive 0 --l
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from tercet.core.advantages import group_advantages, row_weights
+from tercet.core.advantages import group_advantages
 from tercet.core.config import TapoConfig
 from tercet.core.embedders import embedder
 from tercet.core.manifest import MANIFEST_NAME, Manifest
 from tercet.core.mismatch import mismatch_figures
-from tercet.core.model import load_policy
-from tercet.core.packing import (
-    Piece,
-    labels_of,
-    micro_batch,
-    mini_batches,
-    pack_branch,
-    split_by_budget,
-)
-from tercet.core.rewards import is_correct, load_reward
+from tercet.core.model import PolicyParts, load_policy
+from tercet.core.packing import Piece, mini_batches
+from tercet.core.rewards import load_reward
 from tercet.core.triplets import prepare_manifest
-from tercet.core.types import Group, Response
-from tercet.core.vision import PromptEncoder, load_image
+from tercet.core.types import Group
+from tercet.core.vision import PromptEncoder
+from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
+from tercet.rollout.server import ServerError
 from tercet.train.checkpoint import (
     load_state,
     rng_state,
@@ -54,12 +50,14 @@ from tercet.train.checkpoint import (
     set_rng_state,
 )
 from tercet.train.command_line import parse, set_up
-from tercet.train.figures import draw_curves, draw_samples
-from tercet.train.interrupt import StopSignal
-from tercet.train.loop import add_up, command, run, take_step
+from tercet.train.figures import draw_curves, draw_samples, sample_rows
+from tercet.train.interrupt import Interrupted, StopSignal
+from tercet.train.loop import command, run, take_step
 from tercet.train.optim import build_optimizer, learning_rate
+from tercet.train.parallel import World, on_all_ranks, shard, spread, whole
 from tercet.train.policy import Policy
-from tercet.train.run_log import RunLog
+from tercet.train.run_log import RunLog, SilentLog
+from tercet.train.update import Updater
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
 
@@ -75,12 +73,16 @@ class TapoRun:
     """
 
     def __init__(self, config: TapoConfig, resolved: str, stop: StopSignal, resume: Path | None):
-        device = set_up(config.run)
         self.config, self.stop, self.out = config, stop, Path(config.run.out)
+        device = set_up(config.run)
+        self.world = World(device, config.parallel)
         model = replace(config.model, path=str(resume)) if resume else config.model
         self.parts = load_policy(model, device)
         self.encoder = PromptEncoder(self.parts)
-        self.manifest = self._manifest(resume)
+        self.manifest = self.world.share(lambda: self._manifest(resume))
+        sampled = self.parts
+        if self.world.size > 1 and self.world.is_first and config.rollout.engine == "local":
+            sampled = replace(self.parts, model=copy.deepcopy(self.parts.model))
         self.policy = Policy(
             self.parts,
             config.loss,
@@ -89,14 +91,18 @@ class TapoRun:
         )
         if config.model.gradient_checkpointing:
             self.parts.model.gradient_checkpointing_enable({"use_reentrant": False})
+        shard(self.policy, self.world)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
-        self.engine = open_engine(
-            self.parts,
+        self.updater = Updater(
+            config,
+            self.policy,
             self.encoder,
-            config.rollout,
-            self.out / "sglang",
-            self.policy.named_weights,
+            self.world,
+            self.check_stop,
+            lambda text: self.log.say(text),
         )
+        self.engine: Engine = IdleEngine()
+        self.world.share(lambda: self._open_engine(sampled))
         self.stream = TripletStream(
             self.manifest.anchors, positive=config.data.positive, seed=config.run.seed
         )
@@ -113,7 +119,7 @@ class TapoRun:
         )
         per_epoch = len(self.manifest.anchors) / config.rollout.groups_per_step
         self.total_steps = config.run.steps or max(1, int(config.run.epochs * per_epoch))
-        self.steps_done = 0
+        self.steps_done = self.skipped = 0
         self.groups: list[Group] = []
         """Groups of a step that has begun; empty between steps."""
         self.minibatches_done = 0
@@ -121,12 +127,34 @@ class TapoRun:
         if resume:
             self._restore(load_state(resume))
         self.engine.update_weights(self.policy.named_weights(), self.steps_done)
-        self.log = RunLog(self.out, self.total_steps, resolved, config.run.wandb)
+        self.log = SilentLog()
+        if self.world.is_first:
+            self.log = RunLog(self.out, self.total_steps, resolved, config.run.wandb)
         self.log.resume_at(self.steps_done + 1)
         self.log.say(f"attention: {self.policy.attention}")
+        if sampled is not self.parts:
+            self.log.say("rank 0 samples on an unsharded copy of the policy")
         if not self.engine.full_vocabulary:
             self.log.say("the sampler's log-probs are renormalised after top_p and top_k")
         self.shown: list[Group] = []
+
+    def _open_engine(self, parts: PolicyParts) -> None:
+        self.engine = open_engine(
+            parts, self.encoder, self.config.rollout, self.out / "sglang", self._weights_for_restart
+        )
+
+    def _weights_for_restart(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.world.size > 1:
+            raise ServerError(
+                "a server had to be restarted, but the weights are spread over several ranks that "
+                "do not wait for it: go on from the checkpoint with --resume auto"
+            )
+        return self.policy.named_weights()
+
+    def check_stop(self) -> None:
+        """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
+        if signum := self.world.most(self.stop.signum):
+            raise on_all_ranks(Interrupted(signum))
 
     def _manifest(self, resume: Path | None) -> Manifest:
         """The run's own manifest when it goes on, else a new one, written beside the run."""
@@ -150,12 +178,11 @@ class TapoRun:
         # The first mini-batch is updated at the very weights that old log-probs are those of: only
         # importance weights need them before the update.
         unscored = batches if config.loss.is_cap is not None else batches[1:]
-        self._score("old", [piece for batch in unscored for piece in batch])
+        self._score("old", "old_logprobs", unscored)
         if config.loss.needs_negative and config.loss.neg_at == "step_start":
-            self._score("negative", [piece for batch in batches for piece in batch])
+            self._score("negative", "neg_logprobs", batches)
         updates = []
         with self.log.phase("update", total=len(self.groups), unit="groups") as phase:
-            self.policy.train()
             for batch in batches[self.minibatches_done :]:
                 updates.append(self._update(batch, len(batches), phase))
                 self.minibatches_done += 1
@@ -169,90 +196,47 @@ class TapoRun:
         return figures | _mean(updates)
 
     def _sample(self) -> dict[str, float]:
-        """Fill self.groups with rewarded responses and their advantages."""
+        """Fill self.groups, on all ranks, with rewarded responses and their advantages."""
         config = self.config.rollout
         responses = config.groups_per_step * (config.n_anchor + config.n_positive)
-        with self.log.phase("generate", total=responses, unit="responses") as phase:
 
-            def progress(count: int) -> None:
-                phase.advance(count)
-                self.stop.check()
+        def sample() -> tuple[list[Group], dict[str, float]]:
+            with self.log.phase("generate", total=responses, unit="responses") as phase:
 
-            started = time.perf_counter()
-            sampled = asyncio.run(self.sampler.collect(self.steps_done, progress))
-            seconds = time.perf_counter() - started
-            self.log.add_time("reward", sampled.reward_seconds)
-        # A = (R - mean) / (std + 1e-6), pooled over a group's anchor and positive responses.
-        pooled = [(n, r) for n, group in enumerate(sampled.groups) for r in group.responses]
-        rewards = torch.tensor([r.reward for _, r in pooled], dtype=torch.float64)
-        advantages = group_advantages(rewards, [n for n, _ in pooled])
-        for (_, response), advantage in zip(pooled, advantages.tolist(), strict=True):
-            response.advantage = advantage
-        self.groups = sampled.groups
-        return _sampling_figures(sampled, seconds)
+                def progress(count: int) -> None:
+                    phase.advance(count)
+                    self.stop.check()
 
-    def _score(self, which: Literal["old", "negative"], pieces: Sequence[Piece]) -> None:
-        """Set the old or negative log-probs of responses that have none, at these weights."""
-        field = {"old": "old_logprobs", "negative": "neg_logprobs"}[which]
-        branch = "negative" if which == "negative" else self.config.loss.update_on
+                started = time.perf_counter()
+                sampled = asyncio.run(self.sampler.collect(self.steps_done, progress))
+                seconds = time.perf_counter() - started
+                self.log.add_time("reward", sampled.reward_seconds)
+            _set_advantages(sampled.groups)
+            return sampled.groups, _sampling_figures(sampled, seconds)
+
+        self.groups, figures = self.world.share(sample)
+        return figures
+
+    def _score(self, phase_name: str, field: str, batches: Sequence[Sequence[Piece]]) -> None:
+        """Set a field of all responses that lack it, at these weights."""
+        pieces = [piece for batch in batches for piece in batch]
         pieces = [p for p in pieces if any(getattr(r, field) is None for r in p.chosen())]
-        if not pieces:
-            return
-        budget = self.config.parallel.micro_batch_tokens
-        with self.log.phase(which, total=len(pieces), unit="groups") as phase:
-            self.policy.eval()
-            for chunk in split_by_budget(pieces, [branch], self.encoder, budget):
-                self.stop.check()
-                responses = [r for piece in chunk for r in piece.chosen()]
-                packed = pack_branch(chunk, branch, self.encoder)
-                _set_logprobs(responses, field, self.policy.logprobs(packed, labels_of(responses)))
-                phase.advance(len(chunk))
+        if pieces:
+            with self.log.phase(phase_name, total=len(pieces), unit="groups") as phase:
+                self.updater.score(field, pieces, phase.advance)
 
     def _update(self, pieces: Sequence[Piece], minibatches: int, phase) -> dict[str, float]:
         """One optimiser step on a mini-batch; returns its figures."""
-        config, loss = self.config, self.config.loss
-        responses = [r for piece in pieces for r in piece.chosen()]
-        weights = row_weights(
-            [len(r.token_ids) for r in responses],
-            [piece.group.id for piece in pieces for _ in piece.responses],
-            [config.rollout.cut_off == "mask" and r.finish_reason == "length" for r in responses],
-            loss.mean_over,
-            loss.mean_over_size,
-        )
-        weight_of = {id(r): weight for r, weight in zip(responses, weights, strict=True)}
-        num_loss_tokens = sum(weight_of[id(r)] * len(r.token_ids) for r in responses)
-        if num_loss_tokens == 0:
+        done = self.updater.accumulate(pieces, lambda n: phase.advance(n / minibatches))
+        if done is None:
             return {}
-        negative = loss.needs_negative and loss.neg_at == "now"
-        branches = [loss.update_on, "negative"] if negative else [loss.update_on]
-        budget = config.parallel.micro_batch_tokens
-        sums: dict[str, torch.Tensor] = {}
-        scored: list[torch.Tensor] = []
-        for chunk in split_by_budget(pieces, branches, self.encoder, budget):
-            self.stop.check()
-            batch = micro_batch(
-                chunk,
-                self.encoder,
-                weight_of,
-                update_on=loss.update_on,
-                negative=negative,
-                num_loss_tokens=num_loss_tokens,
-                is_cap=loss.is_cap,
-            )
-            value, metrics = self.policy.accumulate(batch, config.parallel.branches)
-            scored.append(metrics.pop("logprobs"))
-            metrics.pop("neg_logprobs", None)
-            add_up(sums, {"loss": value} | metrics)
-            phase.advance(len(chunk) / minibatches)
-        steps = self.total_steps * minibatches
+        sums, keep_logprobs = done
+        steps, config = self.total_steps * minibatches, self.config
         lr = learning_rate(self.optimizer_steps, steps, config.optim, self.steps_done == 0)
         figures = take_step(self, lr, sums)
         self.optimizer_steps += 1
-        if self.minibatches_done == 0 and loss.is_cap is None:  # at the step's first weights
-            _set_logprobs(responses, "old_logprobs", torch.cat(scored))
-            for response in responses:
-                if not weight_of[id(response)]:
-                    response.old_logprobs = None  # its rows were left out
+        if self.minibatches_done == 0 and config.loss.is_cap is None:
+            keep_logprobs()  # they are those of the step's first weights
         return figures
 
     def _mismatch(self) -> dict[str, float]:
@@ -267,14 +251,17 @@ class TapoRun:
         )
 
     def close(self) -> None:
-        """Stop the servers that sample."""
+        """Stop the servers that sample, and leave the other ranks."""
         self.engine.close()
+        self.world.close()
 
     def draw(self) -> None:
         """Write curves.png and samples.png."""
+        if not self.world.is_first:
+            return
         draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
         if self.shown:
-            draw_samples(_sample_rows(self.shown), self.out / "samples.png")
+            draw_samples(sample_rows(self.shown), self.out / "samples.png")
 
     def save(self) -> Path:
         """Write a checkpoint of the state as it is: between steps, or between mini-batches."""
@@ -286,11 +273,31 @@ class TapoRun:
             "minibatches_done": self.minibatches_done,
             "carried": self.sampler.carried,
             "stream": self.stream.state(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
             "rng": rng_state(),
         }
-        keep = self.config.run.keep_last
-        return save_checkpoint(self.out, self.steps_done, self.parts.save, state, keep)
+        weights = self._whole_weights()
+
+        def write() -> Path:
+            return save_checkpoint(
+                self.out,
+                self.steps_done,
+                lambda folder: self.parts.save(folder, weights),
+                state,
+                self.config.run.keep_last,
+            )
+
+        return self.world.share(write)
+
+    def _whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """All weights on rank 0, a sharded one whole at a time; None where nothing is sharded."""
+        if self.world.size == 1:
+            return None
+        kept = {}
+        for name, weight in self.policy.named_weights():
+            if self.world.is_first:
+                kept[name] = weight.cpu()
+        return kept
 
     def _restore(self, state: dict) -> None:
         self.steps_done = state["steps_done"]
@@ -299,15 +306,17 @@ class TapoRun:
         self.minibatches_done = state["minibatches_done"]
         self.sampler.carried = state["carried"]
         self.stream.restore(state["stream"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(spread(state["optimizer"], self.optimizer))
         set_rng_state(state["rng"])
 
 
-def _set_logprobs(responses: Sequence[Response], field: str, logprobs: torch.Tensor) -> None:
-    """Give responses their parts of [R] log-probs."""
-    parts = logprobs.cpu().split([len(r.token_ids) for r in responses])
-    for response, part in zip(responses, parts, strict=True):
-        setattr(response, field, part.clone())
+def _set_advantages(groups: Sequence[Group]) -> None:
+    """A = (R - mean) / (std + 1e-6), pooled over a group's anchor and positive responses."""
+    pooled = [(n, r) for n, group in enumerate(groups) for r in group.responses]
+    rewards = torch.tensor([r.reward for _, r in pooled], dtype=torch.float64)
+    advantages = group_advantages(rewards, [n for n, _ in pooled])
+    for (_, response), advantage in zip(pooled, advantages.tolist(), strict=True):
+        response.advantage = advantage
 
 
 def _sampling_figures(sampled: StepGroups, seconds: float) -> dict[str, float]:
@@ -336,32 +345,6 @@ def _mean(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(found) / len(found) for name, found in values.items()}
 
 
-def _sample_rows(groups: Sequence[Group]) -> list[dict]:
-    """What samples.png shows of groups."""
-    return [
-        {
-            "anchor": load_image(group.triplet.anchor),
-            "positive": load_image(group.triplet.positive),
-            "negative": load_image(group.triplet.negative),
-            "question": group.triplet.question,
-            "truth": group.triplet.sub_category,
-            "responses": [
-                {
-                    "role": response.role,
-                    "text": response.text,
-                    "correct": is_correct(response.metrics)
-                    if "accuracy" in response.metrics
-                    else response.advantage > 0,
-                    "reward": response.reward,
-                    "advantage": response.advantage,
-                }
-                for response in group.responses
-            ],
-        }
-        for group in groups
-    ]
-
-
 def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
     """Run TAPO to its last step.
 
@@ -379,8 +362,8 @@ def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     config, resume, resolved = parse(TapoConfig, argv, __doc__)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("train/tapo.py runs in one process for now: use --nproc-per-node 1")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        resume = "auto"  # torchrun --max-restarts has restarted us
     if not config.data.path and not config.model.path:
         from tercet.train.demo import demo
 

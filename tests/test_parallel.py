@@ -1,0 +1,173 @@
+"""Training on several processes (gloo): the numbers of one process, whatever their count."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from support import tiny
+
+from tercet.core.config import ParallelConfig
+from tercet.train.parallel import World, deal
+
+ROOT = Path(__file__).resolve().parents[1]
+# With eps this large a step is proportional to the gradient, noise in tiny ones does not show.
+OPTIONS = """--data.path=photos --model.path=policy --data.shots=3 --data.sft_shots=0
+    --run.device=cpu --rollout.groups_per_step=5 --rollout.n_anchor=2 --rollout.n_positive=2
+    --rollout.max_prompt_tokens=512 --rollout.max_response_tokens=12 --rollout.max_rounds=1
+    --rollout.on_exhausted=keep_last_round --rollout.reward=lengths:length
+    --optim.groups_per_minibatch=3 --optim.lr=0.1 --optim.eps=1.0
+    --parallel.micro_batch_tokens=560""".split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    rng = np.random.default_rng(0)
+    for name in ("red_bird", "blue_bird", "grey_bird"):
+        (root / "photos" / "bird" / name).mkdir(parents=True)
+        for n in range(4):
+            pixels = rng.integers(0, 255, (*rng.integers(60, 140, 2), 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "photos" / "bird" / name / f"{n}.png")
+    tiny(hidden_size=64, layers=2, vision_layers=1).save(root / "policy")
+    (root / "lengths.py").write_text(
+        "def length(rows):\n    return [{'overall': row['response_length'] / 10} for row in rows]\n"
+    )
+    return root
+
+
+def launch(out: str, ranks: int, *more: str, restarts: int = 0) -> list[str]:
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    how = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+    return [torchrun, *how, str(ROOT / "train" / "tapo.py"), *OPTIONS, "--run.out", out, *more]
+
+
+def train(world: Path, out: str, ranks: int, *more: str, restarts: int = 0) -> str:
+    done = subprocess.run(
+        launch(out, ranks, *more, restarts=restarts),
+        cwd=world,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def figures(world: Path, out: str) -> list[dict]:
+    rows = [json.loads(line) for line in (world / out / "metrics.jsonl").open()]
+    timed = ("seconds_", "tokens_per_s", "mismatch_")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+def weights(world: Path, out: str, step: int) -> dict[str, torch.Tensor]:
+    return load_file(world / out / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+
+
+def assert_same(world: Path, one: str, other: str, steps: int) -> None:
+    for row, twin in zip(figures(world, one), figures(world, other), strict=True):
+        for name, value in row.items():
+            assert value == pytest.approx(twin[name], rel=1e-4, abs=1e-6), name
+    first = load_file(world / "policy" / "model.safetensors")
+    ours, theirs = weights(world, one, steps), weights(world, other, steps)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        moved = (weight - first[name]).abs().max()
+        assert (weight - theirs[name]).abs().max() <= 1e-3 * moved + 1e-7, name
+
+
+@pytest.fixture(scope="module")
+def alone(world) -> str:
+    train(world, "alone", 1, "--run.steps=2", "--run.save_every=1")
+    return "alone"
+
+
+@pytest.mark.parametrize(
+    "ranks, more",
+    [
+        (2, ()),
+        (4, ("--parallel.replicas=2",)),
+        (2, ("--parallel.branches=one_at_a_time", "--model.gradient_checkpointing=true")),
+    ],
+)
+def test_several_ranks_take_the_steps_of_one(world, alone, ranks, more):
+    """Two mini-batches of 3 and 2 groups: with four ranks some have nothing to do."""
+    out = f"ranks{ranks}{len(more)}"
+    said = train(world, out, ranks, "--run.steps=2", *more)
+    assert "unsharded copy" in said
+    assert_same(world, out, alone, 2)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(world, alone):
+    train(world, "resumed", 2, "--run.steps=1")
+    train(world, "resumed", 1, "--run.steps=2", "--resume", "auto")
+    assert_same(world, "resumed", alone, 2)
+
+
+def test_a_run_goes_on_after_a_rank_was_killed(world, alone):
+    """torchrun restarts all ranks, which go on from the newest checkpoint."""
+    (world / "killing.py").write_text(
+        "import os, pathlib, signal\n"
+        "def length(rows):\n"
+        "    metrics = pathlib.Path('killed/metrics.jsonl')\n"
+        "    if metrics.read_text() and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return [{'overall': row['response_length'] / 10} for row in rows]\n"
+    )
+    more = ["--run.steps=2", "--run.save_every=1", "--rollout.reward=killing:length"]
+    train(world, "killed", 2, *more, restarts=1)
+    assert_same(world, "killed", alone, 2)
+
+
+def test_sigterm_to_all_ranks_writes_a_checkpoint(world):
+    command = launch("stopped", 2, "--run.steps=1000")
+    metrics = world / "stopped" / "metrics.jsonl"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=world, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as run:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+            assert run.poll() is None
+            time.sleep(0.2)
+        run.terminate()
+        run.wait(60)
+    assert len(list((world / "stopped" / "checkpoints").glob("step_*"))) == 1
+    train(world, "stopped", 1, "--run.steps=1", "--resume", "auto")  # it is whole
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_costs_are_dealt_evenly(ranks):
+    costs = [5.0, 1.0, 9.0, 2.0, 2.0, 7.0, 1.0]
+    dealt = deal(costs, ranks)
+    assert sorted(i for part in dealt for i in part) == list(range(7)) and len(dealt) == ranks
+    loads = [sum(costs[i] for i in part) for part in dealt]
+    assert max(loads) <= max(9.0, sum(costs) / ranks + min(9.0, 2.0))
+    assert all(part == sorted(part) for part in dealt)
+
+
+@pytest.mark.core
+def test_replicas_must_divide_the_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="replicas is 2; it must divide the 3 processes"):
+        World(torch.device("cpu"), ParallelConfig(replicas=2))
+
+
+@pytest.mark.core
+def test_a_process_alone_needs_no_group():
+    world = World(torch.device("cpu"), ParallelConfig())
+    assert world.share(lambda: 3) == 3 and world.most(4) == 4 and world.exchange(5) == [5]
+    assert world.is_first and world.mesh is None
+    with pytest.raises(ValueError, match="alone"):
+        world.share(lambda: (_ for _ in ()).throw(ValueError("alone")))

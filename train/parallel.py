@@ -1,0 +1,172 @@
+"""Several processes under torchrun: parameters sharded by FSDP2, and who does what.
+
+Rank 0 samples, rewards, logs and writes; finished groups are broadcast whole. Every rank loads its
+own photos and runs as many micro-batches as every other, since each forward pass is a collective:
+a rank that has nothing left works on rows of weight 0. Sums are divided by the number of loss
+tokens of the whole mini-batch over all ranks, so gradients are added up over ranks, not averaged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tercet.core.config import ParallelConfig
+
+Value = TypeVar("Value")
+
+
+class World:
+    """The processes of a run; one that runs alone needs no torch.distributed.
+
+    Args:
+        device: this process's.
+        config: replicas and timeout_s are used.
+
+    Raises:
+        ValueError: parallel.replicas does not divide the number of processes.
+    """
+
+    def __init__(self, device: torch.device, config: ParallelConfig):
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.device = device
+        if self.size % config.replicas:
+            raise ValueError(
+                f"parallel.replicas is {config.replicas}; it must divide the {self.size} processes"
+            )
+        self.mesh: DeviceMesh | None = None
+        if self.size > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
+            self.mesh = _mesh(device.type, self.size, config.replicas)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that samples, logs and writes."""
+        return self.rank == 0
+
+    def share(self, make: Callable[[], Value]) -> Value:
+        """What `make` gives on rank 0, on all ranks; an exception of its comes to all as well."""
+        if self.size == 1:
+            return make()
+        held: list = [None, None]
+        if self.is_first:
+            try:
+                held[0] = make()
+            except Exception as error:
+                held[1] = error
+        dist.broadcast_object_list(held, src=0)
+        if held[1] is not None:
+            raise on_all_ranks(held[1])
+        return held[0]
+
+    def exchange(self, value: Value) -> list[Value]:
+        """Every rank's value, on all ranks."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        return max(self.exchange(number))
+
+    def add(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """0-d tensors of the same names on all ranks, summed over ranks."""
+        if self.size == 1 or not sums:
+            return sums
+        names = sorted(sums)
+        total = torch.stack([sums[name].double() for name in names])
+        dist.all_reduce(total)
+        return dict(zip(names, total.unbind(), strict=True))
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _mesh(device_type: str, size: int, replicas: int) -> DeviceMesh:
+    if replicas == 1:
+        return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+    shape = (replicas, size // replicas)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(policy: nn.Module, world: World) -> None:
+    """Shard a policy in place: each decoder layer, each vision block, and the policy as the root.
+
+    Args:
+        policy: train.policy.Policy; left as it is in a world of one.
+        world: whose mesh it is spread over.
+    """
+    if world.mesh is None:
+        return
+    body = policy.model.model
+    for block in (*body.language_model.layers, *body.visual.blocks):
+        fully_shard(block, mesh=world.mesh)
+    fully_shard(policy, mesh=world.mesh)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Indices for each rank, ascending: the dearest first, each to the rank with least so far.
+
+    Args:
+        costs: of each index.
+        ranks: number of ranks.
+    """
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        lightest = min(range(ranks), key=loads.__getitem__)
+        dealt[lightest].append(index)
+        loads[lightest] += costs[index]
+    return [sorted(indices) for indices in dealt]
+
+
+def on_all_ranks(error: Exception) -> Exception:
+    """Mark an exception as one that all ranks raise at the same place."""
+    error.on_all_ranks = True
+    return error
+
+
+def is_on_all_ranks(error: BaseException) -> bool:
+    return getattr(error, "on_all_ranks", False)
+
+
+def whole(state):
+    """A nested state with sharded tensors put together on the CPU; a collective."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(whole, state))
+    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+
+
+def spread(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """An optimiser's whole state, sharded as its parameters are here."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    spread_states = {
+        place: {
+            name: distribute_tensor(value, params[place].device_mesh, params[place].placements)
+            if isinstance(params[place], DTensor) and value.shape == params[place].shape
+            else value
+            for name, value in of_param.items()
+        }
+        for place, of_param in state["state"].items()
+    }
+    return state | {"state": spread_states}

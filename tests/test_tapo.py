@@ -294,15 +294,15 @@ def out_of_memory_above(monkeypatch, tokens: int) -> list[int]:
 
 def test_out_of_memory_begins_again_with_half_the_budget(monkeypatch, world, tmp_path, capsys):
     """The step is that of a run whose memory sufficed, and a resumed run keeps the budget."""
-    more = ["--run.steps=1", "--rollout.max_prompt_tokens=64", "--optim.lr=1e-4"]
-    more += ["--optim.groups_per_minibatch=4", "--parallel.micro_batch_tokens=640"]
+    more = ["--run.steps=1", "--rollout.max_prompt_tokens=240", "--optim.lr=1e-4"]
+    more += ["--optim.groups_per_minibatch=4", "--parallel.micro_batch_tokens=1024"]
     train(monkeypatch, options(world, tmp_path / "roomy", *more))
-    sizes = out_of_memory_above(monkeypatch, 200)
+    sizes = out_of_memory_above(monkeypatch, 300)
     train(monkeypatch, options(world, tmp_path / "tight", *more))
-    assert max(sizes) <= 200 and len(sizes) > 1
+    assert max(sizes) <= 300 and len(sizes) > 1
     said = capsys.readouterr().out
-    assert "out of memory with parallel.micro_batch_tokens = 640: going on with 320" in said
-    assert (tmp_path / "tight" / "micro_batch_tokens").read_text() == "160"
+    assert "out of memory with parallel.micro_batch_tokens = 1024: going on with 512" in said
+    assert (tmp_path / "tight" / "micro_batch_tokens").read_text() == "256"
     roomy, tight = (figures(tmp_path / name)[0] for name in ("roomy", "tight"))
     for name, value in roomy.items():
         assert value == pytest.approx(tight[name], rel=1e-4, abs=1e-6), name
@@ -310,8 +310,8 @@ def test_out_of_memory_begins_again_with_half_the_budget(monkeypatch, world, tmp
 
 def test_memory_that_does_not_hold_one_response_is_named(monkeypatch, world, tmp_path):
     out_of_memory_above(monkeypatch, 10)
-    more = ["--rollout.max_prompt_tokens=64", "--parallel.micro_batch_tokens=100"]
-    with pytest.raises(ValueError, match="tokens = 100; half of it does not hold one prompt"):
+    more = ["--rollout.max_prompt_tokens=240", "--parallel.micro_batch_tokens=300"]
+    with pytest.raises(ValueError, match="tokens = 300; half of it does not hold one prompt"):
         train(monkeypatch, options(world, tmp_path, *more))
 
 

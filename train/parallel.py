@@ -47,7 +47,13 @@ class World:
         self.mesh: DeviceMesh | None = None
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
+            timeout = timedelta(seconds=config.timeout_s)
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            # torchrun keeps its store over a restart, and in it the dead ranks' addresses.
+            store = dist.PrefixStore(f"restart_{restarts()}", store)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timeout
+            )
             self.mesh = _mesh(device.type, self.size, config.replicas)
 
     @property
@@ -94,6 +100,11 @@ class World:
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def restarts() -> int:
+    """How often torchrun has restarted this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _mesh(device_type: str, size: int, replicas: int) -> DeviceMesh:

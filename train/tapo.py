@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -54,7 +53,7 @@ from tercet.train.figures import draw_curves, draw_samples, sample_rows
 from tercet.train.interrupt import Interrupted, StopSignal
 from tercet.train.loop import command, run, take_step
 from tercet.train.optim import build_optimizer, learning_rate
-from tercet.train.parallel import World, on_all_ranks, shard, spread, whole
+from tercet.train.parallel import World, on_all_ranks, restarts, shard, spread, whole
 from tercet.train.policy import Policy
 from tercet.train.run_log import RunLog, SilentLog
 from tercet.train.update import Updater
@@ -362,8 +361,8 @@ def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     config, resume, resolved = parse(TapoConfig, argv, __doc__)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        resume = "auto"  # torchrun --max-restarts has restarted us
+    if restarts():
+        resume = "auto"
     if not config.data.path and not config.model.path:
         from tercet.train.demo import demo
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +19,8 @@ from safetensors.torch import load_file
 from support import tiny
 
 from tercet.core.config import ParallelConfig
+from tercet.train import parallel
+from tercet.train.interrupt import Interrupted
 from tercet.train.parallel import World, deal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,6 +166,21 @@ def test_replicas_must_divide_the_ranks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="replicas is 2; it must divide the 3 processes"):
         World(torch.device("cpu"), ParallelConfig(replicas=2))
+
+
+@pytest.mark.core
+def test_exceptions_travel_between_ranks():
+    """As themselves where they can, else under their name."""
+
+    class Odd(Exception):
+        def __init__(self, one, two):
+            super().__init__(f"{one} and {two}")
+
+    stopped = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM)))
+    assert stopped.exit_code == 143 and str(stopped) == "stopped by SIGTERM"
+    assert parallel._picklable(stopped) is stopped
+    found = parallel._picklable(Odd(1, 2))
+    assert type(found) is RuntimeError and str(found) == "Odd: 1 and 2"
 
 
 @pytest.mark.core

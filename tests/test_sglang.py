@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,3 +272,26 @@ def test_training_shares_a_running_server_that_sleeps_during_updates(tmp_path, m
     assert log.count('"POST /release_memory_occupation HTTP/1.1" 200') == 3
     assert log.count('"POST /resume_memory_occupation HTTP/1.1" 200') == 3
     assert server.is_healthy()
+
+
+def test_two_ranks_share_a_server(tmp_path, server):
+    """Sharded weights reach it whole: its log-probs are the trainer's."""
+    root = Path(__file__).resolve().parents[1]
+    (tmp_path / "lengths.py").write_text(
+        "def length(rows):\n    return [{'overall': row['response_length'] / 10} for row in rows]\n"
+    )
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    script = ["--standalone", "--nproc-per-node", "2", str(root / "train" / "tapo.py")]
+    more = [f"--rollout.urls=['{server.url}']", "--rollout.reward=lengths:length"]
+    done = subprocess.run(
+        [torchrun, *script, *training_options(tmp_path, steps=2), *more],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert len(rows) == 2 and all(0 < row["mismatch_max"] < 1e-4 for row in rows)
+    assert done.stdout.count("checkpoint: ") == 1

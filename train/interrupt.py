@@ -10,8 +10,11 @@ class Interrupted(Exception):
     """The process was asked to stop; `exit_code` is the shell's 128 + signal number."""
 
     def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        super().__init__(signum)
         self.exit_code = 128 + signum
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.args[0]).name}"
 
 
 class StopSignal:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tercet.core.config import SftConfig, TapoConfig
+from tercet.rollout.server import ServerError
 from tercet.train.checkpoint import find_checkpoint
 from tercet.train.interrupt import Interrupted, StopSignal
 from tercet.train.optim import optimizer_step
@@ -120,10 +121,11 @@ def take_step(run: Run, lr: float, sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 def command(main) -> None:
-    """Run `main()`; bad input ends with one line, an interruption with 128 + its signal."""
+    """Run `main()`; bad input and servers that fail end with one line, an interruption with 128 +
+    its signal."""
     try:
         main()
-    except ValueError as error:
+    except (ValueError, ServerError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except Interrupted as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ tokens of the whole mini-batch over all ranks, so gradients are added up over ra
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -70,7 +71,7 @@ class World:
             try:
                 held[0] = make()
             except Exception as error:
-                held[1] = error
+                held[1] = _picklable(error)
         dist.broadcast_object_list(held, src=0)
         if held[1] is not None:
             raise on_all_ranks(held[1])
@@ -147,6 +148,14 @@ def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
         dealt[lightest].append(index)
         loads[lightest] += costs[index]
     return [sorted(indices) for indices in dealt]
+
+
+def _picklable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:  # its class takes other arguments than it keeps
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def on_all_ranks(error: Exception) -> Exception:

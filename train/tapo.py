@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,8 @@ class TapoRun:
         sampled = self.parts
         if self.world.size > 1 and self.world.is_first and config.rollout.engine == "local":
             sampled = replace(self.parts, model=copy.deepcopy(self.parts.model))
+        self.engine: Engine = IdleEngine()
+        self.world.share(lambda: self._open_engine(sampled))
         self.policy = Policy(
             self.parts,
             config.loss,
@@ -100,8 +103,6 @@ class TapoRun:
             self.check_stop,
             lambda text: self.log.say(text),
         )
-        self.engine: Engine = IdleEngine()
-        self.world.share(lambda: self._open_engine(sampled))
         self.stream = TripletStream(
             self.manifest.anchors, positive=config.data.positive, seed=config.run.seed
         )
@@ -369,7 +370,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         demo(argv)
         return
     saved = train(config, resolved, resume)
-    print(f"checkpoint: {saved}\nlog and figures: {config.run.out}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"checkpoint: {saved}\nlog and figures: {config.run.out}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tercet.train import parallel
 from tercet.train.interrupt import Interrupted
 from tercet.train.parallel import World, deal
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).resolve().parents[1]
 # With eps this large a step is proportional to the gradient, noise in tiny ones does not show.
 OPTIONS = """--data.path=photos --model.path=policy --data.shots=3 --data.sft_shots=0
@@ -49,17 +50,19 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
-def launch(out: str, ranks: int, *more: str, restarts: int = 0) -> list[str]:
+def launch(
+    out: str, ranks: int, *more: str, restarts=0, script="tapo.py", options=OPTIONS
+) -> list[str]:
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     how = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
-    return [torchrun, *how, str(ROOT / "train" / "tapo.py"), *OPTIONS, "--run.out", out, *more]
+    return [torchrun, *how, str(ROOT / "train" / script), *options, "--run.out", out, *more]
 
 
 def train(world: Path, out: str, ranks: int, *more: str, restarts: int = 0) -> str:
     done = subprocess.run(
         launch(out, ranks, *more, restarts=restarts),
         cwd=world,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
         capture_output=True,
         text=True,
         timeout=300,
@@ -136,9 +139,8 @@ def test_a_run_goes_on_after_a_rank_was_killed(world, alone):
 def test_sigterm_to_all_ranks_writes_a_checkpoint(world):
     command = launch("stopped", 2, "--run.steps=1000")
     metrics = world / "stopped" / "metrics.jsonl"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, cwd=world, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, cwd=world, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as run:
         deadline = time.monotonic() + 120
         while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
@@ -166,6 +168,32 @@ def test_replicas_must_divide_the_ranks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="replicas is 2; it must divide the 3 processes"):
         World(torch.device("cpu"), ParallelConfig(replicas=2))
+
+
+def test_stage_1_on_two_ranks_takes_the_steps_of_one(world):
+    """Three samples of different length a step: one rank has one of them."""
+    photos = sorted((world / "photos").rglob("*.png"))
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": "<image>What bird is this?"},
+                {"role": "assistant", "content": "<answer>red bird</answer>" * (1 + n % 3)},
+            ],
+            "images": [str(photo)],
+        }
+        for n, photo in enumerate(photos)
+    ]
+    (world / "stage1.json").write_text(json.dumps(records))
+    sft = """--data.path=stage1.json --model.path=policy --run.device=cpu --run.steps=2
+        --optim.samples_per_step=3 --optim.lr=0.1 --optim.eps=1.0 --optim.warmup_steps=0
+        --optim.max_tokens=400 --parallel.micro_batch_tokens=400""".split()
+    for ranks in (1, 2):
+        command = launch(f"sft{ranks}", ranks, script="sft.py", options=sft)
+        done = subprocess.run(
+            command, cwd=world, env=ONE_THREAD, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(world, "sft2", "sft1", 2)
 
 
 @pytest.mark.core

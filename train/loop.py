@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -12,20 +13,27 @@ import torch
 from torch import Tensor
 
 from tercet.core.config import SftConfig, TapoConfig
+from tercet.core.model import PolicyParts
 from tercet.rollout.server import ServerError
-from tercet.train.checkpoint import find_checkpoint
+from tercet.train.checkpoint import (
+    find_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 from tercet.train.interrupt import Interrupted, StopSignal
 from tercet.train.optim import optimizer_step
-from tercet.train.parallel import World, is_on_all_ranks, on_all_ranks
+from tercet.train.parallel import World, is_on_all_ranks, on_all_ranks, spread, whole
 from tercet.train.policy import Policy
-from tercet.train.run_log import RunLog
+from tercet.train.run_log import RunLog, SilentLog
 
 
 class Run(Protocol):
     """What TapoRun and SftRun offer; an exception in `step` leaves a state that can be saved."""
 
     config: TapoConfig | SftConfig
-    log: RunLog
+    parts: PolicyParts
+    log: RunLog | SilentLog
     world: World
     policy: Policy
     optimizer: torch.optim.Optimizer
@@ -120,13 +128,65 @@ def take_step(run: Run, lr: float, sums: dict[str, Tensor]) -> dict[str, float]:
     return figures | ({"grad_norm": norm} if stepped else {})
 
 
+def save_run(run: Run, state: dict) -> Path:
+    """Write a checkpoint: sharded weights and optimiser states put together, by rank 0.
+
+    Args:
+        run: whose weights, optimiser and random numbers are kept.
+        state: what else it needs to go on.
+    """
+    run.optimizer.zero_grad(set_to_none=True)
+    state = state | {"optimizer": whole(run.optimizer.state_dict()), "rng": rng_state()}
+    weights = None
+    if run.world.size > 1:
+        whole_weights = ((name, weight.cpu()) for name, weight in run.policy.named_weights())
+        weights = dict(pair for pair in whole_weights if run.world.is_first)
+
+    def write() -> Path:
+        return save_checkpoint(
+            run.config.run.out,
+            run.steps_done,
+            lambda folder: run.parts.save(folder, weights),
+            state,
+            run.config.run.keep_last,
+        )
+
+    return run.world.share(write)
+
+
+def restore(run: Run, state: dict) -> None:
+    """Take over optimiser and random numbers of a checkpoint's state, sharded as they are here."""
+    run.optimizer.load_state_dict(spread(state["optimizer"], run.optimizer))
+    set_rng_state(state["rng"])
+
+
+def open_log(run: Run, resolved: str) -> RunLog | SilentLog:
+    """The run's log on rank 0, at its next step; elsewhere one that says nothing."""
+    if not run.world.is_first:
+        return SilentLog()
+    log = RunLog(run.config.run.out, run.total_steps, resolved, run.config.run.wandb)
+    log.resume_at(run.steps_done + 1)
+    log.say(f"attention: {run.policy.attention}")
+    return log
+
+
 def command(main) -> None:
-    """Run `main()`; bad input and servers that fail end with one line, an interruption with 128 +
-    its signal."""
+    """Run `main()` and end the process.
+
+    Bad input and servers that fail end it with one line, an interruption with 128 + its signal.
+    """
+    code = 0
     try:
         main()
     except (ValueError, ServerError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    except Interrupted as error:
+        code = 1
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except Interrupted as error:
+        code = error.exit_code
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Taking gloo's threads down aborts a process now and then, when all is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

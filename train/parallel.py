@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tercet.core.config import ParallelConfig
+from tercet.train.interrupt import Interrupted, StopSignal
 
 Value = TypeVar("Value")
 
@@ -98,8 +99,14 @@ class World:
         dist.all_reduce(total)
         return dict(zip(names, total.unbind(), strict=True))
 
+    def check(self, stop: StopSignal) -> None:
+        """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
+        if signum := self.most(stop.signum):
+            raise on_all_ranks(Interrupted(signum))
+
     def close(self) -> None:
-        if self.size > 1 and dist.is_initialized():
+        """Leave the others; gloo's threads end with the process (see train.loop.command)."""
+        if self.size > 1 and self.device.type == "cuda":
             dist.destroy_process_group()
 
 

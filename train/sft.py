@@ -8,6 +8,7 @@ as they are unless `--model.freeze_vision false --model.freeze_merger false`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,20 +22,14 @@ from tercet.core.model import PolicyParts, load_policy
 from tercet.core.packing import pack
 from tercet.core.prompts import chat_ids
 from tercet.core.vision import PromptEncoder
-from tercet.train.checkpoint import (
-    load_state,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
+from tercet.train.checkpoint import load_state
 from tercet.train.command_line import parse, set_up
 from tercet.train.figures import draw_curves
 from tercet.train.interrupt import StopSignal
-from tercet.train.loop import add_up, command, run, take_step
+from tercet.train.loop import add_up, command, open_log, restore, run, save_run, take_step
 from tercet.train.optim import build_optimizer, learning_rate
-from tercet.train.parallel import World
+from tercet.train.parallel import World, deal, restarts, shard
 from tercet.train.policy import Policy
-from tercet.train.run_log import RunLog
 
 
 @dataclass(frozen=True)
@@ -61,10 +56,8 @@ class SftRun:
 
     def __init__(self, config: SftConfig, resolved: str, stop: StopSignal, resume: Path | None):
         device = set_up(config.run)
-        self.config, self.check_stop, self.out = config, stop.check, Path(config.run.out)
+        self.config, self.stop, self.out = config, stop, Path(config.run.out)
         self.world = World(device, config.parallel)
-        if self.world.size > 1:
-            raise ValueError("train/sft.py runs in one process for now: use --nproc-per-node 1")
         model = replace(config.model, path=str(resume)) if resume else config.model
         self.parts = load_policy(model, device)
         self.encoder = PromptEncoder(self.parts)
@@ -73,6 +66,7 @@ class SftRun:
         self.policy = Policy(self.parts, chunk_rows=config.parallel.head_chunk_rows)
         if config.model.gradient_checkpointing:
             self.parts.model.gradient_checkpointing_enable({"use_reentrant": False})
+        shard(self.policy, self.world)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         per_epoch = len(self.samples) / config.optim.samples_per_step
         self.total_steps = config.run.steps or max(1, round(config.run.epochs * per_epoch))
@@ -80,11 +74,8 @@ class SftRun:
         if resume:
             state = load_state(resume)
             self.steps_done = state["steps_done"]
-            self.optimizer.load_state_dict(state["optimizer"])
-            set_rng_state(state["rng"])
-        self.log = RunLog(self.out, self.total_steps, resolved, config.run.wandb)
-        self.log.resume_at(self.steps_done + 1)
-        self.log.say(f"attention: {self.policy.attention}")
+            restore(self, state)
+        self.log = open_log(self, resolved)
         for reason in skipped:
             self.log.say(f"left out: {reason}")
 
@@ -96,7 +87,7 @@ class SftRun:
         sums: dict[str, torch.Tensor] = {}
         with self.log.phase("update", total=size, unit="samples") as phase:
             self.policy.train()
-            for chunk in self._micro_batches(chosen):
+            for chunk, is_filler in self._micro_batches(chosen):
                 self.check_stop()
                 packed = pack([(self._prompt(i), [self.examples[i].target_ids]) for i in chunk])
                 labels = torch.tensor([t for i in chunk for t in self.examples[i].target_ids])
@@ -104,34 +95,34 @@ class SftRun:
                     packed,
                     "cross_entropy",
                     labels=labels,
-                    loss_mask=torch.ones(len(labels)),
+                    loss_mask=torch.full((len(labels),), float(not is_filler)),
                     num_loss_tokens=total,
                 )
                 loss.backward()
                 add_up(sums, metrics)
-                phase.advance(len(chunk))
+                phase.advance(len(chunk) * self.world.size)
         lr = learning_rate(self.steps_done, self.total_steps, config.optim, False)
-        figures = take_step(self, lr, sums)
+        figures = take_step(self, lr, self.world.add(sums))
         self.steps_done += 1
         return figures
 
+    def check_stop(self) -> None:
+        """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
+        self.world.check(self.stop)
+
     def close(self) -> None:
-        """Nothing runs beside it."""
+        """Leave the other ranks."""
+        self.world.close()
 
     def draw(self) -> None:
         """Write curves.png."""
+        if not self.world.is_first:
+            return
         draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
 
     def save(self) -> Path:
         """Write a checkpoint of the state between two steps."""
-        self.optimizer.zero_grad(set_to_none=True)
-        state = {
-            "steps_done": self.steps_done,
-            "optimizer": self.optimizer.state_dict(),
-            "rng": rng_state(),
-        }
-        keep = self.config.run.keep_last
-        return save_checkpoint(self.out, self.steps_done, self.parts.save, state, keep)
+        return save_run(self, {"steps_done": self.steps_done})
 
     def _order(self, position: int) -> int:
         """Sample at a position of the endless stream: every epoch a fresh permutation."""
@@ -143,11 +134,23 @@ class SftRun:
         example = self.examples[i]
         return self.encoder(example.prompt_ids, example.images)
 
-    def _micro_batches(self, chosen: Sequence[int]) -> Iterator[list[int]]:
+    def _micro_batches(self, chosen: Sequence[int]) -> list[tuple[list[int], bool]]:
+        """This rank's samples by micro-batch, and fillers (True) up to the most of any rank."""
+        world, mine = self.world, list(chosen)
+        if world.size > 1:
+            dealt = world.share(lambda: deal([self._length(i) for i in chosen], world.size))
+            mine = [chosen[place] for place in dealt[world.rank]]
+        batches = [(batch, False) for batch in self._split(mine)]
+        return batches + [([chosen[0]], True)] * (world.most(len(batches)) - len(batches))
+
+    def _length(self, i: int) -> int:
+        return len(self._prompt(i)) + len(self.examples[i].target_ids)
+
+    def _split(self, chosen: Sequence[int]) -> Iterator[list[int]]:
         budget, limit = self.config.parallel.micro_batch_tokens, self.config.optim.max_tokens
         batch, used = [], 0
         for i in chosen:
-            length = len(self._prompt(i)) + len(self.examples[i].target_ids)
+            length = self._length(i)
             if length > min(budget, limit):
                 raise ValueError(
                     f"sample {self.samples[i].id!r} has {length} tokens; optim.max_tokens is "
@@ -175,7 +178,10 @@ def train(config: SftConfig, resolved: str, resume: str | None = None) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, resume, resolved = parse(SftConfig, argv, __doc__)
-    print(f"checkpoint: {train(config, resolved, resume)}")
+    resume = "auto" if restarts() else resume
+    saved = train(config, resolved, resume)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"checkpoint: {saved}")
 
 
 if __name__ == "__main__":

@@ -43,20 +43,14 @@ from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
 from tercet.rollout.server import ServerError
-from tercet.train.checkpoint import (
-    load_state,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
+from tercet.train.checkpoint import load_state
 from tercet.train.command_line import parse, set_up
 from tercet.train.figures import draw_curves, draw_samples, sample_rows
-from tercet.train.interrupt import Interrupted, StopSignal
-from tercet.train.loop import command, run, take_step
+from tercet.train.interrupt import StopSignal
+from tercet.train.loop import command, open_log, restore, run, save_run, take_step
 from tercet.train.optim import build_optimizer, learning_rate
-from tercet.train.parallel import World, on_all_ranks, restarts, shard, spread, whole
+from tercet.train.parallel import World, restarts, shard
 from tercet.train.policy import Policy
-from tercet.train.run_log import RunLog, SilentLog
 from tercet.train.update import Updater
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
@@ -127,11 +121,7 @@ class TapoRun:
         if resume:
             self._restore(load_state(resume))
         self.engine.update_weights(self.policy.named_weights(), self.steps_done)
-        self.log = SilentLog()
-        if self.world.is_first:
-            self.log = RunLog(self.out, self.total_steps, resolved, config.run.wandb)
-        self.log.resume_at(self.steps_done + 1)
-        self.log.say(f"attention: {self.policy.attention}")
+        self.log = open_log(self, resolved)
         if sampled is not self.parts:
             self.log.say("rank 0 samples on an unsharded copy of the policy")
         if not self.engine.full_vocabulary:
@@ -153,8 +143,7 @@ class TapoRun:
 
     def check_stop(self) -> None:
         """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
-        if signum := self.world.most(self.stop.signum):
-            raise on_all_ranks(Interrupted(signum))
+        self.world.check(self.stop)
 
     def _manifest(self, resume: Path | None) -> Manifest:
         """The run's own manifest when it goes on, else a new one, written beside the run."""
@@ -265,7 +254,6 @@ class TapoRun:
 
     def save(self) -> Path:
         """Write a checkpoint of the state as it is: between steps, or between mini-batches."""
-        self.optimizer.zero_grad(set_to_none=True)
         state = {
             "steps_done": self.steps_done,
             "optimizer_steps": self.optimizer_steps,
@@ -273,31 +261,8 @@ class TapoRun:
             "minibatches_done": self.minibatches_done,
             "carried": self.sampler.carried,
             "stream": self.stream.state(),
-            "optimizer": whole(self.optimizer.state_dict()),
-            "rng": rng_state(),
         }
-        weights = self._whole_weights()
-
-        def write() -> Path:
-            return save_checkpoint(
-                self.out,
-                self.steps_done,
-                lambda folder: self.parts.save(folder, weights),
-                state,
-                self.config.run.keep_last,
-            )
-
-        return self.world.share(write)
-
-    def _whole_weights(self) -> dict[str, torch.Tensor] | None:
-        """All weights on rank 0, a sharded one whole at a time; None where nothing is sharded."""
-        if self.world.size == 1:
-            return None
-        kept = {}
-        for name, weight in self.policy.named_weights():
-            if self.world.is_first:
-                kept[name] = weight.cpu()
-        return kept
+        return save_run(self, state)
 
     def _restore(self, state: dict) -> None:
         self.steps_done = state["steps_done"]
@@ -306,8 +271,7 @@ class TapoRun:
         self.minibatches_done = state["minibatches_done"]
         self.sampler.carried = state["carried"]
         self.stream.restore(state["stream"])
-        self.optimizer.load_state_dict(spread(state["optimizer"], self.optimizer))
-        set_rng_state(state["rng"])
+        restore(self, state)
 
 
 def _set_advantages(groups: Sequence[Group]) -> None:
@@ -362,8 +326,7 @@ def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     config, resume, resolved = parse(TapoConfig, argv, __doc__)
-    if restarts():
-        resume = "auto"
+    resume = "auto" if restarts() else resume
     if not config.data.path and not config.model.path:
         from tercet.train.demo import demo
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -217,6 +218,27 @@ def test_branches_one_at_a_time_have_the_gradient_of_both(photos, neg_grad, kl_r
     assert len(grads) == len(other_grads) > 20
     for one, other in zip(grads, other_grads, strict=True):
         assert (one - other).abs().max() <= 1e-6 * one.abs().max() + 1e-12
+
+
+def test_branches_one_at_a_time_halve_the_activations(photos):
+    """Peak memory of a micro-batch above parameters and gradients, as the profiler counts it."""
+    parts = tiny(hidden_size=128, layers=4)
+    encoder, policy = PromptEncoder(parts), Policy(parts, LossConfig())
+    groups = [make_group(parts, photos, seed) for seed in range(4)]
+    weights = {id(r): 1.0 for group in groups for r in group.responses}
+    pieces = [Piece(group, tuple(range(len(LENGTHS)))) for group in groups]
+    batch = micro_batch(
+        pieces, encoder, weights, update_on="anchor", negative=True, num_loss_tokens=72.0
+    )
+    peaks = []
+    for branches in ("joint", "one_at_a_time"):
+        policy.accumulate(batch, branches)  # the gradients are there
+        with torch.profiler.profile(profile_memory=True) as profile:
+            policy.accumulate(batch, branches)
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        sizes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+        peaks.append(max(itertools.accumulate(sizes)))
+    assert 0.4 < peaks[1] / peaks[0] < 0.65, peaks
 
 
 def test_unknown_branch_is_named(photos):

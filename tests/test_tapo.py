@@ -296,6 +296,8 @@ def test_out_of_memory_begins_again_with_half_the_budget(monkeypatch, world, tmp
     """The step is that of a run whose memory sufficed, and a resumed run keeps the budget."""
     more = ["--run.steps=1", "--rollout.max_prompt_tokens=240", "--optim.lr=1e-4"]
     more += ["--optim.groups_per_minibatch=4", "--parallel.micro_batch_tokens=1024"]
+    (tmp_path / "roomy").mkdir()
+    (tmp_path / "roomy" / "micro_batch_tokens").write_text("1")  # another run's: not ours
     train(monkeypatch, options(world, tmp_path / "roomy", *more))
     sizes = out_of_memory_above(monkeypatch, 300)
     train(monkeypatch, options(world, tmp_path / "tight", *more))

@@ -51,7 +51,7 @@ from tercet.train.loop import command, open_log, restore, run, save_run, take_st
 from tercet.train.optim import build_optimizer, learning_rate
 from tercet.train.parallel import World, restarts, shard
 from tercet.train.policy import Policy
-from tercet.train.update import Updater
+from tercet.train.update import BUDGET_FILE, Updater
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
 
@@ -89,6 +89,8 @@ class TapoRun:
             self.parts.model.gradient_checkpointing_enable({"use_reentrant": False})
         shard(self.policy, self.world)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
+        if not (resume or restarts()):
+            (self.out / BUDGET_FILE).unlink(missing_ok=True)  # of another run
         self.updater = Updater(
             config,
             self.policy,

@@ -29,6 +29,8 @@ from tercet.train.parallel import World, deal
 from tercet.train.policy import Policy
 
 Advance = Callable[[float], None]
+BUDGET_FILE = "micro_batch_tokens"
+"""In run.out: the token budget that memory had room for, where it ran out."""
 Result = TypeVar("Result")
 
 
@@ -59,7 +61,7 @@ class Updater:
         say: Callable[[str], None],
     ):
         self._say = say
-        self._budget_file = Path(config.run.out) / "micro_batch_tokens"
+        self._budget_file = Path(config.run.out) / BUDGET_FILE
         self._budget = config.parallel.micro_batch_tokens
         if self._budget_file.exists():
             self._budget = min(self._budget, int(self._budget_file.read_text()))

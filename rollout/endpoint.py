@@ -127,7 +127,7 @@ class Endpoint:
             raise ServerError(f"{self.url}{path}: {reply.status_code} {reply.text[:500]}")
         if not reply.headers.get("content-type", "").startswith("application/json"):
             return {}
-        found = reply.json() or {}
+        found = self._read(reply, path) or {}
         if not found.get("success", True):
             raise ServerError(f"{self.url}{path}: {found.get('message')}")
         return found
@@ -137,7 +137,25 @@ class Endpoint:
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
         reply = httpx.get(self.url + path, headers=self.headers, timeout=timeout, trust_env=False)
         reply.raise_for_status()
-        return reply.json()
+        return self._read(reply, path)
+
+    def _read(self, reply: httpx.Response, path: str):
+        try:
+            return reply.json()
+        except json.JSONDecodeError as error:
+            raise ServerError(f"{self.url}{path}: the reply cannot be read: {error}") from None
+
+    def sleep(self) -> None:
+        """Let the server release its memory, once it is idle."""
+        self.drain()
+        self.post("/release_memory_occupation", {})
+        self.asleep = True
+
+    def wake(self) -> None:
+        """Let a sleeping server take its memory back."""
+        if self.asleep:
+            self.post("/resume_memory_occupation", {})
+            self.asleep = False
 
     def drain(self) -> None:
         """Abort what runs and wait until the server is idle."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from uuid import uuid4
@@ -45,9 +46,10 @@ class _Job:
 
     request: Request
     endpoint: Endpoint
-    body: dict
-    prompt_tokens: int
+    sampling: Sampling
     done: asyncio.Queue[Completion | None]
+    body: dict | None = None
+    prompt_tokens: int = 0
     prefilled: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -90,8 +92,6 @@ class SglangEngine:
         first = endpoints[0]
         self._shared = SharedSession(first.timeout_s, concurrency, first.headers)
         self._version_name = "default"  # what servers call the weights they start with
-        self._session: Session | None = None
-        self._calls = 0
         self._running: dict[str, asyncio.Task] = {}
         for endpoint in self._endpoints:
             endpoint.check()
@@ -143,24 +143,21 @@ class SglangEngine:
     def sleep(self) -> None:
         """Let the servers release their memory, once they are idle."""
         for endpoint in self._endpoints:
-            endpoint.drain()
-            endpoint.post("/release_memory_occupation", {})
-            endpoint.asleep = True
+            endpoint.sleep()
         _wait_for_memory()
 
     def wake(self) -> None:
         """Let the servers take their memory back; their weights are empty until the next update."""
         for endpoint in self._endpoints:
-            if endpoint.asleep:
-                endpoint.post("/resume_memory_occupation", {})
-                endpoint.asleep = False
+            endpoint.wake()
 
     def close(self) -> None:
-        """Stop the servers that are ours; leave the others awake."""
+        """Stop the servers that are ours; leave the others awake, as far as they can be told."""
         self._sync.close()
         for endpoint in self._endpoints:
-            if endpoint.asleep and endpoint.server is None:
-                endpoint.post("/resume_memory_occupation", {})
+            if endpoint.server is None:
+                with suppress(ServerError, httpx.HTTPError):
+                    endpoint.wake()
         stop_all([e.server for e in self._endpoints if e.server is not None])
 
     async def _run_all(
@@ -179,17 +176,16 @@ class SglangEngine:
         try:
             async with together() as tasks:
                 for request in requests:
-                    job = self._job(request, places[request.group_id], sampling, done)
+                    job = _Job(request, places[request.group_id], sampling, done)
                     self._running[request.id] = tasks.create_task(self._run(session, job))
         finally:
             for request in requests:
                 self._running.pop(request.id, None)
                 places[request.group_id].load -= request.n
 
-    def _job(
-        self, request: Request, endpoint: Endpoint, sampling: Sampling, done: asyncio.Queue
-    ) -> _Job:
-        body = {
+    def _body(self, request: Request, sampling: Sampling) -> dict:
+        """What all samples of a request send."""
+        return {
             "input_ids": list(request.prompt_ids),
             "image_data": [data_uri(image) for image in request.images] or None,
             # Else the features of a photo outlive the vision tower that they were computed with.
@@ -207,8 +203,6 @@ class SglangEngine:
             },
             "return_logprob": True,
         }
-        length = len(self._encoder(request.prompt_ids, request.images))
-        return _Job(request, endpoint, body, length, done)
 
     def _photo_hash(self, image: str) -> str:
         """Name of a photo at these weights, for the server's caches."""
@@ -222,6 +216,10 @@ class SglangEngine:
             if j:
                 await job.prefilled.wait()
             async with session.places:
+                if job.body is None:  # not before its turn: photos are large
+                    job.body = self._body(job.request, job.sampling)
+                    prompt = self._encoder(job.request.prompt_ids, job.request.images)
+                    job.prompt_tokens = len(prompt)
                 job.done.put_nowait(await self._sample(session, job, j))
 
         async with together() as tasks:

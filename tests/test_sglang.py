@@ -197,13 +197,13 @@ def test_groups_go_to_the_server_with_the_fewest_samples(policy, server, photos,
     engine = make_engine(policy, [server.url, other], tmp_path)
     engine.update_weights(policy.model.named_parameters(), 6)
     found = {}
-    ask = engine._job
+    run = engine._run
 
-    def noted(request, endpoint, *rest):
-        found.setdefault(request.group_id, set()).add(endpoint.url)
-        return ask(request, endpoint, *rest)
+    def noted(session, job):
+        found.setdefault(job.request.group_id, set()).add(job.endpoint.url)
+        return run(session, job)
 
-    engine._job = noted
+    engine._run = noted
     assert len(collect(engine, make_requests(policy, photos, n=2))) == 6
     assert found == {"g0": {server.url}, "g1": {other}}
     assert [endpoint.load for endpoint in engine._endpoints] == [0, 0]

@@ -58,9 +58,11 @@ def launch(
     return [torchrun, *how, str(ROOT / "train" / script), *options, "--run.out", out, *more]
 
 
-def train(world: Path, out: str, ranks: int, *more: str, restarts: int = 0) -> str:
+def train(world: Path, out: str, ranks: int, *more: str) -> str:
+    """Run to the end; returns what was said. One restart is allowed, as users are told to: gloo
+    crashed a rank once in a few hundred runs here."""
     done = subprocess.run(
-        launch(out, ranks, *more, restarts=restarts),
+        launch(out, ranks, *more, restarts=1),
         cwd=world,
         env=ONE_THREAD,
         capture_output=True,
@@ -132,7 +134,7 @@ def test_a_run_goes_on_after_a_rank_was_killed(world, alone):
         "    return [{'overall': row['response_length'] / 10} for row in rows]\n"
     )
     more = ["--run.steps=2", "--run.save_every=1", "--rollout.reward=killing:length"]
-    train(world, "killed", 2, *more, restarts=1)
+    train(world, "killed", 2, *more)
     assert_same(world, "killed", alone, 2)
 
 

@@ -12,14 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-if find_spec("datasets") is None:  # imported for a set of questions that is not used here
-    sys.modules["datasets"] = SimpleNamespace(load_dataset=None)
-
-from sglang.benchmark import serving  # noqa: E402
-from sglang.benchmark.datasets.common import DatasetRow  # noqa: E402
-
 
 def main() -> None:
+    if find_spec("datasets") is None:  # imported for a set of questions that is not used here
+        sys.modules["datasets"] = SimpleNamespace(load_dataset=None)
+    from sglang.benchmark import serving
+    from sglang.benchmark.datasets.common import DatasetRow
+
     rows = json.loads(Path(sys.argv.pop(1)).read_text())
     requests = [
         DatasetRow(

@@ -137,7 +137,8 @@ def _tokens(prompts: list[tuple[EncodedPrompt, list[tuple[int, ...]]]]) -> int:
 def piece_cost(piece: Piece, branches: Sequence[str], encode: Encode) -> int:
     """Work of a piece: packed tokens, those of photos twice.
 
-    The vision tower works about as much on a photo's tokens as the language model does after it.
+    Qwen2.5-VL's vision tower has 0.67 B parameters and four patches a token, its 3B language model
+    3 B: about as much work on a photo's tokens, by parameters.
     """
     prompts = [prompt for branch in branches for prompt in branch_prompts(piece, branch, encode)]
     patches = sum(int(image.grid_thw.prod()) for p, _ in prompts for image in p.images)

@@ -37,7 +37,7 @@ class Session:
     client: httpx.AsyncClient
     places: asyncio.Semaphore
     """Bounds the requests in flight."""
-    restarts: defaultdict[str, asyncio.Lock] = field(
+    restarting: defaultdict[str, asyncio.Lock] = field(
         default_factory=lambda: defaultdict(asyncio.Lock)
     )
     """Held while the server of that address is restarted."""
@@ -124,7 +124,8 @@ class Endpoint:
             trust_env=False,
         )
         if reply.status_code != 200:
-            raise ServerError(f"{self.url}{path}: {reply.status_code} {reply.text[:500]}")
+            said = f"{self.url}{path}: {reply.status_code} {reply.text[:500]}"
+            raise ServerError(said, reply.status_code)
         if not reply.headers.get("content-type", "").startswith("application/json"):
             return {}
         found = self._read(reply, path) or {}

@@ -50,6 +50,11 @@ os._exit(server.wait() & 255)
 class ServerError(RuntimeError):
     """A server that does not start, does not answer, or answers what it must not."""
 
+    def __init__(self, message: str, status: int | None = None):
+        super().__init__(message)
+        self.status = status
+        """HTTP status of the answer, where there was one."""
+
 
 class Server:
     """One SGLang server.

@@ -313,7 +313,7 @@ class SglangEngine:
 
         `restarts` it had when the failed request was sent: with more, it is a new one already.
         """
-        async with session.restarts[endpoint.url]:
+        async with session.restarting[endpoint.url]:
             if endpoint.server is None or endpoint.restarts > restarts:
                 return
             if await asyncio.to_thread(endpoint.server.is_healthy):

@@ -1,6 +1,6 @@
 """The policy's weights on their way to servers: over the disk, broadcast, or handed over.
 
-`send_weights` is the one way in. `disk` writes safetensors that the servers read; `distributed`
+`open_sync` is the one way in. `disk` writes safetensors that the servers read; `distributed`
 broadcasts buckets in a process group of trainer and servers (NCCL: they need GPUs of their own;
 gloo on a CPU); `tensor` hands buckets over on one host (CUDA IPC: no copy leaves the GPU).
 
@@ -188,7 +188,7 @@ class DistributedSync:
         if self._group is not None and members == self._members:
             return
         self._drop()
-        sizes = [e.get("/server_info").get("tp_size", 1) for e in endpoints]
+        sizes = [_ranks(e) for e in endpoints]
         backend = "nccl" if device.type == "cuda" else "gloo"
         self._name = f"tercet-{time.time_ns()}"  # servers keep the groups of dead trainers
         with socket.create_server((self._host, 0)) as listener:
@@ -255,12 +255,11 @@ class TensorSync:
     def send(
         self, endpoints: Sequence[Endpoint], named_weights: NamedWeights, version: int
     ) -> None:
-        sizes = {e.url: e.get("/server_info").get("tp_size", 1) for e in endpoints}
         with _update(endpoints):
             for bucket, last in _marked(buckets(named_weights, self._bucket_bytes)):
                 payload = pickled(bucket)
                 bodies = [
-                    {"serialized_named_tensors": [payload] * sizes[e.url]} | _ending(version, last)
+                    {"serialized_named_tensors": [payload] * _ranks(e)} | _ending(version, last)
                     for e in endpoints
                 ]
                 _post_all(endpoints, "/update_weights_from_tensor", *bodies)
@@ -319,6 +318,11 @@ def write_weights(
     )
 
 
+def _ranks(endpoint: Endpoint) -> int:
+    """GPUs over which a server spreads its weights."""
+    return endpoint.get("/server_info").get("tp_size", 1)
+
+
 def _about(bucket: list[tuple[str, Tensor]]) -> dict:
     return {
         "names": [name for name, _ in bucket],
@@ -355,7 +359,7 @@ def _begin(endpoint: Endpoint) -> bool:
     try:
         endpoint.post("/begin_weight_update", {})
     except ServerError as error:
-        if "404" in str(error):
+        if error.status == 404:
             return False
         if "already open" not in str(error):
             raise

@@ -86,6 +86,18 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def dealt(self, items: Sequence[Value], cost: Callable[[Value], float]) -> list[Value]:
+        """This rank's part of what is the same on all ranks, dealt by cost; rank 0 weighs."""
+        if self.size == 1:
+            return list(items)
+        places = self.share(lambda: deal([cost(item) for item in items], self.size))
+        return [items[place] for place in places[self.rank]]
+
+    def evened(self, batches: list[Value], filler: Value) -> list[tuple[Value, bool]]:
+        """This rank's micro-batches, and fillers (True) up to the largest number of any rank."""
+        missing = self.most(len(batches)) - len(batches)
+        return [(batch, False) for batch in batches] + [(filler, True)] * missing
+
     def most(self, number: int) -> int:
         """The largest of the ranks' numbers."""
         return max(self.exchange(number))

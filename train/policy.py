@@ -50,7 +50,7 @@ class Policy(nn.Module):
         backend = backend_of(torch.empty(0, device=self.model.device, dtype=self.model.dtype))
         self.attention = backend.name if backend else "dense masks"
         """What computes attention; it suits the model's device and dtype."""
-        # On a CPU the loop over windows is as fast, and transformers' own.
+        # On a CPU the vision tower stays with transformers' own attention.
         vision = VISION_NAME if backend and self.model.device.type != "cpu" else "sdpa"
         self.model.set_attn_implementation({"text_config": ATTENTION_NAME, "vision_config": vision})
         self.loss = loss

@@ -28,7 +28,7 @@ from tercet.train.figures import draw_curves
 from tercet.train.interrupt import StopSignal
 from tercet.train.loop import add_up, command, open_log, restore, run, save_run, take_step
 from tercet.train.optim import build_optimizer, learning_rate
-from tercet.train.parallel import World, deal, restarts, shard
+from tercet.train.parallel import World, restarts, shard
 from tercet.train.policy import Policy
 
 
@@ -136,12 +136,8 @@ class SftRun:
 
     def _micro_batches(self, chosen: Sequence[int]) -> list[tuple[list[int], bool]]:
         """This rank's samples by micro-batch, and fillers (True) up to the most of any rank."""
-        world, mine = self.world, list(chosen)
-        if world.size > 1:
-            dealt = world.share(lambda: deal([self._length(i) for i in chosen], world.size))
-            mine = [chosen[place] for place in dealt[world.rank]]
-        batches = [(batch, False) for batch in self._split(mine)]
-        return batches + [([chosen[0]], True)] * (world.most(len(batches)) - len(batches))
+        mine = self.world.dealt(chosen, self._length)
+        return self.world.evened(list(self._split(mine)), [chosen[0]])
 
     def _length(self, i: int) -> int:
         return len(self._prompt(i)) + len(self.examples[i].target_ids)

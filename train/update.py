@@ -25,7 +25,7 @@ from tercet.core.packing import (
 from tercet.core.types import Response
 from tercet.core.vision import PromptEncoder
 from tercet.train.loop import add_up
-from tercet.train.parallel import World, deal
+from tercet.train.parallel import World
 from tercet.train.policy import Policy
 
 Advance = Callable[[float], None]
@@ -165,17 +165,11 @@ class Updater:
         self, pieces: Sequence[Piece], branches: Sequence[str]
     ) -> list[tuple[list[Piece], bool]]:
         """This rank's micro-batches, and fillers (True) up to the largest number of any rank."""
-        world, encode = self._world, self._encoder
-        mine = list(pieces)
-        if world.size > 1:
-            dealt = world.share(
-                lambda: deal([piece_cost(p, branches, encode) for p in pieces], world.size)
-            )
-            mine = [pieces[i] for i in dealt[world.rank]]
-        split = split_by_budget(mine, branches, encode, self._budget)
-        chunks = [(chunk, False) for chunk in split]
+        encode = self._encoder
+        mine = self._world.dealt(pieces, lambda piece: piece_cost(piece, branches, encode))
         filler = [Piece(pieces[0].group, pieces[0].responses[:1])]
-        return chunks + [(filler, True)] * (world.most(len(chunks)) - len(chunks))
+        split = split_by_budget(mine, branches, encode, self._budget)
+        return self._world.evened(list(split), filler)
 
     def _set(self, field: str, responses: Sequence[Response], found: dict[int, Tensor]) -> None:
         """Set a field of responses, found by id on one rank or another, on all ranks."""

@@ -1,0 +1,153 @@
+"""What a forward pass costs: floating-point operations of a pack, counted from a model's sizes.
+
+A multiplication and an addition count as two; only matrix products count, as is the custom. Causal
+attention counts the half that is not masked. The backward pass takes twice the forward's, and
+recomputed layers (`model.gradient_checkpointing`) once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import PretrainedConfig
+
+Grid = tuple[int, int, int]
+"""Patches of a photo in time, height and width."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Qwen2-VL / Qwen2.5-VL model, in the order of its configuration."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    vocabulary: int
+    vision_layers: int
+    vision_hidden: int
+    vision_intermediate: int
+    vision_matrices: int
+    """Matrices of a vision block's MLP: 3 where it is gated (Qwen2.5-VL), else 2."""
+    full_layers: int
+    """Vision blocks that attend to the whole photo; the others see one window."""
+    window: int
+    """Tokens (merged patches) a side of a window; 0: no block has windows."""
+    merge: int
+    """Patches a side of one token."""
+    patch: int
+    """Numbers of a patch."""
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Shape:
+        """Sizes from a transformers configuration of either architecture."""
+        text, vision = config.text_config, config.vision_config
+        gated = config.model_type == "qwen2_5_vl"
+        width = vision.hidden_size if gated else vision.embed_dim
+        channels = vision.in_channels
+        return cls(
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            intermediate=text.intermediate_size,
+            heads=text.num_attention_heads,
+            key_heads=text.num_key_value_heads,
+            head_dim=text.hidden_size // text.num_attention_heads,
+            vocabulary=text.vocab_size,
+            vision_layers=vision.depth,
+            vision_hidden=width,
+            vision_intermediate=(
+                vision.intermediate_size if gated else int(width * vision.mlp_ratio)
+            ),
+            vision_matrices=3 if gated else 2,
+            full_layers=len(vision.fullatt_block_indexes) if gated else vision.depth,
+            window=(
+                vision.window_size // vision.spatial_merge_size // vision.patch_size if gated else 0
+            ),
+            merge=vision.spatial_merge_size,
+            patch=channels * vision.temporal_patch_size * vision.patch_size**2,
+        )
+
+    @property
+    def layer_matrices(self) -> int:
+        """Numbers in the matrices of a decoder layer."""
+        attention = 2 * self.hidden * (self.heads + self.key_heads) * self.head_dim
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def vision_block_matrices(self) -> int:
+        """Numbers in the matrices of a vision block."""
+        width = self.vision_hidden
+        return 4 * width**2 + self.vision_matrices * width * self.vision_intermediate
+
+
+class Hung(NamedTuple):
+    """A prompt and what hangs on it."""
+
+    prompt_tokens: int
+    """Image tokens included."""
+    grids: Sequence[Grid]
+    responses: Sequence[int]
+    """Tokens of each response; the last one of each is not fed."""
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one forward pass, by part."""
+
+    vision: float
+    body: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.vision + self.body + self.head
+
+
+def vision_flops(shape: Shape, grids: Iterable[Grid]) -> float:
+    """Forward pass of the vision tower with its merger."""
+    width, total = shape.vision_hidden, 0.0
+    for time, height, across in grids:
+        patches = time * height * across
+        merged = width * shape.merge**2
+        matrices = shape.vision_layers * shape.vision_block_matrices + shape.patch * width
+        total += 2 * patches * matrices
+        total += 2 * patches / shape.merge**2 * merged * (merged + shape.hidden)
+        full, windows = time * (height * across) ** 2, 0
+        if shape.window:
+            sides = [_cut(side // shape.merge, shape.window) for side in (height, across)]
+            squares = [sum((part * shape.merge) ** 2 for part in side) for side in sides]
+            windows = time * squares[0] * squares[1]
+        blocks = shape.full_layers * full + (shape.vision_layers - shape.full_layers) * windows
+        total += 4 * width * blocks
+    return total
+
+
+def _cut(length: int, size: int) -> list[int]:
+    """Lengths of the windows that a side is cut into."""
+    return [min(size, length - start) for start in range(0, length, size)]
+
+
+def forward_flops(shape: Shape, hung: Iterable[Hung]) -> Flops:
+    """Forward pass over a pack in which responses share their prompts.
+
+    Args:
+        shape: of the model.
+        hung: prompts with their photos and responses. One response a prompt is the cost without
+            sharing.
+
+    Returns:
+        FLOPs of vision tower, language model and head.
+    """
+    vision = body = head = 0.0
+    across_heads = shape.heads * shape.head_dim
+    for prompt, grids, responses in hung:
+        vision += vision_flops(shape, grids)
+        fed = [max(0, length - 1) for length in responses]
+        pairs = prompt**2 / 2 + sum(length**2 / 2 + length * prompt for length in fed)
+        tokens = prompt + sum(fed)
+        body += shape.layers * (2 * tokens * shape.layer_matrices + 4 * across_heads * pairs)
+        head += 2 * sum(responses) * shape.hidden * shape.vocabulary
+    return Flops(vision, body, head)

@@ -1,0 +1,55 @@
+"""FLOPs beside PyTorch's own counter on the model itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import tiny
+from torch.utils.flop_counter import FlopCounterMode
+
+from tercet.core.costs import Flops, Hung, Shape, forward_flops, vision_flops
+
+pytestmark = pytest.mark.core
+ARCHITECTURES = ["qwen2_vl", "qwen2_5_vl"]
+
+
+def counted(call) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_vision_tower_with_ragged_windows(architecture):
+    model = tiny(architecture).model
+    model.set_attn_implementation({"vision_config": "eager"})
+    shape, grids = Shape.of(model.config), [(1, 12, 20), (1, 6, 8)]
+    patches = torch.randn(sum(t * h * w for t, h, w in grids), shape.patch)
+    found = counted(lambda: model.model.visual(patches, torch.tensor(grids)))
+    assert vision_flops(shape, grids) == found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_language_model_and_head(architecture):
+    """The counter counts all pairs of a causal attention, we count half."""
+    model = tiny(architecture).model
+    model.set_attn_implementation({"text_config": "eager"})
+    shape, length = Shape.of(model.config), 40
+    found = counted(lambda: model(input_ids=torch.full((1, length), 9), use_cache=False))
+    ours = forward_flops(shape, [Hung(length, [], [])])
+    masked = shape.layers * 4 * shape.heads * shape.head_dim * length**2 / 2
+    assert ours.body + masked + 2 * length * shape.hidden * shape.vocabulary == found
+
+
+def test_responses_share_a_prompt_and_one_alone_is_a_sequence():
+    shape = Shape.of(tiny().model.config)
+    grids = [(1, 8, 8)]
+    alone = forward_flops(shape, [Hung(30, grids, [12])])
+    sequence = forward_flops(shape, [Hung(41, grids, [])])  # 30 + 12, the last one not fed
+    assert alone.body == pytest.approx(sequence.body, rel=1e-12)
+    assert alone.head == 2 * 12 * shape.hidden * shape.vocabulary
+    shared = forward_flops(shape, [Hung(30, grids, [12, 12, 12])])
+    prompt = forward_flops(shape, [Hung(30, grids, [])])
+    assert shared.body == pytest.approx(3 * alone.body - 2 * prompt.body, rel=1e-12)
+    assert shared.vision == prompt.vision == vision_flops(shape, grids)
+    assert Flops(1, 2, 3).total == 6

@@ -30,6 +30,7 @@ class Shape:
     vocabulary: int
     vision_layers: int
     vision_hidden: int
+    vision_heads: int
     vision_intermediate: int
     vision_matrices: int
     """Matrices of a vision block's MLP: 3 where it is gated (Qwen2.5-VL), else 2."""
@@ -59,6 +60,7 @@ class Shape:
             vocabulary=text.vocab_size,
             vision_layers=vision.depth,
             vision_hidden=width,
+            vision_heads=vision.num_heads,
             vision_intermediate=(
                 vision.intermediate_size if gated else int(width * vision.mlp_ratio)
             ),

@@ -212,9 +212,7 @@ class Memory:
     def _is_sharded(self) -> bool:
         return self.shards > 1 or self.offload
 
-    def at_head(
-        self, update: Activations, negative: Activations | None, chunk_rows: int
-    ) -> Moment:
+    def at_head(self, update: Activations, negative: Activations | None, chunk_rows: int) -> Moment:
         """Head and loss, when the forward passes are done.
 
         Args:
@@ -277,9 +275,7 @@ class Memory:
         """
         here = self.resident
         tensor = self._is_sharded * self.parameters.tensor * self.numbers.weight
-        return here._replace(
-            parameters=here.parameters + tensor, gradients=0, server=server_bytes
-        )
+        return here._replace(parameters=here.parameters + tensor, gradients=0, server=server_bytes)
 
 
 def kv_bytes(shape: Shape, b: int) -> int:

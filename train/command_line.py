@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TypeVar
 
 import jsonargparse
@@ -17,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from tercet.core.config import PRESETS, RunConfig
 
 Config = TypeVar("Config")
+RECIPES = Path(__file__).parent / "recipes"
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

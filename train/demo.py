@@ -33,11 +33,10 @@ from tercet.core.triplets import eval_questions
 from tercet.core.vision import PromptEncoder
 from tercet.rollout.local import LocalEngine
 from tercet.train import sft, tapo
-from tercet.train.command_line import parse, set_up
+from tercet.train.command_line import RECIPES, parse, set_up
 from tercet.train.eval_fgvr import ask, table
 from tercet.train.loop import command
 
-RECIPES = Path(__file__).parent / "recipes"
 BASE_PICTURES = 6000
 BASE_MIX = {"caption": 0.5, "open": 0.3, "closed": 0.2}  # kinds of base records
 TRAIN, SFT, TEST = 40, 6, 30  # pictures a sub-category

@@ -119,11 +119,16 @@ class Step:
 
     @property
     def microbatches(self) -> int:
-        """Forward passes of a mini-batch on a GPU, of one branch."""
-        budget = self.config.parallel.micro_batch_tokens
-        if self.group_tokens <= budget:
-            return math.ceil(self.groups_a_gpu / (budget // self.group_tokens))
-        return self.groups_a_gpu * 2 ** math.ceil(math.log2(self.group_tokens / budget))
+        """Forward passes of a mini-batch on a GPU, of one branch.
+
+        A group that is longer than the budget is halved by responses (core.packing).
+        """
+        budget, fed = self.config.parallel.micro_batch_tokens, self.lengths.response - 1
+        prompts, responses, parts = self.update_prompts * self.lengths.prompt, self.group_size, 1
+        while prompts + responses * fed > budget and responses > 1:
+            responses, parts = math.ceil(responses / 2), 2 * parts
+        at_once = max(1, budget // (prompts + responses * fed))
+        return math.ceil(self.groups_a_gpu * parts / at_once)
 
     def load(self, branch: str) -> Load:
         """A full micro-batch of a branch (`update` or `negative`).

@@ -200,7 +200,16 @@ def ladders(plan: Plan) -> Iterator[list[Setting]]:
     yield [("parallel.micro_batch_tokens", value) for value in budgets]
     rows = [(chunk or GPU_CHUNK_ROWS) >> n for n in range(1, 4)]
     yield [("parallel.head_chunk_rows", value) for value in rows if value >= 256]
+    if config.rollout.colocated and plan.server_gpus == 1:
+        over = [n for n in (2, 4) if plan.gpus % n == 0]
+        yield [("rollout.server_gpus", _servers(plan.gpus, n)) for n in over]
     yield [("gpus", plan.gpus << n) for n in range(1, 5)]
+
+
+def _servers(gpus: int, of_each: int) -> list[str]:
+    """rollout.server_gpus of servers that spread their weights over so many GPUs each."""
+    places = range(0, gpus, of_each)
+    return [",".join(map(str, range(first, first + of_each))) for first in places]
 
 
 def changed(plan: Plan, settings: Sequence[Setting]) -> Plan:
@@ -255,6 +264,8 @@ def show(plan: Plan, title: str, console: Console) -> None:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, list):
+        return f'"{value}" (and --tp {value[0].count(",") + 1} in rollout.sglang_args)'
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -266,7 +277,10 @@ def memory_table(plan: Plan) -> Table:
         table.add_column(name, justify="right")
     for part in Moment._fields:
         sizes = [getattr(moment, part) for moment in moments.values()]
-        table.add_row(part, *(f"{size / GIB:.1f}" if size else "" for size in sizes))
+        table.add_row(
+            part.replace("head", "head chunk"),
+            *(f"{size / GIB:.1f}" if size else "" for size in sizes),
+        )
     cache = plan.kv_bytes
     table.add_row("KV cache", *[""] * (len(moments) - 1), f"{cache / GIB:.1f}", end_section=True)
     totals = [m.total + cache * (name == "generate") for name, m in moments.items()]

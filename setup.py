@@ -19,6 +19,8 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5.17",
+        "peft>=0.18",
+        "accelerate>=1.6",
         "tokenizers>=0.22",
         "numpy>=1.26",
         "safetensors>=0.8",
@@ -41,7 +43,6 @@ setup(
             "ruff>=0.9",
             "pre-commit>=4.0",
             "gguf>=0.17",
-            "accelerate>=1.6",
         ],
     },
 )

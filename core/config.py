@@ -83,6 +83,16 @@ class ModelConfig:
     """Leave the merger between vision tower and language model as it is."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
+    lora_rank: int = 0
+    """Train low-rank additions of this rank (LoRA) and nothing else; 0: the weights themselves."""
+    lora_alpha: int = 128
+    """Additions are scaled by lora_alpha / lora_rank."""
+    lora_targets: str = r".*language_model\.layers\..*_proj"
+    """Linear layers with additions: regular expression that their whole name matches."""
+    compile: bool = False
+    """torch.compile of the parts of each decoder layer; attention itself is left out."""
+    liger: bool = False
+    """Liger's RMSNorm and SwiGLU (on a GPU; needs liger-kernel)."""
 
 
 @dataclass
@@ -212,6 +222,9 @@ class OptimConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; a step with a non-finite norm is skipped."""
+    states: Literal["bfloat16", "float32"] = "bfloat16"
+    """Optimiser states of bfloat16 parameters: 10 or 16 bytes a parameter with its gradient. Those
+    of float32 parameters are float32."""
     max_skipped: int = 5
     """Steps skipped one after the other that end the run, with a checkpoint."""
 
@@ -237,6 +250,12 @@ class ParallelConfig:
     """Response rows that reach the head at once; None: what suits the device."""
     replicas: int = 1
     """Groups of ranks that hold a whole sharded copy each (HSDP): one a machine, as a rule."""
+    mixed_precision: bool = False
+    """float32 parameters (`model.dtype`) that are computed with in bfloat16; their gradients are
+    summed over ranks in float32."""
+    offload: bool = False
+    """Parameters, gradients and optimiser states stay in CPU memory; each layer's parameters are
+    on the GPU while it is computed, and the CPU takes the optimiser step."""
     timeout_s: float = 7200.0
     """Longest that a rank waits for the others; sampling counts."""
 
@@ -251,7 +270,12 @@ class RunConfig:
     save_every: int = 20
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_best: str | None = None
+    """Figure of metrics.jsonl, for instance `accuracy`: the checkpoint with the highest mean since
+    the one before it is kept as well."""
+    async_save: bool = False
+    """Write checkpoints in the background, from a copy in CPU memory."""
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
     threads: int | None = None

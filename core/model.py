@@ -87,7 +87,7 @@ def load_policy(config: ModelConfig, device: str | torch.device = "cpu") -> Poli
 
     Args:
         config: path, dtype, pixel limits and frozen parts.
-        device: where the parameters go.
+        device: where the parameters go; `meta`: shapes without data.
 
     Raises:
         ValueError: naming the path, when it cannot be loaded or lacks weights or Qwen's image pad,
@@ -95,7 +95,7 @@ def load_policy(config: ModelConfig, device: str | torch.device = "cpu") -> Poli
     """
     if not config.path:
         raise ValueError("model.path is empty: give the folder or hub id of a Qwen2(.5)-VL model")
-    model = _load_model(config.path, config.dtype)
+    model = _load_model(config.path, config.dtype, torch.device(device))
     tokenizer = _read(config.path, AutoTokenizer)
     pad_id = tokenizer.get_vocab().get(IMAGE_PAD)
     if pad_id != model.config.image_token_id:
@@ -106,10 +106,10 @@ def load_policy(config: ModelConfig, device: str | torch.device = "cpu") -> Poli
     processor = _read(config.path, Qwen2VLImageProcessorPil)
     processor.size = _pixel_limits(config, processor.size)
     freeze(model, vision=config.freeze_vision, merger=config.freeze_merger)
-    return PolicyParts(model.to(device), tokenizer, processor)
+    return PolicyParts(model, tokenizer, processor)
 
 
-def _load_model(path: str, dtype: str) -> PreTrainedModel:
+def _load_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
     config = _read(path, AutoConfig)
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
@@ -119,11 +119,13 @@ def _load_model(path: str, dtype: str) -> PreTrainedModel:
     if "sliding_attention" in config.text_config.layer_types:
         raise ValueError(f"model.path {path!r} uses sliding-window attention")
     options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+    if device.type == "meta":
+        options["device_map"] = "meta"
     model, report = _read(path, ARCHITECTURES[config.model_type], **options)
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
         raise ValueError(f"model.path {path!r} lacks the weights {missing}")
-    return model
+    return model.to(device)
 
 
 def _read(path: str, kind, **options):

@@ -109,6 +109,7 @@ def prefix_attention(
     return _PrefixAttention.apply(q, k, v, segments, scale, backend)
 
 
+@torch.compiler.disable
 def _attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
     if segments is None:
         return sdpa_attention_forward(

@@ -75,6 +75,27 @@ def test_bfloat16_weights_move_as_in_float64(start, lr, weight_decay, tolerance)
     assert abs(moved.mean() / expected.mean() - 1) < 0.01
 
 
+def test_bfloat16_weights_with_float32_states_are_more_exact_than_float32_ones():
+    """Weight and compensation together hold more digits than a float32 weight."""
+    config = OptimConfig(weight_decay=0.1, states="float32")
+    grads = shrinking_gradients(900, 200)
+    errors = []
+    for dtype in (torch.bfloat16, torch.float32):
+        param = Parameter(torch.full((200,), 0.015625, dtype=dtype))
+        begin = param.detach().double()
+        optimizer = build_optimizer([("weight", param)], config)
+        for grad in grads:
+            param.grad = grad.to(dtype)
+            optimizer_step(optimizer, [param], 1e-6, math.inf)
+        state = optimizer.state[param]
+        assert {state[name].dtype for name in state} == {torch.float32}
+        moved = param.detach().double() + state.get("compensation", torch.zeros(1)).double() - begin
+        expected = adamw_float64(begin, grads, 1e-6, config) - begin
+        errors.append((moved - expected).norm() / expected.norm())
+    kahan, plain = errors
+    assert kahan < 1e-4 < plain  # float32 alone rounds every portion
+
+
 def test_bfloat16_second_moment_falls_when_gradients_shrink():
     grads = shrinking_gradients(1800, 200)
     param = Parameter(torch.ones(200, dtype=torch.bfloat16))

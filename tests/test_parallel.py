@@ -83,16 +83,16 @@ def weights(world: Path, out: str, step: int) -> dict[str, torch.Tensor]:
     return load_file(world / out / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
 
 
-def assert_same(world: Path, one: str, other: str, steps: int) -> None:
+def assert_same(world: Path, one: str, other: str, steps: int, rel=1e-4) -> None:
     for row, twin in zip(figures(world, one), figures(world, other), strict=True):
         for name, value in row.items():
-            assert value == pytest.approx(twin[name], rel=1e-4, abs=1e-6), name
+            assert value == pytest.approx(twin[name], rel=rel, abs=rel / 100), name
     first = load_file(world / "policy" / "model.safetensors")
     ours, theirs = weights(world, one, steps), weights(world, other, steps)
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         moved = (weight - first[name]).abs().max()
-        assert (weight - theirs[name]).abs().max() <= 1e-3 * moved + 1e-7, name
+        assert (weight - theirs[name]).abs().max() <= 10 * rel * moved + 1e-7, name
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +107,15 @@ def alone(world) -> str:
         (2, ()),
         (4, ("--parallel.replicas=2",)),
         (2, ("--parallel.branches=one_at_a_time", "--model.gradient_checkpointing=true")),
+        (2, ("--parallel.offload=true", "--run.async_save=true", "--run.save_every=1")),
+        (1, ("--parallel.offload=true", "--model.compile=true", "--run.threads=1")),
     ],
 )
 def test_several_ranks_take_the_steps_of_one(world, alone, ranks, more):
     """Two mini-batches of 3 and 2 groups: with four ranks some have nothing to do."""
     out = f"ranks{ranks}{len(more)}"
     said = train(world, out, ranks, "--run.steps=2", *more)
-    assert "unsharded copy" in said
+    assert "whole copy of the policy" in said
     assert_same(world, out, alone, 2)
 
 
@@ -121,6 +123,33 @@ def test_a_run_goes_on_with_another_number_of_ranks(world, alone):
     train(world, "resumed", 2, "--run.steps=1")
     train(world, "resumed", 1, "--run.steps=2", "--resume", "auto")
     assert_same(world, "resumed", alone, 2)
+
+
+def test_lora_on_two_ranks_and_on_with_one(world):
+    """The base stays as it is, the export holds what was added to it."""
+    lora = ("--model.lora_rank=4", "--model.lora_alpha=8", "--optim.eps=1e-2")
+    train(world, "lora1", 1, "--run.steps=2", *lora)
+    train(world, "lora2", 2, "--run.steps=1", *lora)
+    train(world, "lora2", 1, "--run.steps=2", "--resume", "auto", *lora)
+    assert_same(world, "lora2", "lora1", 2, rel=1e-3)
+    first, trained = load_file(world / "policy" / "model.safetensors"), weights(world, "lora1", 2)
+    moved = {name for name in first if not torch.equal(first[name], trained[name])}
+    assert moved == {name for name in first if "_proj.weight" in name and "visual" not in name}
+
+
+def test_mixed_precision_on_two_ranks(world):
+    """float32 weights, computed with in bfloat16: no further from float32 than one process is."""
+    options, mixed = ("--run.steps=1", "--optim.lr=1e-3"), "--parallel.mixed_precision=true"
+    train(world, "exact", 1, *options)
+    for ranks in (1, 2):
+        train(world, f"mixed{ranks}", ranks, *options, mixed)
+    first = load_file(world / "policy" / "model.safetensors")
+    exact, one, two = (weights(world, out, 1) for out in ("exact", "mixed1", "mixed2"))
+    for name, weight in exact.items():
+        assert one[name].dtype == torch.float32
+        rounding, found = ((x[name] - weight).norm() for x in (one, two))
+        assert 0 < rounding < 0.1 * (weight - first[name]).norm(), name
+        assert found <= 2 * rounding, name
 
 
 def test_a_run_goes_on_after_a_rank_was_killed(world, alone):
@@ -208,8 +237,8 @@ def test_exceptions_travel_between_ranks():
 
     stopped = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM)))
     assert stopped.exit_code == 143 and str(stopped) == "stopped by SIGTERM"
-    assert parallel._picklable(stopped) is stopped
-    found = parallel._picklable(Odd(1, 2))
+    assert parallel.picklable(stopped) is stopped
+    found = parallel.picklable(Odd(1, 2))
     assert type(found) is RuntimeError and str(found) == "Odd: 1 and 2"
 
 

@@ -1,7 +1,8 @@
 """Checkpoints that are either whole or not there, and finding one to resume from.
 
     <out>/checkpoints/step_000020/   a Hugging Face folder, and in it
-        trainer_state.pt             optimiser, random numbers, data position, carried groups
+        sharded/                     optimiser states, each rank's own (see saving.py)
+        trainer_state.pt             random numbers, data position, carried groups
         complete.json                size and CRC-32 of every other file, written last
 
 A checkpoint is written in a hidden folder beside its place and renamed when everything is on disk.
@@ -62,7 +63,7 @@ def save_checkpoint(
     """
     if keep_last < 1:
         raise ValueError(f"keep_last must be at least 1, got {keep_last}")
-    root = Path(out) / "checkpoints"
+    root = checkpoints(out)
     folder = root / f"step_{step:06d}"
     partial, replaced = root / f".{folder.name}.partial", root / f".{folder.name}.replaced"
     try:
@@ -71,12 +72,8 @@ def save_checkpoint(
         _write(partial, step, save_model, state, 1 + max(_serials(root).values(), default=0))
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if number := _disk_errno(error):
-            raise OSError(
-                number,
-                f"checkpoint {folder} could not be written, earlier ones are as they were: "
-                f"{os.strerror(number)}",
-            ) from error
+        if found := disk_error(folder, error):
+            raise found from error
         raise
     if folder.exists():
         folder.rename(replaced)
@@ -88,6 +85,28 @@ def save_checkpoint(
         if best is None or old.name != f"step_{best:06d}":
             shutil.rmtree(old)
     return folder
+
+
+def checkpoints(out: Path | str) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(out) / "checkpoints"
+
+
+def disk_error(folder: Path, error: BaseException) -> OSError | None:
+    """What to raise when `error` kept a checkpoint from the disk; None when it is of another kind.
+
+    torch raises an error of its own on top of the operating system's, safetensors puts its number
+    into the text.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        found = re.search(r"os error (\d+)", str(cause))
+        number = cause.errno if isinstance(cause, OSError) else found and int(found[1])
+        if number:
+            said = "could not be written, earlier ones are as they were"
+            return OSError(number, f"checkpoint {folder} {said}: {os.strerror(number)}")
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def find_checkpoint(out: Path | str, resume: Path | str) -> Path | None:
@@ -107,7 +126,7 @@ def find_checkpoint(out: Path | str, resume: Path | str) -> Path | None:
         if problem := _problem(Path(resume)):
             raise ValueError(f"cannot resume from {resume}: {problem}")
         return Path(resume)
-    root = Path(out) / "checkpoints"
+    root = checkpoints(out)
     serials = _serials(root)
     # One whose complete.json cannot be read may be the newest: it comes first, to be named.
     newest_first = sorted(
@@ -201,20 +220,6 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 22):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def _disk_errno(error: BaseException | None) -> int | None:
-    """Number of the operating system's error behind a failed write; None when there is none.
-
-    torch raises an error of its own on top of it, safetensors puts the number into its text.
-    """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno:
-            return error.errno
-        if number := re.search(r"os error (\d+)", str(error)):
-            return int(number[1])
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _place(replaced: Path) -> Path:

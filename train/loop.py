@@ -15,17 +15,13 @@ from torch import Tensor
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.model import PolicyParts
 from tercet.rollout.server import ServerError
-from tercet.train.checkpoint import (
-    find_checkpoint,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
+from tercet.train.checkpoint import find_checkpoint
 from tercet.train.interrupt import Interrupted, StopSignal
 from tercet.train.optim import optimizer_step
-from tercet.train.parallel import World, is_on_all_ranks, on_all_ranks, spread, whole
+from tercet.train.parallel import World, is_on_all_ranks, on_all_ranks
 from tercet.train.policy import Policy
 from tercet.train.run_log import RunLog, SilentLog
+from tercet.train.saving import Saver
 
 
 class Run(Protocol):
@@ -37,6 +33,7 @@ class Run(Protocol):
     world: World
     policy: Policy
     optimizer: torch.optim.Optimizer
+    saver: Saver
     skipped: int
     """Optimiser steps skipped in a row."""
     steps_done: int
@@ -91,12 +88,16 @@ def run_steps(run: Run, save_every: int) -> Path | None:
     try:
         while run.steps_done < run.total_steps:
             run.check_stop()
-            run.log.step(run.steps_done + 1, run.step())
+            step, figures = run.steps_done + 1, run.step()
+            run.saver.note(figures)
+            run.log.step(step, figures)
             if run.steps_done % save_every == 0 or run.steps_done == run.total_steps:
                 saved = run.save()
+        run.saver.wait()
     except BaseException as error:
         if run.world.size == 1 or is_on_all_ranks(error):
             run.log.say(f"checkpoint after {run.steps_done} steps: {run.save()}")
+            run.saver.wait()
         raise
     return saved
 
@@ -126,38 +127,6 @@ def take_step(run: Run, lr: float, sums: dict[str, Tensor]) -> dict[str, float]:
     figures = {name: float(value) for name, value in sums.items()}
     figures |= {"lr": lr, "skipped_steps": float(not stepped)}
     return figures | ({"grad_norm": norm} if stepped else {})
-
-
-def save_run(run: Run, state: dict) -> Path:
-    """Write a checkpoint: sharded weights and optimiser states put together, by rank 0.
-
-    Args:
-        run: whose weights, optimiser and random numbers are kept.
-        state: what else it needs to go on.
-    """
-    run.optimizer.zero_grad(set_to_none=True)
-    state = state | {"optimizer": whole(run.optimizer.state_dict()), "rng": rng_state()}
-    weights = None
-    if run.world.size > 1:
-        whole_weights = ((name, weight.cpu()) for name, weight in run.policy.named_weights())
-        weights = dict(pair for pair in whole_weights if run.world.is_first)
-
-    def write() -> Path:
-        return save_checkpoint(
-            run.config.run.out,
-            run.steps_done,
-            lambda folder: run.parts.save(folder, weights),
-            state,
-            run.config.run.keep_last,
-        )
-
-    return run.world.share(write)
-
-
-def restore(run: Run, state: dict) -> None:
-    """Take over optimiser and random numbers of a checkpoint's state, sharded as they are here."""
-    run.optimizer.load_state_dict(spread(state["optimizer"], run.optimizer))
-    set_rng_state(state["rng"])
 
 
 def open_log(run: Run, resolved: str) -> RunLog | SilentLog:

@@ -1,13 +1,14 @@
 """Optimiser, learning rate and the clipped step.
 
 float32 parameters go to torch.optim.AdamW. bfloat16 parameters go to KahanAdamW below, with every
-state in bfloat16 (10 bytes a parameter with its gradient). Rounding to nearest would lose what
-AdamW adds in small portions: beta2 = 0.999 changes the second moment by 0.1 % a step where bfloat16
-resolves 0.4 %, so it hardly ever falls, and weight decay multiplied into the parameter,
-lr * weight_decay = 1e-8 of it, never arrives. torch-optimi rounds that way: over 3,000 steps whose
-gradients shrink tenfold it moves the weights 0.27 to 0.58 times as far as float64, KahanAdamW 1.00.
-Here the decay joins the compensated update, and states are rounded with a dither that follows from
-the step number: right on average over steps, without random numbers, the same after a resume.
+state in bfloat16 (10 bytes a parameter with its gradient) or in float32 (16 bytes). Rounding to
+nearest would lose what AdamW adds in small portions: beta2 = 0.999 changes the second moment by
+0.1 % a step where bfloat16 resolves 0.4 %, so it hardly ever falls, and weight decay multiplied
+into the parameter, lr * weight_decay = 1e-8 of it, never arrives. torch-optimi rounds that way:
+over 3,000 steps whose gradients shrink tenfold it moves the weights 0.27 to 0.58 times as far as
+float64, KahanAdamW 1.00. Here the decay joins the compensated update, and bfloat16 states are
+rounded with a dither that follows from the step number: right on average over steps, without random
+numbers, the same after a resume.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def build_optimizer(
 
     Args:
         named_parameters: all of one dtype, float32 (or float64) or bfloat16; DTensors are fine.
-        config: lr, beta1, beta2, eps and weight_decay are used.
+        config: lr, beta1, beta2, eps, weight_decay and states are used.
 
     Returns:
         torch.optim.AdamW, or KahanAdamW for bfloat16; its lr is set by `optimizer_step`.
@@ -67,7 +68,7 @@ def build_optimizer(
         weight_decay=config.weight_decay,
     )
     if dtype == torch.bfloat16:
-        return KahanAdamW(params, **options)
+        return KahanAdamW(params, states=getattr(torch, config.states), **options)
     fused = all(param.device.type in ("cpu", "cuda") for param in params)
     return torch.optim.AdamW(params, fused=fused, **options)
 
@@ -170,7 +171,7 @@ def optimizer_step(
 
 
 class KahanAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, 2019) of bfloat16 parameters with bfloat16 states.
+    """AdamW (Loshchilov and Hutter, 2019) of bfloat16 parameters.
 
     The weight is the sum of the parameter and its state `compensation`, which holds what the
     rounding of the parameter left over (Kahan summation). All arithmetic is float32.
@@ -181,6 +182,7 @@ class KahanAdamW(torch.optim.Optimizer):
         betas: decay of the mean of gradients and of their squares.
         eps: added to the root of the mean square.
         weight_decay: lr times this is the share of the weight taken off a step.
+        states: dtype of the states, bfloat16 or float32.
     """
 
     def __init__(
@@ -190,7 +192,9 @@ class KahanAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        states: torch.dtype = torch.bfloat16,
     ):
+        self._dtype = states
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -205,7 +209,7 @@ class KahanAdamW(torch.optim.Optimizer):
                 state = self.state[param]
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32)
-                    state.update((name, torch.zeros_like(param)) for name in STATES)
+                    state |= {name: torch.zeros_like(param, dtype=self._dtype) for name in STATES}
                 state["step"] += 1
                 tensors = [_rows(t) for t in (param, param.grad, *map(state.get, STATES))]
                 rows = max(1, CHUNK_ELEMENTS * len(tensors[0]) // max(1, tensors[0].numel()))
@@ -228,7 +232,8 @@ def _update(
     step: int,
     group: dict,
 ) -> None:
-    """One AdamW update, in place, of five bfloat16 tensors of one shape."""
+    """One AdamW update, in place, of five tensors of one shape: two of bfloat16, three states."""
+    kept = _dithered if exp_avg.dtype == torch.bfloat16 else lambda values, step: values
     lr, (beta1, beta2) = group["lr"], group["betas"]
     grad = grad.float()
     mean = exp_avg.float().lerp_(grad, 1 - beta1)
@@ -238,9 +243,9 @@ def _update(
     change = compensation.float().addcdiv_(mean, root, value=-lr / (1 - beta1**step))
     change.add_(old, alpha=-lr * group["weight_decay"])
     param.copy_(old + change)
-    compensation.copy_(_dithered(change - (param.float() - old), step))
-    exp_avg.copy_(_dithered(mean, step))
-    exp_avg_sq.copy_(_dithered(square, step))
+    compensation.copy_(kept(change - (param.float() - old), step))
+    exp_avg.copy_(kept(mean, step))
+    exp_avg_sq.copy_(kept(square, step))
 
 
 def _dithered(values: Tensor, step: int) -> Tensor:

@@ -1,9 +1,11 @@
 """Several processes under torchrun: parameters sharded by FSDP2, and who does what.
 
-Rank 0 samples, rewards, logs and writes; finished groups are broadcast whole. Every rank loads its
-own photos and runs as many micro-batches as every other, since each forward pass is a collective:
-a rank that has nothing left works on rows of weight 0. Sums are divided by the number of loss
-tokens of the whole mini-batch over all ranks, so gradients are added up over ranks, not averaged.
+Rank 0 loads the model and hands each rank its part, tensor by tensor; no other rank ever holds it
+whole. Rank 0 samples, rewards, logs and writes; finished groups are broadcast whole. Every rank
+loads its own photos and runs as many micro-batches as every other, since each forward pass is a
+collective: a rank that has nothing left works on rows of weight 0. Sums are divided by the number
+of loss tokens of the whole mini-batch over all ranks, so gradients are added up over ranks, not
+averaged.
 """
 
 from __future__ import annotations
@@ -18,8 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import distribute_tensor
 
 from tercet.core.config import ParallelConfig
 from tercet.train.interrupt import Interrupted, StopSignal
@@ -32,7 +40,8 @@ class World:
 
     Args:
         device: this process's.
-        config: replicas and timeout_s are used.
+        config: replicas and timeout_s are used, and whether something else than several processes
+            asks for a mesh.
 
     Raises:
         ValueError: parallel.replicas does not divide the number of processes.
@@ -47,16 +56,22 @@ class World:
                 f"parallel.replicas is {config.replicas}; it must divide the {self.size} processes"
             )
         self.mesh: DeviceMesh | None = None
+        """What parameters are sharded over; None: they are plain tensors."""
+        self.files_group: dist.ProcessGroup | None = None
+        """For writing checkpoints, beside what else the ranks exchange."""
+        if self.size > 1 or config.mixed_precision or config.offload:
+            self._join(timedelta(seconds=config.timeout_s))
+            self.mesh = _mesh(device.type, self.size, config.replicas)
+            self.files_group = dist.new_group(backend="gloo")
+
+    def _join(self, timeout: timedelta) -> None:
+        store, rank, size = dist.HashStore(), 0, 1
         if self.size > 1:
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            timeout = timedelta(seconds=config.timeout_s)
             store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
             # torchrun keeps its store over a restart, and in it the dead ranks' addresses.
             store = dist.PrefixStore(f"restart_{restarts()}", store)
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=timeout
-            )
-            self.mesh = _mesh(device.type, self.size, config.replicas)
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
     @property
     def is_first(self) -> bool:
@@ -72,7 +87,7 @@ class World:
             try:
                 held[0] = make()
             except Exception as error:
-                held[1] = _picklable(error)
+                held[1] = picklable(error)
         dist.broadcast_object_list(held, src=0)
         if held[1] is not None:
             raise on_all_ranks(held[1])
@@ -134,23 +149,71 @@ def _mesh(device_type: str, size: int, replicas: int) -> DeviceMesh:
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(policy: nn.Module, world: World) -> None:
+def shard(policy: nn.Module, world: World, config: ParallelConfig) -> None:
     """Shard a policy in place: each decoder layer, each vision block, and the policy as the root.
 
     Args:
-        policy: train.policy.Policy; left as it is in a world of one.
+        policy: train.policy.Policy: whole on rank 0, without data (on the meta device) or whole
+            elsewhere; left as it is in a world without a mesh.
         world: whose mesh it is spread over.
+        config: mixed_precision and offload are used.
+
+    Raises:
+        ValueError: mixed_precision with trained parameters of another dtype than float32.
     """
     if world.mesh is None:
         return
+    precision = MixedPrecisionPolicy()
+    if config.mixed_precision:
+        found = {param.dtype for param in policy.parameters() if param.requires_grad}
+        if found != {torch.float32}:
+            raise ValueError(
+                "parallel.mixed_precision needs float32 parameters (model.dtype float32), got "
+                f"{', '.join(map(str, found))}"
+            )
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    offload = CPUOffloadPolicy(world.device.type == "cuda") if config.offload else OffloadPolicy()
+    whole = dict(policy.named_parameters()) if world.is_first else {}
+    made: dict[int, nn.Parameter] = {}
     body = policy.model.model
-    for block in (*body.language_model.layers, *body.visual.blocks):
-        fully_shard(block, mesh=world.mesh)
-    fully_shard(policy, mesh=world.mesh)
+    for module in (*body.language_model.layers, *body.visual.blocks, policy):
+        _give_memory(module, world.device, made)
+        fully_shard(module, mesh=world.mesh, mp_policy=precision, offload_policy=offload)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+    if world.size > 1:
+        _hand_out(policy, whole, world)
+
+
+def _give_memory(module: nn.Module, device: torch.device, made: dict[int, nn.Parameter]) -> None:
+    """Memory, of any content, for what lies on the meta device; tied parameters stay tied."""
+    for part in module.modules():
+        for name, param in part.named_parameters(recurse=False):
+            if param.is_meta:
+                empty = torch.empty_like(param, device=device)
+                fresh = made.setdefault(id(param), nn.Parameter(empty, param.requires_grad))
+                setattr(part, name, fresh)
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(part, name, torch.empty_like(buffer, device=device))
+
+
+@torch.no_grad()
+def _hand_out(policy: nn.Module, whole: dict[str, nn.Parameter], world: World) -> None:
+    """Rank 0's parameters and buffers to all ranks, one at a time."""
+    for name, param in policy.named_parameters():
+        if world.is_first:
+            tensor = whole.pop(name).detach()
+        else:
+            tensor = torch.empty(param.shape, dtype=param.dtype, device=world.device)
+        part = distribute_tensor(tensor, param.device_mesh, param.placements)
+        param.to_local().copy_(part.to_local())
+    for buffer in policy.buffers():
+        dist.broadcast(buffer, src=0)
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
@@ -169,7 +232,8 @@ def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
     return [sorted(indices) for indices in dealt]
 
 
-def _picklable(error: Exception) -> Exception:
+def picklable(error: Exception) -> Exception:
+    """The exception, or one that tells of it, in a form that other ranks can read."""
     try:
         pickle.loads(pickle.dumps(error))
         return error
@@ -185,27 +249,3 @@ def on_all_ranks(error: Exception) -> Exception:
 
 def is_on_all_ranks(error: BaseException) -> bool:
     return getattr(error, "on_all_ranks", False)
-
-
-def whole(state):
-    """A nested state with sharded tensors put together on the CPU; a collective."""
-    if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(map(whole, state))
-    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
-
-
-def spread(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """An optimiser's whole state, sharded as its parameters are here."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    spread_states = {
-        place: {
-            name: distribute_tensor(value, params[place].device_mesh, params[place].placements)
-            if isinstance(params[place], DTensor) and value.shape == params[place].shape
-            else value
-            for name, value in of_param.items()
-        }
-        for place, of_param in state["state"].items()
-    }
-    return state | {"state": spread_states}

@@ -12,7 +12,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tercet.core.config import LossConfig
 from tercet.core.model import PolicyParts
@@ -22,6 +21,7 @@ from tercet.kernels.prefix_attention import ATTENTION_NAME
 from tercet.kernels.reference import tapo_loss_reference
 from tercet.kernels.tapo_loss import fused_linear_cross_entropy, fused_linear_tapo_loss
 from tercet.kernels.varlen import VISION_NAME, backend_of
+from tercet.train.lora import whole_weights
 
 Branch = Literal["joint", "update", "negative", "logprobs", "cross_entropy"]
 Metrics = dict[str, Tensor]
@@ -35,6 +35,7 @@ class Policy(nn.Module):
         loss: coefficients and forms of the TAPO loss; not needed for stage 1.
         temperature: sampling temperature; log-probs are those of the scaled distribution.
         chunk_rows: response rows that reach the head at once; None: what suits the device.
+        dtype: what is computed in; None: the parameters' own.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class Policy(nn.Module):
         *,
         temperature: float = 1.0,
         chunk_rows: int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.model = parts.model
-        backend = backend_of(torch.empty(0, device=self.model.device, dtype=self.model.dtype))
+        dtype = dtype or self.model.dtype
+        backend = backend_of(torch.empty(0, device=self.device, dtype=dtype))
         self.attention = backend.name if backend else "dense masks"
         """What computes attention; it suits the model's device and dtype."""
         # On a CPU the vision tower stays with transformers' own attention.
@@ -127,13 +130,8 @@ class Policy(nn.Module):
         return value.detach(), metrics
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters as (Hugging Face name, tensor), in one order on all ranks, tied ones once.
-
-        Sharded ones are put together one at a time: a collective, which every rank iterates.
-        """
-        for name, parameter in self.model.named_parameters():
-            weight = parameter.detach()
-            yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+        """Parameters as (Hugging Face name, tensor): see train.lora.whole_weights."""
+        return whole_weights(self.model)
 
     def _hidden(self, packed: PackedBatch) -> Tensor:
         """[R, D]: the hidden states that predict the pack's response tokens."""

@@ -18,18 +18,19 @@ import torch
 
 from tercet.core.config import SftConfig
 from tercet.core.data import SftSample, read_sft
-from tercet.core.model import PolicyParts, load_policy
+from tercet.core.model import PolicyParts
 from tercet.core.packing import pack
 from tercet.core.prompts import chat_ids
 from tercet.core.vision import PromptEncoder
+from tercet.train.build import build_policy, open_parts
 from tercet.train.checkpoint import load_state
 from tercet.train.command_line import parse, set_up
 from tercet.train.figures import draw_curves
 from tercet.train.interrupt import StopSignal
-from tercet.train.loop import add_up, command, open_log, restore, run, save_run, take_step
+from tercet.train.loop import add_up, command, open_log, run, take_step
 from tercet.train.optim import build_optimizer, learning_rate
-from tercet.train.parallel import World, restarts, shard
-from tercet.train.policy import Policy
+from tercet.train.parallel import World, restarts
+from tercet.train.saving import Saver
 
 
 @dataclass(frozen=True)
@@ -58,23 +59,23 @@ class SftRun:
         device = set_up(config.run)
         self.config, self.stop, self.out = config, stop, Path(config.run.out)
         self.world = World(device, config.parallel)
-        model = replace(config.model, path=str(resume)) if resume else config.model
-        self.parts = load_policy(model, device)
+        model = config.model
+        if resume and not model.lora_rank:  # LoRA goes on from the model that it was added to
+            model = replace(model, path=str(resume))
+        self.parts = open_parts(model, self.world)
         self.encoder = PromptEncoder(self.parts)
         self.samples, skipped = read_sft(config.data.path, config.data.on_bad_image)
         self.examples = [tokenize(s, self.parts, config.model.system_prompt) for s in self.samples]
-        self.policy = Policy(self.parts, chunk_rows=config.parallel.head_chunk_rows)
-        if config.model.gradient_checkpointing:
-            self.parts.model.gradient_checkpointing_enable({"use_reentrant": False})
-        shard(self.policy, self.world)
+        self.policy = build_policy(self.parts, config, self.world)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
+        self.saver = Saver(self, config.run)
         per_epoch = len(self.samples) / config.optim.samples_per_step
         self.total_steps = config.run.steps or max(1, round(config.run.epochs * per_epoch))
         self.steps_done = self.skipped = 0
         if resume:
             state = load_state(resume)
             self.steps_done = state["steps_done"]
-            restore(self, state)
+            self.saver.restore(resume, state)
         self.log = open_log(self, resolved)
         for reason in skipped:
             self.log.say(f"left out: {reason}")
@@ -112,6 +113,7 @@ class SftRun:
 
     def close(self) -> None:
         """Leave the other ranks."""
+        self.saver.close()
         self.world.close()
 
     def draw(self) -> None:
@@ -122,7 +124,7 @@ class SftRun:
 
     def save(self) -> Path:
         """Write a checkpoint of the state between two steps."""
-        return save_run(self, {"steps_done": self.steps_done})
+        return self.saver.save(self.steps_done, {"steps_done": self.steps_done})
 
     def _order(self, position: int) -> int:
         """Sample at a position of the endless stream: every epoch a fresh permutation."""

@@ -33,7 +33,7 @@ from tercet.core.config import TapoConfig
 from tercet.core.embedders import embedder
 from tercet.core.manifest import MANIFEST_NAME, Manifest
 from tercet.core.mismatch import mismatch_figures
-from tercet.core.model import PolicyParts, load_policy
+from tercet.core.model import PolicyParts
 from tercet.core.packing import Piece, mini_batches
 from tercet.core.rewards import load_reward
 from tercet.core.triplets import prepare_manifest
@@ -43,14 +43,15 @@ from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
 from tercet.rollout.server import ServerError
+from tercet.train.build import build_policy, open_parts
 from tercet.train.checkpoint import load_state
 from tercet.train.command_line import parse, set_up
 from tercet.train.figures import draw_curves, draw_samples, sample_rows
 from tercet.train.interrupt import StopSignal
-from tercet.train.loop import command, open_log, restore, run, save_run, take_step
+from tercet.train.loop import command, open_log, run, take_step
 from tercet.train.optim import build_optimizer, learning_rate
-from tercet.train.parallel import World, restarts, shard
-from tercet.train.policy import Policy
+from tercet.train.parallel import World, restarts
+from tercet.train.saving import Saver
 from tercet.train.update import BUDGET_FILE, Updater
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
@@ -70,25 +71,22 @@ class TapoRun:
         self.config, self.stop, self.out = config, stop, Path(config.run.out)
         device = set_up(config.run)
         self.world = World(device, config.parallel)
-        model = replace(config.model, path=str(resume)) if resume else config.model
-        self.parts = load_policy(model, device)
+        model = config.model
+        if resume and not model.lora_rank:  # LoRA goes on from the model that it was added to
+            model = replace(model, path=str(resume))
+        self.parts = open_parts(model, self.world)
         self.encoder = PromptEncoder(self.parts)
         self.manifest = self.world.share(lambda: self._manifest(resume))
-        sampled = self.parts
-        if self.world.size > 1 and self.world.is_first and config.rollout.engine == "local":
+        sampled, own = self.parts, self.world.mesh is None and not model.lora_rank
+        if not own and self.world.is_first and config.rollout.engine == "local":
             sampled = replace(self.parts, model=copy.deepcopy(self.parts.model))
         self.engine: Engine = IdleEngine()
         self.world.share(lambda: self._open_engine(sampled))
-        self.policy = Policy(
-            self.parts,
-            config.loss,
-            temperature=config.rollout.temperature,
-            chunk_rows=config.parallel.head_chunk_rows,
+        self.policy = build_policy(
+            self.parts, config, self.world, config.loss, config.rollout.temperature
         )
-        if config.model.gradient_checkpointing:
-            self.parts.model.gradient_checkpointing_enable({"use_reentrant": False})
-        shard(self.policy, self.world)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
+        self.saver = Saver(self, config.run)
         if not (resume or restarts()):
             (self.out / BUDGET_FILE).unlink(missing_ok=True)  # of another run
         self.updater = Updater(
@@ -121,11 +119,11 @@ class TapoRun:
         self.minibatches_done = 0
         self.optimizer_steps = 0
         if resume:
-            self._restore(load_state(resume))
+            self._restore(resume)
         self.engine.update_weights(self.policy.named_weights(), self.steps_done)
         self.log = open_log(self, resolved)
         if sampled is not self.parts:
-            self.log.say("rank 0 samples on an unsharded copy of the policy")
+            self.log.say("rank 0 samples on a whole copy of the policy")
         if not self.engine.full_vocabulary:
             self.log.say("the sampler's log-probs are renormalised after top_p and top_k")
         self.shown: list[Group] = []
@@ -244,6 +242,7 @@ class TapoRun:
     def close(self) -> None:
         """Stop the servers that sample, and leave the other ranks."""
         self.engine.close()
+        self.saver.close()
         self.world.close()
 
     def draw(self) -> None:
@@ -264,16 +263,17 @@ class TapoRun:
             "carried": self.sampler.carried,
             "stream": self.stream.state(),
         }
-        return save_run(self, state)
+        return self.saver.save(self.steps_done, state)
 
-    def _restore(self, state: dict) -> None:
+    def _restore(self, folder: Path) -> None:
+        state = load_state(folder)
         self.steps_done = state["steps_done"]
         self.optimizer_steps = state["optimizer_steps"]
         self.groups = state["groups"]
         self.minibatches_done = state["minibatches_done"]
         self.sampler.carried = state["carried"]
         self.stream.restore(state["stream"])
-        restore(self, state)
+        self.saver.restore(folder, state)
 
 
 def _set_advantages(groups: Sequence[Group]) -> None:

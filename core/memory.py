@@ -34,6 +34,8 @@ STEP_ELEMENTS = 1 << 24
 """Numbers that KahanAdamW updates at a time."""
 STEP_BYTES = 32
 """Its temporaries a number: eight in float32."""
+STEP_BYTES_WIDE = 20
+"""The same with float32 states, which are worked on in place: five."""
 
 
 class Parameters(NamedTuple):
@@ -51,6 +53,10 @@ class Parameters(NamedTuple):
     trained_block: int
     trained_head: int
     """V D, or 0 where the head is not trained."""
+    trains_vision: bool = True
+    """Whether any vision block is trained."""
+    ranks: int = 0
+    """Ranks of a decoder layer's low-rank additions (LoRA), summed up; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +101,15 @@ class Moment(NamedTuple):
         return sum(self)
 
 
-def decoder_layer_bytes(shape: Shape, b: int) -> int:
-    """What autograd keeps of a decoder layer for a token."""
+def decoder_layer_bytes(shape: Shape, b: int, ranks: int = 0) -> int:
+    """What autograd keeps of a decoder layer for a token.
+
+    With LoRA of so many ranks their inputs are kept as well, but not what only the gradients of the
+    frozen norms need.
+    """
     attention = 2 * (shape.heads + shape.key_heads) * shape.head_dim
-    norm = max(4, b) * shape.hidden + 2 * b * shape.hidden + 4
-    return b * (4 * shape.intermediate + attention) + 4 * shape.heads + 2 * norm
+    norm = max(4, b) * shape.hidden + (1 if ranks else 2) * b * shape.hidden + 4
+    return b * (4 * shape.intermediate + attention + ranks) + 4 * shape.heads + 2 * norm
 
 
 def vision_block_bytes(shape: Shape, b: int) -> int:
@@ -130,6 +140,7 @@ class Activations:
         b: bytes a number.
         checkpointing: layers keep their input alone and are recomputed.
         trains_vision: whether gradients go through the vision tower.
+        ranks: of LoRA in a decoder layer.
     """
 
     shape: Shape
@@ -137,6 +148,7 @@ class Activations:
     b: int
     checkpointing: bool
     trains_vision: bool = True
+    ranks: int = 0
 
     @property
     def front(self) -> int:
@@ -145,7 +157,9 @@ class Activations:
     @property
     def decoder(self) -> int:
         shape, b = self.shape, self.b
-        kept = b * shape.hidden if self.checkpointing else decoder_layer_bytes(shape, b)
+        kept = b * shape.hidden
+        if not self.checkpointing:
+            kept = decoder_layer_bytes(shape, b, self.ranks)
         return shape.layers * self.load.tokens * kept
 
     @property
@@ -171,7 +185,7 @@ class Activations:
         layer = b * (shape.hidden + 2 * shape.intermediate)
         block = b * (shape.vision_hidden + 2 * shape.vision_intermediate)
         if self.checkpointing:
-            layer += decoder_layer_bytes(shape, b)
+            layer += decoder_layer_bytes(shape, b, self.ranks)
             block += vision_block_bytes(shape, b)
         in_decoder = self.decoder + load.tokens * layer
         in_vision = self.trains_vision * load.patches * block
@@ -186,6 +200,7 @@ class Memory:
         shape: of the model.
         parameters: counted.
         numbers: bytes of each kind of number.
+        fsdp: whether parameters are put together only while they are used.
         shards: GPUs over which one copy of parameters, gradients and states is spread.
         offload: those shards wait on the CPU.
     """
@@ -193,6 +208,7 @@ class Memory:
     shape: Shape
     parameters: Parameters
     numbers: Numbers
+    fsdp: bool = False
     shards: int = 1
     offload: bool = False
 
@@ -207,10 +223,6 @@ class Memory:
             gradients=trained * self.numbers.gradient / self.shards,
             optimiser=trained * self.numbers.states / self.shards,
         )
-
-    @property
-    def _is_sharded(self) -> bool:
-        return self.shards > 1 or self.offload
 
     def at_head(self, update: Activations, negative: Activations | None, chunk_rows: int) -> Moment:
         """Head and loss, when the forward passes are done.
@@ -228,7 +240,7 @@ class Memory:
         # Hidden states, their gradients and a chunk; those gradients put together; scaled.
         most = max(2 * rows + chunk, 3 * rows, 2 * rows + head * b)
         return here._replace(
-            parameters=here.parameters + self._is_sharded * self.parameters.root * b,
+            parameters=here.parameters + self.fsdp * self.parameters.root * b,
             activations=kept + (negative.kept if negative else 0),
             head=most + head * max(4, b),
         )
@@ -236,8 +248,9 @@ class Memory:
     def in_backward(self, update: Activations, negative: Activations | None) -> Moment:
         """The backward pass through the layers; arguments as of `at_head`."""
         here, counted, b = self.resident, self.parameters, self.numbers.compute
-        whole, in_flight = 0, self.shape.hidden * self.shape.intermediate * b
-        if self._is_sharded:
+        matrix = self.shape.hidden * self.shape.intermediate
+        whole, in_flight = 0, min(matrix, counted.trained_block) * b
+        if self.fsdp:
             whole = (counted.root + 2 * counted.block) * b
             # One block's gradients as they arise, one's as they are dealt out.
             in_flight = counted.trained_block * (b + self.numbers.gradient)
@@ -248,7 +261,7 @@ class Memory:
             activations += negative.kept
             if negative.in_backward + counted.trained * b > activations:
                 activations, waiting = negative.in_backward, counted.trained * b
-                in_flight -= self._is_sharded * counted.trained_root * b  # among those that wait
+                in_flight -= self.fsdp * counted.trained_root * b  # among those that wait
         return here._replace(
             parameters=here.parameters + whole,
             gradients=here.gradients + in_flight + waiting,
@@ -274,7 +287,8 @@ class Memory:
             server_bytes: weights of the engine on this GPU.
         """
         here = self.resident
-        tensor = self._is_sharded * self.parameters.tensor * self.numbers.weight
+        put_together = self.fsdp and not self.offload
+        tensor = put_together * self.parameters.tensor * self.numbers.weight
         return here._replace(parameters=here.parameters + tensor, gradients=0, server=server_bytes)
 
 

@@ -169,10 +169,15 @@ class Step:
         return forward_flops(self.shape, hung)
 
     def _both_ways(self, forward: Flops) -> float:
-        """FLOPs of forward and backward; layers are computed again with checkpointing."""
-        times = 4 if self.config.model.gradient_checkpointing else 3
-        vision = 1 if self.config.model.freeze_vision else times
-        return vision * forward.vision + times * forward.body + 3 * forward.head
+        """FLOPs of forward and backward; layers are computed again with checkpointing.
+
+        With LoRA frozen weights need no gradient; the additions' own FLOPs are left out.
+        """
+        model = self.config.model
+        head = 2 if model.lora_rank else 3
+        layers = head + model.gradient_checkpointing
+        vision = 1 if model.freeze_vision or model.lora_rank else layers
+        return vision * forward.vision + layers * forward.body + head * forward.head
 
     @property
     def prefill_flops(self) -> float:
@@ -269,7 +274,8 @@ def phases(
     read, decoding = sampling.decode(step, card)
     prefill = step.prefill_flops / (sampling.servers * sampling.gpus) / peak
     found = [Phase("generate", flops["generate"], read, "memory", decoding + prefill)]
-    away = (shards - 1) / shards
+    # Offloaded shards come from the CPU each time.
+    away = (shards - 1 + step.config.parallel.offload) / shards
     for name, whole in step.phase_traffic(weights, trained).items():
         if flops[name]:
             moved = away * whole

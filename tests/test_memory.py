@@ -23,13 +23,13 @@ from tercet.core.memory import (
 )
 from tercet.core.model import build_tiny
 from tercet.core.packing import pack
-from tercet.core.sizes import count, numbers
 from tercet.core.types import MicroBatch, PackedBatch
 from tercet.core.vision import EncodedImage, EncodedPrompt
 from tercet.kernels.rows import BLOCK_LOGITS
 from tercet.kernels.varlen import VISION_NAME
 from tercet.train.optim import build_optimizer, optimizer_step
 from tercet.train.policy import Policy
+from tercet.train.sizes import count, numbers
 
 ARCHITECTURES = ["qwen2_vl", "qwen2_5_vl"]
 TOLERANCE = 0.15
@@ -230,7 +230,7 @@ COUNTED = Parameters(10_000, 2_000, 4_000, 800, 9_000, 1_500, 3_900, 800)
 
 
 def test_sharded_parts_by_hand():
-    memory = Memory(SHAPE, COUNTED, Numbers(2, 2, 6, 2, 36), shards=4)
+    memory = Memory(SHAPE, COUNTED, Numbers(2, 2, 6, 2, 36), True, 4)
     assert memory.resident == Moment(5_000, 4_500, 13_500)
     update = Activations(SHAPE, Load(10, 0, 6), 2, True)
     head = memory.at_head(update, None, 4)
@@ -248,7 +248,7 @@ def test_sharded_parts_by_hand():
 
 
 def test_gradients_of_joint_branches_wait_whole():
-    memory = Memory(SHAPE, COUNTED, Numbers(2, 2, 6, 2), shards=4)
+    memory = Memory(SHAPE, COUNTED, Numbers(2, 2, 6, 2), True, 4)
     branch = Activations(SHAPE, Load(10, 0, 6), 2, True)
     joint = memory.in_backward(branch, branch)
     assert joint.gradients == 4_500 + 2 * 9_000 + 2 * 2 * 3_900

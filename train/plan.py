@@ -26,10 +26,10 @@ from rich.table import Table
 from tercet.core.config import TapoConfig
 from tercet.core.memory import Activations, Memory, Moment, kv_bytes
 from tercet.core.roofline import CARDS, Card, Lengths, Phase, Sampling, Step, phases
-from tercet.core.sizes import ModelSizes
 from tercet.kernels.linear_logprobs import GPU_CHUNK_ROWS
 from tercet.train.command_line import RECIPES, parse
 from tercet.train.loop import command
+from tercet.train.sizes import ModelSizes
 
 USABLE = 0.92
 """Share of a card's memory that can be planned with."""
@@ -43,6 +43,8 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Plan:
     """Memory and time of a run.
+
+    Rank 0, whose GPU is the fullest one, starts with the whole model.
 
     Args:
         config: every option.
@@ -79,9 +81,16 @@ class Plan:
         return self.gpus // self.config.parallel.replicas
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 is in use (see train.parallel.World)."""
+        parallel = self.config.parallel
+        return self.gpus > 1 or parallel.mixed_precision or parallel.offload
+
+    @property
     def weights(self) -> int:
-        """Bytes of all parameters in the dtype that they are computed in."""
-        return self.model.parameters.total * self.model.numbers.compute
+        """Bytes of the weights that are computed with, additions of LoRA merged."""
+        added = self.model.parameters.trained if self.config.model.lora_rank else 0
+        return (self.model.parameters.total - added) * self.model.numbers.compute
 
     @property
     def server_gpus(self) -> int:
@@ -96,53 +105,66 @@ class Plan:
     def moments(self) -> dict[str, Moment]:
         """Bytes on a GPU at the places where they are most."""
         config, step = self.config, self.step
-        memory = Memory(self.model.shape, self.model.parameters, self.model.numbers, self.shards)
+        parallel, counted = config.parallel, self.model.parameters
+        memory = Memory(
+            self.model.shape,
+            counted,
+            self.model.numbers,
+            self.is_sharded,
+            self.shards,
+            parallel.offload,
+        )
         branches = [
             Activations(
                 self.model.shape,
                 step.load(branch),
                 self.model.numbers.compute,
                 config.model.gradient_checkpointing,
-                trains_vision=not config.model.freeze_vision,
+                counted.trains_vision,
+                counted.ranks,
             )
             for branch in ("update", "negative")
         ]
-        if not (step.negative_has_grad and config.parallel.branches == "joint"):
+        if not (step.negative_has_grad and parallel.branches == "joint"):
             # One at a time: the larger one; without gradient the negative keeps nothing.
             branches = branches[: 2 if step.negative_has_grad else 1]
             branches = [max(branches, key=lambda branch: branch.kept), None]
-        chunk = config.parallel.head_chunk_rows or GPU_CHUNK_ROWS
+        chunk = parallel.head_chunk_rows or GPU_CHUNK_ROWS
         found = {
+            "start": Moment(parameters=counted.total * self.model.numbers.weight),
             "head": memory.at_head(*branches, chunk),
             "backward": memory.in_backward(*branches),
             "step": memory.in_step(),
         }
         server = self.weights / self.server_gpus + SERVER_BYTES
         if config.rollout.engine == "local":
-            server = self.weights if self.gpus > 1 else 0  # rank 0's unsharded copy, always there
+            # Rank 0's own copy to sample with is always there.
+            has_copy = self.is_sharded or config.model.lora_rank
+            server = counted.total * self.model.numbers.weight if has_copy else 0
             found = {name: moment._replace(server=server) for name, moment in found.items()}
+        elif config.rollout.colocated:
+            found["start"] = found["start"]._replace(server=server)
         here = memory.in_generate(server)
         return found | {"generate": here if self.samples_here else Moment(server=server)}
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens whose keys and values a server has room for, while sampling and at its start.
+        """Tokens whose keys and values an engine has room for.
 
-        It starts when the trainer's model is not sharded yet.
+        A colocated server takes that room when it starts.
         """
-        sampling = self.moments()["generate"]
-        starts = sampling.server + self.samples_here * self.model.parameters.total * (
-            self.model.numbers.weight
-        )
-        left = max(0.0, self.room - max(sampling.total, starts))
+        moments = self.moments()
+        used = moments["generate"].total
+        if self.config.rollout.colocated:
+            used = max(used, moments["start"].total)
         a_token = kv_bytes(self.model.shape, self.model.numbers.compute)
-        return int(left * self.server_gpus / a_token)
+        return int(max(0.0, self.room - used) * self.server_gpus / a_token)
 
     @property
     def server_share(self) -> float:
         """Most that --mem-fraction-static may be: of what is free when a server starts."""
-        model = self.model.parameters.total * self.model.numbers.weight
-        free = self.card.gib * GIB - self.samples_here * model
+        starts = self.moments()["start"] if self.samples_here else Moment()
+        free = self.card.gib * GIB - starts.parameters
         cache = self.kv_tokens * kv_bytes(self.model.shape, self.model.numbers.compute)
         return (self.weights + cache) / self.server_gpus / free
 
@@ -203,6 +225,8 @@ def ladders(plan: Plan) -> Iterator[list[Setting]]:
     if config.rollout.colocated and plan.server_gpus == 1:
         over = [n for n in (2, 4) if plan.gpus % n == 0]
         yield [("rollout.server_gpus", _servers(plan.gpus, n)) for n in over]
+    if not config.parallel.offload:
+        yield [("parallel.offload", True)]
     yield [("gpus", plan.gpus << n) for n in range(1, 5)]
 
 
@@ -318,6 +342,10 @@ def remarks(plan: Plan) -> Iterator[str]:
         yield "Servers are taken to have GPUs of their own (rollout.colocated is false)."
     elif rollout.engine == "sglang" and len(rollout.server_gpus) * plan.server_gpus != plan.gpus:
         yield f"rollout.server_gpus does not name all {plan.gpus} GPUs."
+    if plan.config.model.liger or plan.config.model.compile:
+        yield "model.liger and model.compile keep less than is counted here."
+    if plan.config.parallel.offload:
+        yield "The optimiser's step on the CPU is not among the phases."
     if plan.model.numbers.compute == 4:
         yield "float32 has no flash attention on a GPU: its masks and scores are not counted."
 
@@ -379,7 +407,7 @@ def read(argv: Sequence[str]) -> tuple[Plan, str]:
             f"holds the photo, got {lengths.prompt}, {lengths.photo} and {lengths.response}"
         )
     config, _, _ = parse(TapoConfig, rest, "")
-    plan = Plan(config, ModelSizes.of(config.model), options.gpus, CARDS[options.gpu], lengths)
+    plan = Plan(config, ModelSizes.of(config), options.gpus, CARDS[options.gpu], lengths)
     return plan, f"{options.recipe or 'options'} on {options.gpus} x {options.gpu}"
 
 

@@ -9,10 +9,11 @@ import torch
 from torch.nn import Module
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from tercet.core.config import ModelConfig
+from tercet.core.config import TapoConfig
 from tercet.core.costs import Shape
-from tercet.core.memory import STEP_BYTES, Numbers, Parameters
+from tercet.core.memory import STEP_BYTES, STEP_BYTES_WIDE, Numbers, Parameters
 from tercet.core.model import ARCHITECTURES, freeze
+from tercet.train.lora import add_lora, is_added
 
 VISION_25 = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
 VISION_2 = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}
@@ -67,11 +68,12 @@ def model_config(path: str) -> PretrainedConfig:
 
 def count(model: PreTrainedModel) -> Parameters:
     """A model's parameters, tied ones once; on the meta device as well."""
-    body = model.model
-    blocks = [*body.language_model.layers, *body.visual.blocks]
-    of_blocks = [_numbers(block) for block in blocks]
-    trained_blocks = [_numbers(block, trained=True) for block in blocks]
-    total, trained, head = _numbers(model), _numbers(model, trained=True), model.lm_head.weight
+    body, head = model.model, model.lm_head.weight
+    layers, blocks = list(body.language_model.layers), list(body.visual.blocks)
+    of_blocks = [_numbers(block) for block in layers + blocks]
+    trained_blocks = [_numbers(block, trained=True) for block in layers + blocks]
+    total, trained = _numbers(model), _numbers(model, trained=True)
+    added = [p for name, p in layers[0].named_parameters() if is_added(f".{name}")]
     return Parameters(
         total=total,
         root=total - sum(of_blocks),
@@ -81,6 +83,8 @@ def count(model: PreTrainedModel) -> Parameters:
         trained_root=trained - sum(trained_blocks),
         trained_block=max(trained_blocks),
         trained_head=head.numel() * head.requires_grad,
+        trains_vision=any(trained_blocks[len(layers) :]),
+        ranks=sum(min(parameter.shape) for parameter in added) // 2,
     )
 
 
@@ -88,13 +92,25 @@ def _numbers(module: Module, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-def numbers(dtype: torch.dtype) -> Numbers:
-    """Bytes a number of trained parameters: KahanAdamW for bfloat16, AdamW for float32."""
-    if dtype == torch.bfloat16:
+def numbers(dtype: torch.dtype, states: str = "bfloat16", mixed: bool = False) -> Numbers:
+    """Bytes a number in training: KahanAdamW for bfloat16 parameters, AdamW for float32 ones.
+
+    Args:
+        dtype: of the parameters.
+        states: optim.states, of bfloat16 parameters.
+        mixed: whether float32 parameters are computed with in bfloat16.
+
+    Raises:
+        ValueError: another dtype, or mixed with bfloat16 parameters.
+    """
+    if dtype == torch.bfloat16 and not mixed:
+        if states == "float32":
+            return Numbers(weight=2, gradient=2, states=12, compute=2, temporary=STEP_BYTES_WIDE)
         return Numbers(weight=2, gradient=2, states=6, compute=2, temporary=STEP_BYTES)
     if dtype == torch.float32:
-        return Numbers(weight=4, gradient=4, states=8, compute=4)
-    raise ValueError(f"model.dtype must be float32 or bfloat16 in training, got {dtype}")
+        return Numbers(weight=4, gradient=4, states=8, compute=2 if mixed else 4)
+    needed = "float32 with parallel.mixed_precision" if mixed else "float32 or bfloat16"
+    raise ValueError(f"model.dtype must be {needed}, got {dtype}")
 
 
 @dataclass(frozen=True)
@@ -107,18 +123,21 @@ class ModelSizes:
     """Bytes of each kind of number in training."""
 
     @classmethod
-    def of(cls, config: ModelConfig) -> ModelSizes:
-        """Sizes of the model that a run trains, with the parts frozen that it freezes.
+    def of(cls, config: TapoConfig) -> ModelSizes:
+        """Sizes of the model that a run trains: with LoRA, with the parts frozen that it freezes.
 
         Raises:
-            ValueError: sizes that are not known, another architecture, or a dtype that is not
-                trained.
+            ValueError: sizes that are not known, another architecture, or options that do not fit.
         """
-        found = model_config(config.path)
+        options = config.model
+        found = model_config(options.path)
         with torch.device("meta"):
             model = ARCHITECTURES[found.model_type]._from_config(found)
-        freeze(model, vision=config.freeze_vision, merger=config.freeze_merger)
+            freeze(model, vision=options.freeze_vision, merger=options.freeze_merger)
+            if options.lora_rank:
+                add_lora(model, options)
         dtype = found.dtype or torch.float32
-        if config.dtype != "auto":
-            dtype = getattr(torch, config.dtype)
-        return cls(Shape.of(found), count(model), numbers(dtype))
+        if options.dtype != "auto":
+            dtype = getattr(torch, options.dtype)
+        bytes_of = numbers(dtype, config.optim.states, config.parallel.mixed_precision)
+        return cls(Shape.of(found), count(model), bytes_of)

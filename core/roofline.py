@@ -119,16 +119,24 @@ class Step:
 
     @property
     def microbatches(self) -> int:
-        """Forward passes of a mini-batch on a GPU, of one branch.
+        """Forward passes of a mini-batch on a GPU, of the update's branch (see core.packing)."""
+        budget, used, count = self.config.parallel.micro_batch_tokens, 0, 0
+        for tokens in self._pieces(0, self.group_size) * self.groups_a_gpu:
+            if count == 0 or used + tokens > budget:
+                count, used = count + 1, 0
+            used += tokens
+        return count
 
-        A group that is longer than the budget is halved by responses (core.packing).
-        """
-        budget, fed = self.config.parallel.micro_batch_tokens, self.lengths.response - 1
-        prompts, responses, parts = self.update_prompts * self.lengths.prompt, self.group_size, 1
-        while prompts + responses * fed > budget and responses > 1:
-            responses, parts = math.ceil(responses / 2), 2 * parts
-        at_once = max(1, budget // (prompts + responses * fed))
-        return math.ceil(self.groups_a_gpu * parts / at_once)
+    def _pieces(self, start: int, stop: int) -> list[int]:
+        """Tokens of these responses of a group, halved until they fit the budget."""
+        photos, anchors = 1, self.config.rollout.n_anchor
+        if self.config.loss.update_on == "own":
+            photos = (start < anchors) + (stop > anchors)
+        tokens = photos * self.lengths.prompt + (stop - start) * (self.lengths.response - 1)
+        if tokens <= self.config.parallel.micro_batch_tokens or stop - start == 1:
+            return [tokens]
+        middle = start + (stop - start) // 2
+        return self._pieces(start, middle) + self._pieces(middle, stop)
 
     def load(self, branch: str) -> Load:
         """A full micro-batch of a branch (`update` or `negative`).

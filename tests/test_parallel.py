@@ -20,6 +20,7 @@ from support import tiny
 
 from tercet.core.config import ParallelConfig
 from tercet.train import parallel
+from tercet.train.checkpoint import find_checkpoint
 from tercet.train.interrupt import Interrupted
 from tercet.train.parallel import World, deal
 
@@ -32,6 +33,9 @@ OPTIONS = """--data.path=photos --model.path=policy --data.shots=3 --data.sft_sh
     --rollout.on_exhausted=keep_last_round --rollout.reward=lengths:length
     --optim.groups_per_minibatch=3 --optim.lr=0.1 --optim.eps=1.0
     --parallel.micro_batch_tokens=560""".split()
+LENGTH = """def length(rows):
+    return [{'overall': row['response_length'] / 10} for row in rows]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +48,7 @@ def world(tmp_path_factory) -> Path:
             pixels = rng.integers(0, 255, (*rng.integers(60, 140, 2), 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "photos" / "bird" / name / f"{n}.png")
     tiny(hidden_size=64, layers=2, vision_layers=1).save(root / "policy")
-    (root / "lengths.py").write_text(
-        "def length(rows):\n    return [{'overall': row['response_length'] / 10} for row in rows]\n"
-    )
+    (root / "lengths.py").write_text(LENGTH)
     return root
 
 
@@ -70,7 +72,7 @@ def train(world: Path, out: str, ranks: int, *more: str) -> str:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def figures(world: Path, out: str) -> list[dict]:
@@ -165,6 +167,38 @@ def test_a_run_goes_on_after_a_rank_was_killed(world, alone):
     more = ["--run.steps=2", "--run.save_every=1", "--rollout.reward=killing:length"]
     train(world, "killed", 2, *more)
     assert_same(world, "killed", alone, 2)
+
+
+def test_a_rank_without_memory_makes_all_restart_with_half_the_budget(world, alone):
+    (world / "cramped.py").write_text(
+        LENGTH + "import os, torch\n"
+        "from tercet.train.policy import Policy\n"
+        "def no_room(*arguments):\n"
+        "    raise torch.OutOfMemoryError('no room')\n"
+        "if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    Policy.accumulate = no_room\n"
+    )
+    more = ["--parallel.micro_batch_tokens=1300", "--rollout.reward=cramped:length"]
+    said = train(world, "cramped", 2, "--run.steps=2", *more)
+    assert "parallel.micro_batch_tokens = 1300: a restart goes on with 650" in said
+    assert_same(world, "cramped", alone, 2)
+
+
+def test_a_rank_without_disk_space_ends_all_of_them(world):
+    """The one before is as it was, and the error names the one that could not be written."""
+    (world / "full.py").write_text(
+        LENGTH + "import os, resource\n"
+        "if os.environ['RANK'] == '1' and os.path.exists('full/checkpoints'):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+    )
+    train(world, "full", 2, "--run.steps=1", "--rollout.reward=full:length")
+    command = launch("full", 2, "--run.steps=2", "--resume=auto", "--rollout.reward=full:length")
+    done = subprocess.run(
+        command, cwd=world, env=ONE_THREAD, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode != 0
+    assert "step_000002 could not be written, earlier ones are as they were" in done.stderr
+    assert find_checkpoint(world / "full", "auto").name == "step_000001"
 
 
 def test_sigterm_to_all_ranks_writes_a_checkpoint(world):

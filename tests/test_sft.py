@@ -17,6 +17,7 @@ from tercet.core.data import read_sft
 from tercet.core.model import load_policy
 from tercet.train import sft
 from tercet.train.command_line import parse
+from tercet.train.policy import Policy
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
 
@@ -120,6 +121,28 @@ def test_it_learns_and_resumes_bit_for_bit(stage1, tmp_path):
     assert resumed.name == whole.name == "step_000012"
     for name, value in load_file(whole / "model.safetensors").items():
         assert torch.equal(value, load_file(resumed / "model.safetensors")[name]), name
+
+
+def test_out_of_memory_begins_the_step_again(stage1, tmp_path, monkeypatch):
+    more = ["--optim.lr=1e-2", "--optim.eps=1.0", "--optim.max_tokens=200"]
+    budget = "--parallel.micro_batch_tokens=900"
+    whole = train(stage1, tmp_path / "roomy", *more, budget)
+    forward, sizes = Policy.forward, []
+
+    def limited(self, packed, *arguments, **options):
+        if packed.num_tokens > 400:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(packed.num_tokens)
+        return forward(self, packed, *arguments, **options)
+
+    monkeypatch.setattr(Policy, "forward", limited)
+    saved = train(stage1, tmp_path / "cramped", *more, budget)
+    assert len(sizes) > 3 and (tmp_path / "cramped" / "micro_batch_tokens").read_text() == "225"
+    first = load_file(stage1 / "policy" / "model.safetensors")
+    weights = load_file(saved / "model.safetensors")
+    for name, value in load_file(whole / "model.safetensors").items():
+        moved = (value - first[name]).abs().max()
+        assert (value - weights[name]).abs().max() <= 1e-3 * moved + 1e-8, name
 
 
 def test_a_sample_over_the_limit_is_named(stage1, tmp_path):

@@ -313,7 +313,7 @@ def test_out_of_memory_begins_again_with_half_the_budget(monkeypatch, world, tmp
 def test_memory_that_does_not_hold_one_response_is_named(monkeypatch, world, tmp_path):
     out_of_memory_above(monkeypatch, 10)
     more = ["--rollout.max_prompt_tokens=240", "--parallel.micro_batch_tokens=300"]
-    with pytest.raises(ValueError, match="tokens = 300; half of it does not hold one prompt"):
+    with pytest.raises(ValueError, match="tokens = 300; half of it does not hold one sequence"):
         train(monkeypatch, options(world, tmp_path, *more))
 
 

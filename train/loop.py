@@ -142,12 +142,13 @@ def open_log(run: Run, resolved: str) -> RunLog | SilentLog:
 def command(main) -> None:
     """Run `main()` and end the process.
 
-    Bad input and servers that fail end it with one line, an interruption with 128 + its signal.
+    Bad input, a full disk and servers that fail end it with one line, an interruption with 128 +
+    its signal.
     """
     code = 0
     try:
         main()
-    except (ValueError, ServerError) as error:
+    except (ValueError, OSError, ServerError) as error:
         code = 1
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     except Interrupted as error:

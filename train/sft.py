@@ -22,6 +22,7 @@ from tercet.core.model import PolicyParts
 from tercet.core.packing import pack
 from tercet.core.prompts import chat_ids
 from tercet.core.vision import PromptEncoder
+from tercet.train.budget import TokenBudget
 from tercet.train.build import build_policy, open_parts
 from tercet.train.checkpoint import load_state
 from tercet.train.command_line import parse, set_up
@@ -69,6 +70,10 @@ class SftRun:
         self.policy = build_policy(self.parts, config, self.world)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         self.saver = Saver(self, config.run)
+        longest = config.optim.max_tokens
+        self._budget = TokenBudget(
+            config, self.world, longest, lambda text: self.log.say(text), bool(resume)
+        )
         per_epoch = len(self.samples) / config.optim.samples_per_step
         self.total_steps = config.run.steps or max(1, round(config.run.epochs * per_epoch))
         self.steps_done = self.skipped = 0
@@ -82,30 +87,38 @@ class SftRun:
 
     def step(self) -> dict[str, float]:
         """One optimiser step on the next samples of the epoch's order; returns its figures."""
-        config, size = self.config, self.config.optim.samples_per_step
+        size = self.config.optim.samples_per_step
         chosen = [self._order(self.steps_done * size + i) for i in range(size)]
-        total = sum(len(self.examples[i].target_ids) for i in chosen)
-        sums: dict[str, torch.Tensor] = {}
         with self.log.phase("update", total=size, unit="samples") as phase:
-            self.policy.train()
-            for chunk, is_filler in self._micro_batches(chosen):
-                self.check_stop()
-                packed = pack([(self._prompt(i), [self.examples[i].target_ids]) for i in chunk])
-                labels = torch.tensor([t for i in chunk for t in self.examples[i].target_ids])
-                loss, metrics = self.policy(
-                    packed,
-                    "cross_entropy",
-                    labels=labels,
-                    loss_mask=torch.full((len(labels),), float(not is_filler)),
-                    num_loss_tokens=total,
-                )
-                loss.backward()
-                add_up(sums, metrics)
-                phase.advance(len(chunk) * self.world.size)
-        lr = learning_rate(self.steps_done, self.total_steps, config.optim, False)
+            sums = self._budget.fit(
+                lambda: self._accumulate(chosen, phase),
+                lambda: self.policy.zero_grad(set_to_none=True),
+            )
+        lr = learning_rate(self.steps_done, self.total_steps, self.config.optim, False)
         figures = take_step(self, lr, self.world.add(sums))
         self.steps_done += 1
         return figures
+
+    def _accumulate(self, chosen: Sequence[int], phase) -> dict[str, torch.Tensor]:
+        """Add the samples' gradients up; returns sums over this rank's."""
+        total = sum(len(self.examples[i].target_ids) for i in chosen)
+        sums: dict[str, torch.Tensor] = {}
+        self.policy.train()
+        for chunk, is_filler in self._micro_batches(chosen):
+            self.check_stop()
+            packed = pack([(self._prompt(i), [self.examples[i].target_ids]) for i in chunk])
+            labels = torch.tensor([t for i in chunk for t in self.examples[i].target_ids])
+            loss, metrics = self.policy(
+                packed,
+                "cross_entropy",
+                labels=labels,
+                loss_mask=torch.full((len(labels),), float(not is_filler)),
+                num_loss_tokens=total,
+            )
+            loss.backward()
+            add_up(sums, metrics)
+            phase.advance(len(chunk) * self.world.size)
+        return sums
 
     def check_stop(self) -> None:
         """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
@@ -145,7 +158,7 @@ class SftRun:
         return len(self._prompt(i)) + len(self.examples[i].target_ids)
 
     def _split(self, chosen: Sequence[int]) -> Iterator[list[int]]:
-        budget, limit = self.config.parallel.micro_batch_tokens, self.config.optim.max_tokens
+        budget, limit = self._budget.tokens, self.config.optim.max_tokens
         batch, used = [], 0
         for i in chosen:
             length = self._length(i)

@@ -43,6 +43,7 @@ from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
 from tercet.rollout.server import ServerError
+from tercet.train.budget import TokenBudget
 from tercet.train.build import build_policy, open_parts
 from tercet.train.checkpoint import load_state
 from tercet.train.command_line import parse, set_up
@@ -52,7 +53,7 @@ from tercet.train.loop import command, open_log, run, take_step
 from tercet.train.optim import build_optimizer, learning_rate
 from tercet.train.parallel import World, restarts
 from tercet.train.saving import Saver
-from tercet.train.update import BUDGET_FILE, Updater
+from tercet.train.update import Updater
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
 
@@ -87,15 +88,10 @@ class TapoRun:
         )
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         self.saver = Saver(self, config.run)
-        if not (resume or restarts()):
-            (self.out / BUDGET_FILE).unlink(missing_ok=True)  # of another run
+        longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+        budget = TokenBudget(config, self.world, longest, lambda x: self.log.say(x), bool(resume))
         self.updater = Updater(
-            config,
-            self.policy,
-            self.encoder,
-            self.world,
-            self.check_stop,
-            lambda text: self.log.say(text),
+            config, self.policy, self.encoder, self.world, budget, self.check_stop
         )
         self.stream = TripletStream(
             self.manifest.anchors, positive=config.data.positive, seed=config.run.seed

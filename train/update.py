@@ -6,10 +6,8 @@ Mini-batches are the same on all ranks; each rank works on the pieces that it wa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from tercet.core.advantages import row_weights
@@ -24,13 +22,12 @@ from tercet.core.packing import (
 )
 from tercet.core.types import Response
 from tercet.core.vision import PromptEncoder
+from tercet.train.budget import TokenBudget
 from tercet.train.loop import add_up
 from tercet.train.parallel import World
 from tercet.train.policy import Policy
 
 Advance = Callable[[float], None]
-BUDGET_FILE = "micro_batch_tokens"
-"""In run.out: the token budget that memory had room for, where it ran out."""
 Result = TypeVar("Result")
 
 
@@ -42,13 +39,9 @@ class Updater:
         policy: sharded over the world.
         encoder: prompts and photos to model inputs.
         world: the ranks.
+        budget: tokens of a micro-batch.
         check_stop: called before every micro-batch, on all ranks at once; what it raises ends the
             step where its state can be saved.
-        say: shows a line.
-
-    Where the memory of a process that runs alone does not hold a micro-batch, the work begins again
-    with half the token budget. Of several ranks the one that has no room ends, naming the budget,
-    and the restarted run goes on with half of it.
     """
 
     def __init__(
@@ -57,20 +50,15 @@ class Updater:
         policy: Policy,
         encoder: PromptEncoder,
         world: World,
+        budget: TokenBudget,
         check_stop: Callable[[], None],
-        say: Callable[[str], None],
     ):
-        self._say = say
-        self._budget_file = Path(config.run.out) / BUDGET_FILE
-        self._budget = config.parallel.micro_batch_tokens
-        if self._budget_file.exists():
-            self._budget = min(self._budget, int(self._budget_file.read_text()))
         self._config, self._policy, self._encoder = config, policy, encoder
-        self._world, self._check_stop = world, check_stop
+        self._world, self._budget, self._check_stop = world, budget, check_stop
 
     def score(self, field: str, pieces: Sequence[Piece], advance: Advance) -> None:
         """Set `old_logprobs` or `neg_logprobs` of all responses, at these weights."""
-        self._with_room(lambda: self._score(field, pieces, advance))
+        self._in_budget(lambda: self._score(field, pieces, advance))
 
     def _score(self, field: str, pieces: Sequence[Piece], advance: Advance) -> None:
         branch = "negative" if field == "neg_logprobs" else self._config.loss.update_on
@@ -96,7 +84,7 @@ class Updater:
             The loss and its metrics, of all ranks; and what sets old_logprobs of its responses to
             what this pass computed. None where no row counts.
         """
-        return self._with_room(lambda: self._accumulate(pieces, advance))
+        return self._in_budget(lambda: self._accumulate(pieces, advance))
 
     def _accumulate(self, pieces: Sequence[Piece], advance: Advance):
         config, loss = self._config, self._config.loss
@@ -139,27 +127,8 @@ class Updater:
             advance(len(chunk) * self._world.size)
         return self._world.add(sums), lambda: self._set("old_logprobs", responses, found)
 
-    def _with_room(self, work: Callable[[], Result]) -> Result:
-        """Do work that adds nothing up but gradients; begin again where memory ran out."""
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError as error:
-                half, rollout = self._budget // 2, self._config.rollout
-                said = f"out of memory with parallel.micro_batch_tokens = {self._budget}"
-                if half < rollout.max_prompt_tokens + rollout.max_response_tokens:
-                    raise ValueError(
-                        f"{said}; half of it does not hold one prompt and one response: lower "
-                        "rollout.max_response_tokens or model.max_pixels, or use more memory"
-                    ) from error
-                self._budget_file.write_text(str(half))
-                if self._world.size > 1:
-                    raise RuntimeError(f"{said}: a restart goes on with {half}") from error
-                self._say(f"{said}: going on with {half}")
-                self._budget = half
-            self._policy.zero_grad(set_to_none=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+    def _in_budget(self, work: Callable[[], Result]) -> Result:
+        return self._budget.fit(work, lambda: self._policy.zero_grad(set_to_none=True))
 
     def _chunks(
         self, pieces: Sequence[Piece], branches: Sequence[str]
@@ -168,7 +137,7 @@ class Updater:
         encode = self._encoder
         mine = self._world.dealt(pieces, lambda piece: piece_cost(piece, branches, encode))
         filler = [Piece(pieces[0].group, pieces[0].responses[:1])]
-        split = split_by_budget(mine, branches, encode, self._budget)
+        split = split_by_budget(mine, branches, encode, self._budget.tokens)
         return self._world.evened(list(split), filler)
 
     def _set(self, field: str, responses: Sequence[Response], found: dict[int, Tensor]) -> None:

@@ -149,8 +149,9 @@ def test_an_update(architecture, checkpointing, branches):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_update_in_bfloat16(checkpointing):
-    policy = make_policy("qwen2_5_vl", torch.bfloat16, checkpointing=checkpointing)
-    batch = make_batch(policy, side=12, prompts=1, responses=5, length=128)
+    options = {"layers": 2, "vision_layers": 1}
+    policy = make_policy("qwen2_5_vl", torch.bfloat16, checkpointing=checkpointing, **options)
+    batch = make_batch(policy, side=8, prompts=1, responses=3, length=192)
     plan, found = max(planned(policy, batch, "joint")), measured(policy, batch, "joint")
     assert plan == pytest.approx(found, rel=TOLERANCE), plan / found
 
@@ -171,15 +172,16 @@ def test_an_update_that_is_mostly_photos(architecture):
     assert max(planned(policy, batch, "one_at_a_time")) == pytest.approx(found, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("branches", ["joint", "one_at_a_time"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "branches"), [(torch.float32, "joint"), (torch.bfloat16, "one_at_a_time")]
+)
 def test_an_update_that_is_mostly_the_head(dtype, branches):
     sizes = {"hidden_size": 64, "layers": 1, "vision_layers": 1, "vision_size": 64}
     policy = make_policy("qwen2_5_vl", dtype, checkpointing=True, vocabulary=49_152, **sizes)
     batch = make_batch(policy, side=4, prompts=1, responses=8, length=64)
     head, backward = planned(policy, batch, branches)
     found = measured(policy, batch, branches)
-    assert head > backward
+    assert head > 2 * backward
     assert head == pytest.approx(found, rel=TOLERANCE), head / found
 
 

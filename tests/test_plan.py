@@ -84,6 +84,8 @@ def test_recipes_fit_four_gpus_of_48_gb(name):
     words = plan.config.rollout.sglang_args.split()
     assert "--enable-memory-saver" in words
     assert float(words[words.index("--mem-fraction-static") + 1]) <= plan.server_share
+    # Other GPUs are empty when their servers start: there this bounds the cache.
+    assert int(words[words.index("--max-total-tokens") + 1]) <= plan.kv_tokens
 
 
 @pytest.mark.parametrize(

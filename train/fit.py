@@ -140,7 +140,7 @@ class Plan:
 
     @property
     def server_share(self) -> float:
-        """Most that --mem-fraction-static may be: of what is free when a server starts."""
+        """Weights and cache of a server in what is free when it starts beside rank 0."""
         starts = self.moments()["start"] if self.samples_here else Moment()
         free = self.card.gib * GIB - starts.parameters
         cache = self.kv_tokens * kv_bytes(self.model.shape, self.model.numbers.compute)

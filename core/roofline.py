@@ -206,12 +206,12 @@ class Step:
             "update": self.groups * a_group,
         }
 
-    def phase_traffic(self, weights: float, trained: float) -> dict[str, float]:
+    def phase_traffic(self, weights: float, gradients: float) -> dict[str, float]:
         """Bytes of whole weights and gradients that FSDP2 gathers and deals out, by phase.
 
         Args:
             weights: bytes of all parameters.
-            trained: bytes of the trained ones' gradients.
+            gradients: bytes of the trained ones' gradients.
         """
         passes = self.minibatches * self.microbatches
         deals = self.backwards if self.config.parallel.branches == "one_at_a_time" else 1
@@ -219,7 +219,7 @@ class Step:
         return {
             "old": self.unscored * passes * weights,
             "negative": passes * weights,
-            "update": passes * (gathers * weights + deals * trained),
+            "update": passes * (gathers * weights + deals * gradients),
         }
 
 
@@ -265,17 +265,24 @@ class Phase(NamedTuple):
     """At least."""
 
 
-def phases(
-    step: Step, card: Card, sampling: Sampling, weights: float, trained: float, shards: int
-) -> list[Phase]:
+class Volume(NamedTuple):
+    """Bytes that GPUs and servers exchange whole."""
+
+    weights: float
+    """All parameters as they are computed with."""
+    gradients: float
+    synced: float
+    """All parameters as they are kept."""
+
+
+def phases(step: Step, card: Card, sampling: Sampling, volume: Volume, shards: int) -> list[Phase]:
     """Every phase of a step.
 
     Args:
         step: its numbers.
         card: of trainer and servers.
         sampling: what samples.
-        weights: bytes of all parameters as they are computed with.
-        trained: bytes of their gradients.
+        volume: what is exchanged.
         shards: GPUs that one copy is spread over.
     """
     flops, peak = step.phase_flops(), card.tflops * 1e12
@@ -284,13 +291,13 @@ def phases(
     found = [Phase("generate", flops["generate"], read, "memory", decoding + prefill)]
     # Offloaded shards come from the CPU each time.
     away = (shards - 1 + step.config.parallel.offload) / shards
-    for name, whole in step.phase_traffic(weights, trained).items():
+    for name, whole in step.phase_traffic(volume.weights, volume.gradients).items():
         if flops[name]:
             moved = away * whole
             at_least = max(flops[name] / step.gpus / peak, moved / BUS)
             found.append(Phase(name, flops[name], moved, "PCIe", at_least))
     if step.config.rollout.engine == "sglang":
         out_and_in = 2 if step.config.rollout.weight_sync == "disk" else 1
-        moved = (away + out_and_in) * weights
+        moved = (away + out_and_in) * volume.synced
         found.append(Phase("sync", 0, moved, "PCIe", moved / BUS))
     return found

@@ -138,7 +138,9 @@ def test_other_bytes_of_numbers():
     quarter = TOTALS["Qwen/Qwen2.5-VL-7B-Instruct"] / 4
     assert wide["head"].optimiser - narrow["head"].optimiser == 6 * quarter
     options = ["--parallel.mixed_precision", "true", "--model.dtype", "float32"]
-    mixed = planned("--recipe", "tapo_7b", *options).moments()
+    in_two = planned("--recipe", "tapo_7b", *options)
+    assert (in_two.weights, in_two.synced) == (8 * quarter, 16 * quarter)
+    mixed = in_two.moments()
     assert mixed["step"] == Moment(4 * quarter, 4 * quarter, 8 * quarter)
     assert mixed["backward"].activations == narrow["backward"].activations
     offloaded = planned("--recipe", "tapo_7b", "--parallel.offload", "true").moments()

@@ -18,7 +18,7 @@ from tercet.core.config import (
 from tercet.core.costs import Hung, Shape, forward_flops
 from tercet.core.memory import Load
 from tercet.core.packing import Piece, mini_batches, pack_branch, split_by_budget
-from tercet.core.roofline import BUS, Card, Lengths, Sampling, Step, phases
+from tercet.core.roofline import BUS, Card, Lengths, Sampling, Step, Volume, phases
 from tercet.core.types import Group, Response, Triplet
 from tercet.core.vision import EncodedImage, EncodedPrompt
 
@@ -152,16 +152,16 @@ def test_phases_take_the_slower_of_computing_and_moving():
     flops, away = step.phase_flops(), 1 / 2
     fast, slow = Card(1, 1e6, 1e6), Card(1, 1e-9, 1e6)
     sampling = Sampling(2, 1, 15, 2)
-    by_moving = {p.name: p for p in phases(step, fast, sampling, 1e12, 4e11, 2)}
+    by_moving = {p.name: p for p in phases(step, fast, sampling, Volume(1e12, 4e11, 1e12), 2)}
     assert list(by_moving) == ["generate", "old", "update"]
     # Joint: both branches gather twice, and deal gradients out once.
     moved = 2 * away * (4 * 1e12 + 4e11)
     assert by_moving["update"].moved == pytest.approx(moved)
     assert by_moving["update"].seconds == pytest.approx(moved / BUS)
     assert by_moving["old"].moved == pytest.approx(away * 1e12)
-    by_computing = {p.name: p for p in phases(step, slow, sampling, 1e3, 4e2, 2)}
+    by_computing = {p.name: p for p in phases(step, slow, sampling, Volume(1e3, 4e2, 1e3), 2)}
     assert by_computing["update"].seconds == pytest.approx(flops["update"] / 2 / 1e3)
     rollout = replace(step.config.rollout, engine="sglang", weight_sync="disk")
     synced = replace(step, config=replace(step.config, rollout=rollout))
-    sync = phases(synced, fast, sampling, 1e12, 4e11, 2)[-1]
-    assert (sync.name, sync.seconds) == ("sync", pytest.approx((away + 2) * 1e12 / BUS))
+    sync = phases(synced, fast, sampling, Volume(1e12, 4e11, 3e12), 2)[-1]
+    assert (sync.name, sync.seconds) == ("sync", pytest.approx((away + 2) * 3e12 / BUS))

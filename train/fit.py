@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tercet.core.config import TapoConfig
 from tercet.core.memory import Activations, Memory, Moment, kv_bytes
-from tercet.core.roofline import Card, Lengths, Phase, Sampling, Step, phases
+from tercet.core.roofline import Card, Lengths, Phase, Sampling, Step, Volume, phases
 from tercet.kernels.linear_logprobs import GPU_CHUNK_ROWS
 from tercet.train.sizes import ModelSizes
 
@@ -67,8 +67,17 @@ class Plan:
     @property
     def weights(self) -> int:
         """Bytes of the weights that are computed with, additions of LoRA merged."""
+        return self._merged * self.model.numbers.compute
+
+    @property
+    def synced(self) -> int:
+        """Bytes of the weights that servers are sent."""
+        return self._merged * self.model.numbers.weight
+
+    @property
+    def _merged(self) -> int:
         added = self.model.parameters.trained if self.config.model.lora_rank else 0
-        return (self.model.parameters.total - added) * self.model.numbers.compute
+        return self.model.parameters.total - added
 
     @property
     def server_gpus(self) -> int:
@@ -165,8 +174,9 @@ class Plan:
         return self.sampling.responses * each * a_token / self.server_gpus
 
     def phases(self) -> list[Phase]:
-        trained = self.model.parameters.trained * self.model.numbers.compute
-        return phases(self.step, self.card, self.sampling, self.weights, trained, self.shards)
+        gradients = self.model.parameters.trained * self.model.numbers.gradient
+        volume = Volume(self.weights, gradients, self.synced)
+        return phases(self.step, self.card, self.sampling, volume, self.shards)
 
     @property
     def lacks(self) -> list[str]:

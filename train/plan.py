@@ -98,7 +98,7 @@ def numbers_of(plan: Plan) -> Iterator[str]:
         f"Sampling: {sampling.servers} engines, each with {sampling.responses} mean responses at "
         f"once; room for {plan.kv_tokens:,} tokens"
     )
-    yield f"Weights to sync: {plan.weights / 1e9:.1f} GB"
+    yield f"Weights to sync: {plan.synced / 1e9:.1f} GB"
 
 
 def remarks(plan: Plan) -> Iterator[str]:

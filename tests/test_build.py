@@ -65,6 +65,10 @@ def test_a_policy_without_data_has_the_shapes_of_the_stored_one(tmp_path):
     ]
     assert shapes[0] == shapes[1] and whole.stop_ids == empty.stop_ids
     assert empty.model.lm_head.weight is empty.model.model.language_model.embed_tokens.weight
+    world = World(torch.device("cpu"), ParallelConfig())
+    policies = [build_policy(parts, SftConfig(), world) for parts in (whole, empty)]
+    assert {policy.attention for policy in policies} == {"flash attention for CPUs"}
+    assert {policy.device for policy in policies} == {world.device}
 
 
 @pytest.mark.core

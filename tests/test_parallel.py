@@ -75,9 +75,8 @@ def train(world: Path, out: str, ranks: int, *more: str) -> str:
     return done.stdout + done.stderr
 
 
-def figures(world: Path, out: str) -> list[dict]:
+def figures(world: Path, out: str, timed=("seconds_", "tokens_per_s", "mismatch_")) -> list[dict]:
     rows = [json.loads(line) for line in (world / out / "metrics.jsonl").open()]
-    timed = ("seconds_", "tokens_per_s", "mismatch_")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
@@ -119,6 +118,27 @@ def test_several_ranks_take_the_steps_of_one(world, alone, ranks, more):
     said = train(world, out, ranks, "--run.steps=2", *more)
     assert "whole copy of the policy" in said
     assert_same(world, out, alone, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--model.dtype=bfloat16",),
+        ("--model.dtype=bfloat16", "--model.compile=true", "--model.gradient_checkpointing=true"),
+        ("--parallel.mixed_precision=true", "--parallel.offload=true", "--run.async_save=true"),
+        ("--parallel.mixed_precision=true", "--model.lora_rank=4"),
+    ],
+)
+def test_on_a_gpu_sampler_and_trainer_agree(world, more):
+    """Options that a CPU cannot show whole; log-probs in bfloat16 differ by what it resolves."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    out = f"gpu{len(more)}{more[-1][-9:]}"
+    said = train(world, out, 1, "--run.steps=2", "--run.device=auto", *more)
+    assert "attention: flash attention\n" in said
+    rows = figures(world, out, timed=("seconds_",))
+    assert all(0 < row["mismatch_max"] < 0.2 and row["skipped_steps"] == 0 for row in rows)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(world, alone):

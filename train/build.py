@@ -63,6 +63,7 @@ def build_policy(
         loss,
         temperature=temperature,
         chunk_rows=config.parallel.head_chunk_rows,
+        device=world.device,
         dtype=torch.bfloat16 if config.parallel.mixed_precision else None,
     )
     if config.model.compile:

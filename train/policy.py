@@ -35,6 +35,7 @@ class Policy(nn.Module):
         loss: coefficients and forms of the TAPO loss; not needed for stage 1.
         temperature: sampling temperature; log-probs are those of the scaled distribution.
         chunk_rows: response rows that reach the head at once; None: what suits the device.
+        device: what is computed on; None: where the parameters are.
         dtype: what is computed in; None: the parameters' own.
     """
 
@@ -45,24 +46,22 @@ class Policy(nn.Module):
         *,
         temperature: float = 1.0,
         chunk_rows: int | None = None,
+        device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.model = parts.model
-        dtype = dtype or self.model.dtype
-        backend = backend_of(torch.empty(0, device=self.device, dtype=dtype))
+        self.device = device or self.model.device
+        like = torch.empty(0, device=self.device, dtype=dtype or self.model.dtype)
+        backend = backend_of(like)
         self.attention = backend.name if backend else "dense masks"
-        """What computes attention; it suits the model's device and dtype."""
+        """What computes attention; it suits device and dtype."""
         # On a CPU the vision tower stays with transformers' own attention.
-        vision = VISION_NAME if backend and self.model.device.type != "cpu" else "sdpa"
+        vision = VISION_NAME if backend and self.device.type != "cpu" else "sdpa"
         self.model.set_attn_implementation({"text_config": ATTENTION_NAME, "vision_config": vision})
         self.loss = loss
         self.temperature = temperature
         self.chunk_rows = chunk_rows
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     def forward(self, batch: MicroBatch | PackedBatch, branch: Branch = "joint", **given):
         """Score a batch; which way is said by `branch`.
@@ -130,8 +129,9 @@ class Policy(nn.Module):
         return value.detach(), metrics
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters as (Hugging Face name, tensor): see train.lora.whole_weights."""
-        return whole_weights(self.model)
+        """Parameters as (name, tensor on this policy's device): see train.lora.whole_weights."""
+        for name, weight in whole_weights(self.model):
+            yield name, weight.to(self.device)
 
     def _hidden(self, packed: PackedBatch) -> Tensor:
         """[R, D]: the hidden states that predict the pack's response tokens."""

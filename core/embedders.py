@@ -52,7 +52,7 @@ def vision_tower_embedder(
     """Embed by the policy's own vision tower: the mean over a photo's merged tokens.
 
     Args:
-        model: a Qwen2-VL or Qwen2.5-VL model, on any device.
+        model: a Qwen2-VL or Qwen2.5-VL model, its vision tower on any device.
         image_processor: resizes and cuts the photos.
 
     Returns:
@@ -64,7 +64,7 @@ def vision_tower_embedder(
         rows = []
         for start in range(0, len(keys), TOWER_IMAGES_AT_ONCE):
             inputs = _inputs(image_processor, keys[start : start + TOWER_IMAGES_AT_ONCE])
-            tokens = model.get_image_features(**inputs.to(model.device)).pooler_output
+            tokens = model.get_image_features(**inputs.to(model.model.visual.device)).pooler_output
             rows.extend(of_photo.float().mean(dim=0).cpu() for of_photo in tokens)
         return torch.stack(rows)
 

@@ -16,7 +16,10 @@ from tercet.train.policy import Policy
 
 
 def open_parts(config: ModelConfig, world: World) -> PolicyParts:
-    """The policy as it is stored: whole on rank 0, without data elsewhere; a collective.
+    """The policy as it is stored; a collective.
+
+    In a world with a mesh it is whole in the CPU memory of rank 0 and without data elsewhere, until
+    `build_policy` deals it out.
 
     Raises:
         ValueError: as `load_policy`, on all ranks.
@@ -24,7 +27,7 @@ def open_parts(config: ModelConfig, world: World) -> PolicyParts:
     loaded: list[PolicyParts] = []
 
     def load() -> str:
-        loaded.append(load_policy(config, world.device))
+        loaded.append(load_policy(config, world.device if world.mesh is None else "cpu"))
         return str(loaded[0].model.dtype).removeprefix("torch.")
 
     dtype = world.share(load)

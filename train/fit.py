@@ -22,8 +22,6 @@ GIB = 2**30
 class Plan:
     """Memory and time of a run.
 
-    Rank 0, whose GPU is the fullest one, starts with the whole model.
-
     Args:
         config: every option.
         model: its sizes.
@@ -118,7 +116,6 @@ class Plan:
             branches = [max(branches, key=lambda branch: branch.kept), None]
         chunk = parallel.head_chunk_rows or GPU_CHUNK_ROWS
         found = {
-            "start": Moment(parameters=counted.total * self.model.numbers.weight),
             "head": memory.at_head(*branches, chunk),
             "backward": memory.in_backward(*branches),
             "step": memory.in_step(),
@@ -129,29 +126,22 @@ class Plan:
             has_copy = self.is_sharded or config.model.lora_rank
             server = counted.total * self.model.numbers.weight if has_copy else 0
             found = {name: moment._replace(server=server) for name, moment in found.items()}
-        elif config.rollout.colocated:
-            found["start"] = found["start"]._replace(server=server)
         here = memory.in_generate(server)
         return found | {"generate": here if self.samples_here else Moment(server=server)}
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens whose keys and values an engine has room for.
-
-        A colocated server takes that room when it starts.
-        """
-        moments = self.moments()
-        used = moments["generate"].total
-        if self.config.rollout.colocated:
-            used = max(used, moments["start"].total)
+        """Tokens whose keys and values an engine has room for."""
         a_token = kv_bytes(self.model.shape, self.model.numbers.compute)
-        return int(max(0.0, self.room - used) * self.server_gpus / a_token)
+        free = self.room - self.moments()["generate"].total
+        return int(max(0.0, free) * self.server_gpus / a_token)
 
     @property
     def server_share(self) -> float:
-        """Weights and cache of a server in what is free when it starts beside rank 0."""
-        starts = self.moments()["start"] if self.samples_here else Moment()
-        free = self.card.gib * GIB - starts.parameters
+        """Weights and cache of a server in what is free when it starts: before shards are dealt."""
+        free = self.card.gib * GIB
+        if self.samples_here and not self.is_sharded:
+            free -= self.model.parameters.total * self.model.numbers.weight
         cache = self.kv_tokens * kv_bytes(self.model.shape, self.model.numbers.compute)
         return (self.weights + cache) / self.server_gpus / free
 

@@ -1,9 +1,9 @@
 """Several processes under torchrun: parameters sharded by FSDP2, and who does what.
 
-Rank 0 loads the model and hands each rank its part, tensor by tensor; no other rank ever holds it
-whole. Rank 0 samples, rewards, logs and writes; finished groups are broadcast whole. Every rank
-loads its own photos and runs as many micro-batches as every other, since each forward pass is a
-collective: a rank that has nothing left works on rows of weight 0. Sums are divided by the number
+Rank 0 loads the model into CPU memory and hands each rank its part, tensor by tensor; no GPU ever
+holds it whole. Rank 0 samples, rewards, logs and writes; finished groups are broadcast whole. Every
+rank loads its own photos and runs as many micro-batches as every other, since each forward pass is
+a collective: a rank that has nothing left works on rows of weight 0. Sums are divided by the number
 of loss tokens of the whole mini-batch over all ranks, so gradients are added up over ranks, not
 averaged.
 """
@@ -27,7 +27,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tercet.core.config import ParallelConfig
 from tercet.train.interrupt import Interrupted, StopSignal
@@ -126,6 +126,12 @@ class World:
         dist.all_reduce(total)
         return dict(zip(names, total.unbind(), strict=True))
 
+    def release_memory(self) -> None:
+        """Give GPU memory back that PyTorch keeps for later, before servers beside it want it."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            self.exchange(None)
+
     def check(self, stop: StopSignal) -> None:
         """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
         if signum := self.most(stop.signum):
@@ -153,8 +159,8 @@ def shard(policy: nn.Module, world: World, config: ParallelConfig) -> None:
     """Shard a policy in place: each decoder layer, each vision block, and the policy as the root.
 
     Args:
-        policy: train.policy.Policy: whole on rank 0, without data (on the meta device) or whole
-            elsewhere; left as it is in a world without a mesh.
+        policy: train.policy.Policy: with its parameters in CPU memory on rank 0, without data (on
+            the meta device) elsewhere; left as it is in a world without a mesh.
         world: whose mesh it is spread over.
         config: mixed_precision and offload are used.
 
@@ -175,7 +181,7 @@ def shard(policy: nn.Module, world: World, config: ParallelConfig) -> None:
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     offload = CPUOffloadPolicy(world.device.type == "cuda") if config.offload else OffloadPolicy()
-    whole = dict(policy.named_parameters()) if world.is_first else {}
+    whole = dict([*policy.named_parameters(), *policy.named_buffers()]) if world.is_first else {}
     made: dict[int, nn.Parameter] = {}
     body = policy.model.model
     for module in (*body.language_model.layers, *body.visual.blocks, policy):
@@ -185,34 +191,33 @@ def shard(policy: nn.Module, world: World, config: ParallelConfig) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
-    if world.size > 1:
-        _hand_out(policy, whole, world)
+    _hand_out(policy, whole, world)
 
 
 def _give_memory(module: nn.Module, device: torch.device, made: dict[int, nn.Parameter]) -> None:
-    """Memory, of any content, for what lies on the meta device; tied parameters stay tied."""
+    """Memory on a device, of any content, for what is not sharded yet; what is tied stays tied."""
     for part in module.modules():
         for name, param in part.named_parameters(recurse=False):
-            if param.is_meta:
+            if not isinstance(param, DTensor):
                 empty = torch.empty_like(param, device=device)
                 fresh = made.setdefault(id(param), nn.Parameter(empty, param.requires_grad))
                 setattr(part, name, fresh)
         for name, buffer in part.named_buffers(recurse=False):
-            if buffer.is_meta:
-                setattr(part, name, torch.empty_like(buffer, device=device))
+            setattr(part, name, torch.empty_like(buffer, device=device))
 
 
 @torch.no_grad()
-def _hand_out(policy: nn.Module, whole: dict[str, nn.Parameter], world: World) -> None:
+def _hand_out(policy: nn.Module, whole: dict[str, Tensor], world: World) -> None:
     """Rank 0's parameters and buffers to all ranks, one at a time."""
     for name, param in policy.named_parameters():
+        tensor = torch.empty(param.shape, dtype=param.dtype, device=world.device)
         if world.is_first:
-            tensor = whole.pop(name).detach()
-        else:
-            tensor = torch.empty(param.shape, dtype=param.dtype, device=world.device)
+            tensor.copy_(whole.pop(name))
         part = distribute_tensor(tensor, param.device_mesh, param.placements)
         param.to_local().copy_(part.to_local())
-    for buffer in policy.buffers():
+    for name, buffer in policy.named_buffers():
+        if world.is_first:
+            buffer.copy_(whole.pop(name))
         dist.broadcast(buffer, src=0)
 
 

@@ -106,10 +106,7 @@ def remarks(plan: Plan) -> Iterator[str]:
     rollout = plan.config.rollout
     if rollout.engine == "sglang":
         share = math.floor(100 * plan.server_share) / 100
-        yield (
-            f"rollout.sglang_args: at most --mem-fraction-static {share:.2f} "
-            f"--max-total-tokens {plan.kv_tokens}"
-        )
+        yield f"rollout.sglang_args: at most --mem-fraction-static {share:.2f}"
     if rollout.engine == "sglang" and not rollout.colocated:
         yield "Servers are taken to have GPUs of their own (rollout.colocated is false)."
     elif rollout.engine == "sglang" and len(rollout.server_gpus) * plan.server_gpus != plan.gpus:

@@ -80,7 +80,7 @@ class TapoRun:
         self.manifest = self.world.share(lambda: self._manifest(resume))
         sampled, own = self.parts, self.world.mesh is None and not model.lora_rank
         if not own and self.world.is_first and config.rollout.engine == "local":
-            sampled = replace(self.parts, model=copy.deepcopy(self.parts.model))
+            sampled = replace(self.parts, model=copy.deepcopy(self.parts.model).to(device))
         self.engine: Engine = IdleEngine()
         self.world.share(lambda: self._open_engine(sampled))
         self.policy = build_policy(
@@ -145,8 +145,12 @@ class TapoRun:
         """The run's own manifest when it goes on, else a new one, written beside the run."""
         if resume and (self.out / MANIFEST_NAME).exists():
             return Manifest.read(self.out)
-        embed = embedder(self.config.data.embedder, lambda: self.parts, self.parts.model.device)
+        visual = self.parts.model.model.visual
+        home = visual.device
+        embed = embedder(self.config.data.embedder, lambda: self.parts, self.world.device)
+        visual.to(self.world.device)
         manifest = prepare_manifest(self.config.data, embed)
+        visual.to(home)
         manifest.write(self.out)
         return manifest
 
@@ -174,6 +178,7 @@ class TapoRun:
         figures |= self._mismatch()
         with self.log.phase("sync", total=1, unit="update"):
             if config.rollout.colocated:
+                self.world.release_memory()
                 self.engine.wake()
             self.engine.update_weights(self.policy.named_weights(), self.steps_done + 1)
         self.steps_done += 1
@@ -183,6 +188,8 @@ class TapoRun:
     def _sample(self) -> dict[str, float]:
         """Fill self.groups, on all ranks, with rewarded responses and their advantages."""
         config = self.config.rollout
+        if config.colocated:
+            self.world.release_memory()
         responses = config.groups_per_step * (config.n_anchor + config.n_positive)
 
         def sample() -> tuple[list[Group], dict[str, float]]:

@@ -14,9 +14,9 @@ norms. In an update memory is highest at one of three places:
     backward    the last layer is gone through, the others are still kept
     step        no activations: gradients and optimiser states
 
-Where both branches share one backward pass, autograd adds a parameter's gradient up only when both
-have given theirs: when the second branch's begins, the first one's gradients of all parameters
-wait, unsharded, in memory of their own.
+Where both branches exist at once, the update's is gone through backwards first, then the negative's,
+each in a pass of its own (in one pass the first one's gradients of all parameters would wait for
+the second's, unsharded).
 
 FSDP2 (fully_shard of each layer and block, the rest as the root) leaves the root whole from the
 first forward pass to the end of the backward pass, and two blocks beside it, the one at work and
@@ -255,16 +255,13 @@ class Memory:
             # One block's gradients as they arise, one's as they are dealt out.
             in_flight = counted.trained_block * (b + self.numbers.gradient)
             in_flight += counted.trained_root * b
-        activations, waiting, rows = update.in_backward, 0, 0
+        activations, rows = update.in_backward, 0
         if negative:
             rows = self._rows(update, negative) * self.shape.hidden * b
-            activations += negative.kept
-            if negative.in_backward + counted.trained * b > activations:
-                activations, waiting = negative.in_backward, counted.trained * b
-                in_flight -= self.fsdp * counted.trained_root * b  # among those that wait
+            activations = max(activations + negative.kept, negative.in_backward)
         return here._replace(
             parameters=here.parameters + whole,
-            gradients=here.gradients + in_flight + waiting,
+            gradients=here.gradients + in_flight,
             activations=activations,
             head=rows,
         )

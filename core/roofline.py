@@ -214,12 +214,11 @@ class Step:
             gradients: bytes of the trained ones' gradients.
         """
         passes = self.minibatches * self.microbatches
-        deals = self.backwards if self.config.parallel.branches == "one_at_a_time" else 1
         gathers = self.forwards + self.backwards
         return {
             "old": self.unscored * passes * weights,
             "negative": passes * weights,
-            "update": passes * (gathers * weights + deals * gradients),
+            "update": passes * (gathers * weights + self.backwards * gradients),
         }
 
 

@@ -269,16 +269,25 @@ def test_sharded_parts_by_hand():
     assert sampling.total == 5_000 + 1_600 + 13_500 + 7_000
 
 
-def test_gradients_of_joint_branches_wait_whole():
+def test_joint_branches_are_gone_through_one_after_the_other():
     memory = Memory(SHAPE, COUNTED, Numbers(2, 2, 6, 2), True, 4)
     branch = Activations(SHAPE, Load(10, 0, 6), 2, True)
     joint = memory.in_backward(branch, branch)
-    assert joint.gradients == 4_500 + 2 * 9_000 + 2 * 2 * 3_900
-    assert joint.activations == branch.in_backward
-    assert joint.head == 2 * 6 * 8 * 2  # the negative's rows still wait
-    # With activations beyond the gradients the peak is where both branches are kept.
-    large = Activations(SHAPE, Load(10_000, 0, 6), 2, False)
-    assert memory.in_backward(large, large).activations == large.in_backward + large.kept
+    assert joint.gradients == memory.in_backward(branch, None).gradients
+    assert joint.head == 2 * 6 * 8 * 2  # rows' gradients of both
+    assert joint.activations == branch.in_backward + branch.kept
+    larger = Activations(SHAPE, Load(100, 0, 6), 2, True)
+    assert memory.in_backward(branch, larger).activations == larger.in_backward
+
+
+def test_no_gradient_waits_for_the_other_branch():
+    """Of a model that is large beside its activations; in one pass all of it would wait."""
+    policy = make_policy("qwen2_5_vl", torch.float32, layers=8, hidden_size=256)
+    batch = make_batch(policy, side=4, prompts=1, responses=1, length=8)
+    apart, joint = (measured(policy, batch, how) for how in ("one_at_a_time", "joint"))
+    gradients = sum(parameter.nbytes for parameter in policy.parameters())
+    assert gradients > 4 * apart
+    assert joint < 2.2 * apart
 
 
 def test_frozen_vision_keeps_no_blocks_and_a_frozen_head_no_gradient():

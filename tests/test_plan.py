@@ -158,11 +158,11 @@ def test_where_servers_and_copies_are():
 
 
 def test_remedies_are_found_by_trying():
-    plan = planned("--recipe", "tapo_7b", "--parallel.branches", "joint")
+    plan = planned("--recipe", "tapo_7b", "--parallel.micro_batch_tokens", "32768")
     assert any(line.startswith("backward needs") for line in plan.lacks)
     found = remedies(plan)
     assert [("parallel.branches", "one_at_a_time")] in found
-    assert [("parallel.micro_batch_tokens", 8192)] in found
+    assert [("parallel.micro_batch_tokens", 16384)] in found
     for settings in found:
         assert changed(plan, settings).lacks == []
     assert changed(plan, [("parallel.head_chunk_rows", 256)]).lacks
@@ -192,7 +192,7 @@ def test_the_text(capsys):
     assert lines["total"].split()[0] == "total" and len(lines["total"].split()) == 5
     assert [name for name in lines if name in ("generate", "old", "update", "sync")]
     assert said.splitlines()[-1] == "It fits."
-    command.main(["--recipe", "tapo_7b", "--parallel.branches", "joint"])
+    command.main(["--recipe", "tapo_7b", "--parallel.micro_batch_tokens", "32768"])
     said = capsys.readouterr().out
     assert "It does not fit: backward needs" in said
     assert "  --parallel.branches one_at_a_time\n" in said

@@ -154,8 +154,8 @@ def test_phases_take_the_slower_of_computing_and_moving():
     sampling = Sampling(2, 1, 15, 2)
     by_moving = {p.name: p for p in phases(step, fast, sampling, Volume(1e12, 4e11, 1e12), 2)}
     assert list(by_moving) == ["generate", "old", "update"]
-    # Joint: both branches gather twice, and deal gradients out once.
-    moved = 2 * away * (4 * 1e12 + 4e11)
+    # Both branches gather twice, and deal gradients out once.
+    moved = 2 * away * (4 * 1e12 + 2 * 4e11)
     assert by_moving["update"].moved == pytest.approx(moved)
     assert by_moving["update"].seconds == pytest.approx(moved / BUS)
     assert by_moving["old"].moved == pytest.approx(away * 1e12)

@@ -73,12 +73,15 @@ class Policy(nn.Module):
                 through the negative image alone, given logprobs [R] of the update's, and with
                 batch.neg_logprobs; `logprobs`: given labels [R]; `cross_entropy`: given labels
                 [R], loss_mask [R] and num_loss_tokens.
-            given: what the branch needs besides; `joint` and `update` take return_logprobs.
+            given: what the branch needs besides; `joint` and `update` take return_logprobs, `joint`
+                takes apart.
 
         Returns:
             `logprobs`: [R] float32. Otherwise (loss, metrics): a 0-d tensor, already divided by
             num_loss_tokens, and 0-d detached tensors that add up over micro-batches and ranks
-            (with return_logprobs also `logprobs` [R], and `neg_logprobs` [R] where they are).
+            (with return_logprobs also `logprobs` [R], and `neg_logprobs` [R] where they are). With
+            apart the loss ends at the hidden states: `hidden` lists each branch's and the leaf that
+            stands for it.
         """
         batch = to_device(batch, self.device)
         if branch == "joint":
@@ -107,18 +110,26 @@ class Policy(nn.Module):
 
         Args:
             batch: with or without a negative to be scored now.
-            branches: `joint`: both branches' activations exist at once; `one_at_a_time`: the
-                negative is scored without gradient first, then each branch has its own forward and
-                backward pass, with the other one's log-probs as constants. The gradient is the
-                same, the activations half, at the price of one more forward pass.
+            branches: `joint`: both branches' activations exist at once, and are gone through
+                backwards one after the other; `one_at_a_time`: the negative is scored without
+                gradient first, then each branch has its own forward and backward pass, with the
+                other one's log-probs as constants. The gradient is the same, the activations half,
+                at the price of one more forward pass.
 
         Returns:
             The loss and its metrics, detached; `logprobs` [R] among them.
         """
-        if batch.negative is None or branches == "joint":
-            branch = "update" if batch.negative is None else "joint"
-            value, metrics = self(batch, branch, return_logprobs=True)
+        if batch.negative is None:
+            value, metrics = self(batch, "update", return_logprobs=True)
             value.backward()
+            return value.detach(), metrics
+        if branches == "joint":
+            value, metrics = self(batch, "joint", return_logprobs=True, apart=True)
+            value.backward()
+            # In one pass a parameter's gradient would wait, whole, for both branches' shares.
+            for hidden, leaf in metrics.pop("hidden"):
+                if leaf.grad is not None:
+                    hidden.backward(leaf.grad)
             return value.detach(), metrics
         neg_logprobs = self.logprobs(batch.negative, batch.labels)
         batch = replace(batch, neg_logprobs=neg_logprobs)
@@ -181,21 +192,29 @@ class Policy(nn.Module):
         }
 
     def _tapo(
-        self, batch: MicroBatch, negative: PackedBatch | None, return_logprobs: bool = False
+        self,
+        batch: MicroBatch,
+        negative: PackedBatch | None,
+        return_logprobs: bool = False,
+        apart: bool = False,
     ) -> tuple[Tensor, Metrics]:
         neg_hidden = None
         if negative is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss.neg_grad == "flow"):
                 neg_hidden = self._hidden(negative)
-        return fused_linear_tapo_loss(
-            self._hidden(batch.update),
-            neg_hidden,
+        hidden = [self._hidden(batch.update), neg_hidden]
+        leaves = [h.detach().requires_grad_(h.requires_grad) for h in hidden] if apart else hidden
+        value, metrics = fused_linear_tapo_loss(
+            *leaves,
             **self._head(),
             **self._loss(batch),
             labels=batch.labels,
             neg_logprobs=batch.neg_logprobs,
             return_logprobs=return_logprobs,
         )
+        if apart:
+            metrics["hidden"] = list(zip(hidden, leaves, strict=True))
+        return value, metrics
 
     def _negative(self, batch: MicroBatch, logprobs: Tensor) -> tuple[Tensor, Metrics]:
         neg_logprobs = batch.neg_logprobs.detach().requires_grad_()

@@ -1,0 +1,437 @@
+"""One update step beside other ways to compute it: gradients first, then time and memory.
+
+    make bench-step        # a small model on this machine, into bench/results/step.csv
+    make bench-gpu-step    # Qwen2.5-VL-3B's shape on a GPU, random weights
+    make bench             # a tiny one, by pytest-benchmark
+
+A step is a mini-batch of groups (5 + 5 responses of about 350 tokens on prompts of 316, 256 of them
+a photo), a group a micro-batch: forward and backward pass of update and negative branch with the
+TAPO loss, optimiser left out. Methods (step_peers.py) get the same tokens, the same responses in
+flight and the same loss. Each one's gradients are compared with plain transformers' in at least
+float32, one response at a time; one over the gate gets a row without times (the gate of 16-bit
+gradients is at least twice the error that `one_by_one` makes). Then rounds in which each runs once.
+
+- extra_mib: peak memory above parameters and gradients.
+- tflop: operations that the method executes, by core/costs.py: 3 forward passes (one more of body
+  and vision tower with checkpointing), its own padding, repeated prompts and unused logits counted.
+- predicted_ratio: tflop of `one_by_one` over this method's; measured_ratio: the same of ms_50.
+- mfu: 3 forward passes of *ours*, the least that the step needs, over ms_50 and the device's peak
+  (a GPU's dense bf16 datasheet figure, else a large product timed in the same run): operations
+  that a method wastes or computes twice do not count for it.
+- tokens_per_s: response tokens, each counted once though both branches compute it.
+
+The rows of `sweep` are ours alone, all groups in one micro-batch: groups, responses and response
+length grow one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from tercet.bench import measure
+from tercet.bench.step_peers import METHODS, Method, Micro, Run, accumulate, flat, padded
+from tercet.core.config import LossConfig
+from tercet.core.costs import Grid, Shape, forward_flops
+from tercet.core.model import PolicyParts
+from tercet.core.packing import Piece, branch_prompts, micro_batch
+from tercet.core.types import Group, Response, Triplet
+from tercet.core.vision import EncodedImage, PromptEncoder
+from tercet.train.policy import Policy
+
+RESULTS = Path(__file__).parent / "results" / "step.csv"
+CPU_MODEL = dict(scale=8, layers=2, vision_layers=2, heads=8, vision_heads=2, vocabulary=1056)
+"""An eighth of the 3B model's widths; as large a share of the work in the head."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step is made of."""
+
+    update_on: str = "anchor"
+    groups: int = 1
+    in_flight: int = 1
+    """Groups of a micro-batch."""
+    n_anchor: int = 5
+    n_positive: int = 5
+    prompt: int = 316
+    """Tokens, the photo's included."""
+    grid: Grid = (1, 32, 32)
+    length: int = 350
+    """Mean tokens of a response; drawn within 20 %."""
+
+
+SWEEPS = {
+    "groups": [Plan(groups=n, in_flight=n) for n in (1, 2, 3, 4)],
+    "responses": [Plan(n_anchor=n, n_positive=n) for n in (1, 2, 5, 8)],
+    "length": [Plan(length=n) for n in (88, 175, 350, 700)],
+}
+
+
+@dataclass
+class Row:
+    """A row of the ledger."""
+
+    method: str
+    sweep: str
+    update_on: str
+    groups: int
+    in_flight: int
+    n_anchor: int
+    n_positive: int
+    prompt: int
+    length: int
+    model: str
+    dtype: str
+    checkpointing: bool
+    packed_tokens: int
+    """Of ours, both branches."""
+    response_tokens: int
+    ms_20: float | None = None
+    ms_50: float | None = None
+    ms_80: float | None = None
+    tokens_per_s: float | None = None
+    extra_mib: float | None = None
+    mfu: float | None = None
+    tflop: float | None = None
+    predicted_ratio: float | None = None
+    measured_ratio: float | None = None
+    grad_error: float | None = None
+    note: str = ""
+    peak_tflops: float | None = None
+    device: str = ""
+    torch: str = torch.__version__
+    commit: str = ""
+    date: str = datetime.date.today().isoformat()
+
+
+def qwen_3b(
+    *,
+    scale: int = 1,
+    layers: int = 36,
+    vision_layers: int = 32,
+    heads: int = 16,
+    vision_heads: int = 16,
+    vocabulary: int = 151_936,
+) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL-3B's sizes, or a model of its proportions with widths divided by `scale`."""
+    hidden = 2048 // scale
+    section = [part * hidden // heads // 128 for part in (16, 24, 24)]
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": vocabulary,
+            "hidden_size": hidden,
+            "intermediate_size": 11_008 // scale,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 8,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": section,
+            },
+            "initializer_range": 0.02 * scale**0.5,  # activations of one size at any width
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        },
+        vision_config={
+            "depth": vision_layers,
+            "hidden_size": 1280 // scale,
+            "intermediate_size": 3420 // scale,
+            "num_heads": vision_heads,
+            "out_hidden_size": hidden,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": list(range(min(8, vision_layers) - 1, vision_layers, 8)),
+            "initializer_range": 0.02 * scale**0.5,
+        },
+        image_token_id=vocabulary - 1,
+        video_token_id=vocabulary - 2,
+        vision_start_token_id=vocabulary - 3,
+        tie_word_embeddings=True,
+    )
+
+
+def build_policy(
+    config: Qwen2_5_VLConfig, dtype: torch.dtype, device: str, checkpointing: bool = False
+) -> Policy:
+    """A policy with random weights."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Policy(PolicyParts(model.train(), None, None), LossConfig())
+
+
+class RandomPhotos(PromptEncoder):
+    """Encodes prompts whose photos are noise, another one for every key."""
+
+    def __init__(self, policy: Policy, grid: Grid):
+        self._body, self._grid = policy.model.model, grid
+        self._image_token_id = policy.model.config.image_token_id
+        vision = policy.model.config.vision_config
+        self._merge_area = vision.spatial_merge_size**2
+        self._numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+    def image(self, key: str) -> EncodedImage:
+        noise = np.random.default_rng(list(key.encode()))
+        patches = noise.standard_normal((int(np.prod(self._grid)), self._numbers), np.float32)
+        return EncodedImage(torch.from_numpy(patches), torch.tensor([self._grid]))
+
+
+def make_group(plan: Plan, number: int, vocabulary: int, image_token: int, area: int) -> Group:
+    """Random tokens, advantages, and old log-probs close to a random policy's."""
+    noise = np.random.default_rng(number)
+    text = plan.prompt - int(np.prod(plan.grid)) // area
+    words = noise.integers(0, vocabulary - 8, text).tolist()
+    responses = []
+    for i in range(plan.n_anchor + plan.n_positive):
+        length = int(noise.integers(round(0.8 * plan.length), round(1.2 * plan.length) + 1))
+        tokens = tuple(noise.integers(0, vocabulary - 8, length).tolist())
+        role = "anchor" if i < plan.n_anchor else "positive"
+        response = Response(role, tokens, (), "stop", 0, advantage=float(noise.standard_normal()))
+        old = 0.1 * noise.standard_normal(length) - np.log(vocabulary)
+        response.old_logprobs = torch.from_numpy(old.astype(np.float32))
+        responses.append(response)
+    photos = [f"{number}/{role}" for role in ("anchor", "positive", "negative")]
+    triplet = Triplet(str(number), *photos, "", "", "")
+    return Group(str(number), triplet, (*words[:4], image_token, *words[4:]), responses)
+
+
+def micro_batches(plan: Plan, policy: Policy) -> list[Micro]:
+    """The micro-batches of a step, by core/packing.py, and what they were made of."""
+    config, encode = policy.model.config, RandomPhotos(policy, plan.grid)
+    area = config.vision_config.spatial_merge_size**2
+    sizes = (config.text_config.vocab_size, config.image_token_id, area)
+    groups = [make_group(plan, number, *sizes) for number in range(plan.groups)]
+    pieces = [Piece(group, tuple(range(len(group.responses)))) for group in groups]
+    weights = {id(r): 1.0 for group in groups for r in group.responses}
+    total = sum(len(r.token_ids) for group in groups for r in group.responses)
+    micros = []
+    for start in range(0, len(pieces), plan.in_flight):
+        some = pieces[start : start + plan.in_flight]
+        batch = micro_batch(
+            some,
+            encode,
+            weights,
+            update_on=plan.update_on,
+            negative=True,
+            num_loss_tokens=float(total),
+        )
+        branches = [
+            [pair for piece in some for pair in branch_prompts(piece, branch, encode)]
+            for branch in (plan.update_on, "negative")
+        ]
+        micros.append(Micro(batch, *branches))
+    return micros
+
+
+def step_flops(
+    method: Method, micros: Sequence[Micro], shape: Shape, checkpointing: bool = False
+) -> float:
+    """Operations that a method executes in a step: see the head of this file."""
+    total = 0.0
+    for prompts in (branch for m in micros for branch in (m.update, m.negative)):
+        work = method.work(prompts)
+        forward = forward_flops(shape, work)
+        unused = sum(hung.prompt_tokens - 1 for hung in work) if method.prompt_logits else 0
+        total += 3 * (forward.total + 2 * unused * shape.hidden * shape.vocabulary)
+        total += checkpointing * (forward.vision + forward.body)
+    return total
+
+
+def gradients(policy: Policy, run: Run) -> list[Tensor]:
+    """Gradients of a step, as they lie in the parameters."""
+    policy.zero_grad(set_to_none=True)
+    run()
+    return [parameter.grad for parameter in policy.parameters()]
+
+
+def exact_gradients(policy: Policy, micros: Sequence[Micro]) -> list[Tensor]:
+    """Plain transformers in at least float32, one response at a time; on the CPU."""
+    wide = copy.deepcopy(policy.model).to(torch.promote_types(policy.model.dtype, torch.float32))
+    wide.set_attn_implementation("sdpa")
+    wide.zero_grad(set_to_none=True)
+    for micro in micros:
+        start = 0
+        for one, other in zip(flat(micro.update), flat(micro.negative), strict=True):
+            rows = slice(start, start + len(one[1]))
+            start = rows.stop
+            batch = replace(
+                micro.batch,
+                update=None,
+                negative=None,
+                **{
+                    name: getattr(micro.batch, name)[rows].to(wide.device)
+                    for name in ("advantages", "loss_mask", "old_logprobs")
+                },
+            )
+            scores = [padded([(prompt, [tokens])], wide.device) for prompt, tokens in (one, other)]
+            accumulate(wide, batch, scores)
+    return [parameter.grad.cpu() for parameter in wide.parameters()]
+
+
+def distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Largest relative error (Frobenius norm) of a parameter's gradient.
+
+    Parameters with less than a thousandth of the whole gradient's norm are measured against that.
+    """
+    whole = torch.stack([b.norm() for b in exact]).norm().item()
+    return max(
+        (a.to(torch.promote_types(a.dtype, torch.float32)) - b.to(a.device)).norm().item()
+        / max(b.norm().item(), 1e-3 * whole)
+        for a, b in zip(found, exact, strict=True)
+    )
+
+
+class Bench:
+    """A policy on a device, and rows about it."""
+
+    def __init__(self, policy: Policy, rounds: int, peak: float, **common):
+        self.policy, self.rounds, self.peak = policy, rounds, peak
+        self.shape = Shape.of(policy.model.config)
+        self.checkpointing = policy.model.is_activation_checkpointing
+        self.on_gpu = policy.device.type == "cuda"
+        self.dtype = policy.model.dtype
+        self.common = common | dict(
+            dtype=str(self.dtype).removeprefix("torch."),
+            checkpointing=self.checkpointing,
+            peak_tflops=peak / 1e12,
+            device=measure.device_name(policy.device.type),
+        )
+
+    def row(self, name: str, plan: Plan, micros: Sequence[Micro], sweep: str = "") -> Row:
+        said = {k: v for k, v in vars(plan).items() if k != "grid"}
+        packs = [pack for m in micros for pack in (m.batch.update, m.batch.negative)]
+        row = Row(name, sweep, **said, **self.common, packed_tokens=0, response_tokens=0)
+        row.packed_tokens = sum(pack.num_tokens for pack in packs)
+        row.response_tokens = sum(len(m.batch.labels) for m in micros)
+        row.tflop = self.flops(name, micros) / 1e12
+        return row
+
+    def flops(self, name: str, micros: Sequence[Micro]) -> float:
+        return step_flops(METHODS[name], micros, self.shape, self.checkpointing)
+
+    def take(self, row: Row, times: tuple[float, ...], micros: Sequence[Micro]) -> None:
+        """Fill in what follows from times."""
+        row.ms_20, row.ms_50, row.ms_80 = times
+        row.tokens_per_s = 1e3 * row.response_tokens / row.ms_50
+        least = step_flops(METHODS["ours"], micros, self.shape)
+        row.mfu = 1e3 * least / row.ms_50 / self.peak
+
+    def methods(self, plan: Plan, methods: Sequence[str] = tuple(METHODS)) -> list[Row]:
+        """Every method on one step: the gate, then rounds in which each runs once."""
+        micros = micro_batches(plan, self.policy)
+        exact = exact_gradients(self.policy, micros)
+        rows, runs = {name: self.row(name, plan, micros) for name in methods}, {}
+        base = rows.get("one_by_one")
+        for name, row in rows.items():
+            try:
+                run = METHODS[name].make(self.policy, micros)
+                call = lambda run=run: gradients(self.policy, run)  # noqa: E731
+                self.policy.zero_grad(set_to_none=True)
+                found, row.extra_mib = measure.extra_mib(call, self.on_gpu)
+                row.grad_error = distance(found, exact)
+            except Exception as error:  # a peer's own failure is a result
+                row.note = measure.failure(error)
+                self.policy.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                continue
+            runs[name] = call
+        gate = measure.GATE[self.dtype]
+        if self.dtype.itemsize == 2 and base and base.grad_error is not None:
+            gate = max(gate, 2 * base.grad_error)
+        for name in list(runs):
+            if not rows[name].grad_error <= gate:
+                rows[name].note = f"over the gate of {gate:.1g}: gradients are not exact"
+                del runs[name]
+        del exact
+        # The pass that was measured for its memory has warmed up.
+        for name, times in measure.interleaved(runs, self.rounds, 0, self.on_gpu).items():
+            self.take(rows[name], times, micros)
+        for row in rows.values() if base else ():
+            row.predicted_ratio = base.tflop / row.tflop
+            if base.ms_50 and row.ms_50:
+                row.measured_ratio = base.ms_50 / row.ms_50
+        return list(rows.values())
+
+    def grow(self, sweep: str, plans: Sequence[Plan]) -> list[Row]:
+        """Ours on steps that grow, timed in the same rounds."""
+        steps = [micro_batches(plan, self.policy) for plan in plans]
+        rows, calls = [], {}
+        for index, (plan, micros) in enumerate(zip(plans, steps, strict=True)):
+            run = METHODS["ours"].make(self.policy, micros)
+            calls[index] = lambda run=run: gradients(self.policy, run)
+            rows.append(self.row("ours", plan, micros, sweep))
+            self.policy.zero_grad(set_to_none=True)
+            rows[-1].extra_mib = measure.extra_mib(calls[index], self.on_gpu)[1]
+        for index, times in measure.interleaved(calls, self.rounds, 0, self.on_gpu).items():
+            self.take(rows[index], times, steps[index])
+        return rows
+
+
+def show(row: Row) -> str:
+    """A line about a row."""
+    what = f"{row.method:15} {row.sweep:10} {row.update_on:7} {row.packed_tokens:6} tokens"
+    if row.ms_50 is None:
+        return f"{what} {row.note}"
+    ratios = "" if row.measured_ratio is None else f"{row.measured_ratio:.2f}x of one_by_one"
+    if ratios:
+        ratios += f" (predicted {row.predicted_ratio:.2f})"
+    figures = f"{row.ms_50:9.1f} ms {row.tokens_per_s:8.0f} tokens/s {row.extra_mib:8.0f} MiB"
+    return f"{what} {figures} mfu {row.mfu:.2f} {ratios}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--checkpointing", type=int, choices=(0, 1), help="default: 1 on a GPU")
+    parser.add_argument("--commit", default=measure.commit())
+    options = parser.parse_args()
+    on_gpu, device = options.device == "cuda", options.device
+    name, config, dtype = "qwen2.5-vl-3b / 8, 2 layers", qwen_3b(**CPU_MODEL), torch.float32
+    if on_gpu:
+        name, config, dtype = "qwen2.5-vl-3b", qwen_3b(), torch.bfloat16
+    checkpointing = on_gpu if options.checkpointing is None else bool(options.checkpointing)
+    policy = build_policy(config, dtype, device, checkpointing)
+    peak = measure.peak_flops(device, dtype)
+    bench = Bench(policy, options.rounds, peak, model=name, commit=options.commit)
+    parts = [lambda on=on: bench.methods(Plan(update_on=on)) for on in ("anchor", "own")]
+    parts += [lambda item=item: bench.grow(*item) for item in SWEEPS.items()]
+    for part in parts:
+        rows = part()
+        print(*map(show, rows), sep="\n", flush=True)
+        measure.append(options.out, rows)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.benchmark(group="update step, 3 + 3 responses of 64 tokens, prompt of 96")
+def test_step(benchmark, method):
+    config = qwen_3b(**CPU_MODEL | {"scale": 16, "vocabulary": 512})
+    policy = build_policy(config, torch.float32, "cpu")
+    plan = Plan(n_anchor=3, n_positive=3, prompt=96, grid=(1, 16, 16), length=64)
+    micros = micro_batches(plan, policy)
+    if method == "prefix_grouper":
+        pytest.importorskip("prefix_grouper")
+    run = METHODS[method].make(policy, micros)
+    exact = exact_gradients(policy, micros)
+    assert distance(gradients(policy, run), exact) <= measure.GATE[torch.float32]
+    benchmark.pedantic(lambda: gradients(policy, run), rounds=5, warmup_rounds=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -33,44 +33,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tercet.bench import measure
-from tercet.bench.step_peers import METHODS, Method, Micro, Run, accumulate, flat, padded
-from tercet.core.config import LossConfig
-from tercet.core.costs import Grid, Shape, forward_flops
-from tercet.core.model import PolicyParts
-from tercet.core.packing import Piece, branch_prompts, micro_batch
-from tercet.core.types import Group, Response, Triplet
-from tercet.core.vision import EncodedImage, PromptEncoder
+from tercet.bench.step_case import CPU_MODEL, Micro, Plan, build_policy, micro_batches, qwen_3b
+from tercet.bench.step_peers import METHODS, Method, Run, accumulate, flat, padded
+from tercet.core.costs import Shape, forward_flops
 from tercet.train.policy import Policy
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
-CPU_MODEL = dict(scale=8, layers=2, vision_layers=2, heads=8, vision_heads=2, vocabulary=1056)
-"""An eighth of the 3B model's widths; as large a share of the work in the head."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a step is made of."""
-
-    update_on: str = "anchor"
-    groups: int = 1
-    in_flight: int = 1
-    """Groups of a micro-batch."""
-    n_anchor: int = 5
-    n_positive: int = 5
-    prompt: int = 316
-    """Tokens, the photo's included."""
-    grid: Grid = (1, 32, 32)
-    length: int = 350
-    """Mean tokens of a response; drawn within 20 %."""
-
-
 SWEEPS = {
     "groups": [Plan(groups=n, in_flight=n) for n in (1, 2, 3, 4)],
     "responses": [Plan(n_anchor=n, n_positive=n) for n in (1, 2, 5, 8)],
@@ -113,129 +86,6 @@ class Row:
     torch: str = torch.__version__
     commit: str = ""
     date: str = datetime.date.today().isoformat()
-
-
-def qwen_3b(
-    *,
-    scale: int = 1,
-    layers: int = 36,
-    vision_layers: int = 32,
-    heads: int = 16,
-    vision_heads: int = 16,
-    vocabulary: int = 151_936,
-) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL-3B's sizes, or a model of its proportions with widths divided by `scale`."""
-    hidden = 2048 // scale
-    section = [part * hidden // heads // 128 for part in (16, 24, 24)]
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": vocabulary,
-            "hidden_size": hidden,
-            "intermediate_size": 11_008 // scale,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads // 8,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": section,
-            },
-            "initializer_range": 0.02 * scale**0.5,  # activations of one size at any width
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
-        },
-        vision_config={
-            "depth": vision_layers,
-            "hidden_size": 1280 // scale,
-            "intermediate_size": 3420 // scale,
-            "num_heads": vision_heads,
-            "out_hidden_size": hidden,
-            "patch_size": 14,
-            "window_size": 112,
-            "fullatt_block_indexes": list(range(min(8, vision_layers) - 1, vision_layers, 8)),
-            "initializer_range": 0.02 * scale**0.5,
-        },
-        image_token_id=vocabulary - 1,
-        video_token_id=vocabulary - 2,
-        vision_start_token_id=vocabulary - 3,
-        tie_word_embeddings=True,
-    )
-
-
-def build_policy(
-    config: Qwen2_5_VLConfig, dtype: torch.dtype, device: str, checkpointing: bool = False
-) -> Policy:
-    """A policy with random weights."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(PolicyParts(model.train(), None, None), LossConfig())
-
-
-class RandomPhotos(PromptEncoder):
-    """Encodes prompts whose photos are noise, another one for every key."""
-
-    def __init__(self, policy: Policy, grid: Grid):
-        self._body, self._grid = policy.model.model, grid
-        self._image_token_id = policy.model.config.image_token_id
-        vision = policy.model.config.vision_config
-        self._merge_area = vision.spatial_merge_size**2
-        self._numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-
-    def image(self, key: str) -> EncodedImage:
-        noise = np.random.default_rng(list(key.encode()))
-        patches = noise.standard_normal((int(np.prod(self._grid)), self._numbers), np.float32)
-        return EncodedImage(torch.from_numpy(patches), torch.tensor([self._grid]))
-
-
-def make_group(plan: Plan, number: int, vocabulary: int, image_token: int, area: int) -> Group:
-    """Random tokens, advantages, and old log-probs close to a random policy's."""
-    noise = np.random.default_rng(number)
-    text = plan.prompt - int(np.prod(plan.grid)) // area
-    words = noise.integers(0, vocabulary - 8, text).tolist()
-    responses = []
-    for i in range(plan.n_anchor + plan.n_positive):
-        length = int(noise.integers(round(0.8 * plan.length), round(1.2 * plan.length) + 1))
-        tokens = tuple(noise.integers(0, vocabulary - 8, length).tolist())
-        role = "anchor" if i < plan.n_anchor else "positive"
-        response = Response(role, tokens, (), "stop", 0, advantage=float(noise.standard_normal()))
-        old = 0.1 * noise.standard_normal(length) - np.log(vocabulary)
-        response.old_logprobs = torch.from_numpy(old.astype(np.float32))
-        responses.append(response)
-    photos = [f"{number}/{role}" for role in ("anchor", "positive", "negative")]
-    triplet = Triplet(str(number), *photos, "", "", "")
-    return Group(str(number), triplet, (*words[:4], image_token, *words[4:]), responses)
-
-
-def micro_batches(plan: Plan, policy: Policy) -> list[Micro]:
-    """The micro-batches of a step, by core/packing.py, and what they were made of."""
-    config, encode = policy.model.config, RandomPhotos(policy, plan.grid)
-    area = config.vision_config.spatial_merge_size**2
-    sizes = (config.text_config.vocab_size, config.image_token_id, area)
-    groups = [make_group(plan, number, *sizes) for number in range(plan.groups)]
-    pieces = [Piece(group, tuple(range(len(group.responses)))) for group in groups]
-    weights = {id(r): 1.0 for group in groups for r in group.responses}
-    total = sum(len(r.token_ids) for group in groups for r in group.responses)
-    micros = []
-    for start in range(0, len(pieces), plan.in_flight):
-        some = pieces[start : start + plan.in_flight]
-        batch = micro_batch(
-            some,
-            encode,
-            weights,
-            update_on=plan.update_on,
-            negative=True,
-            num_loss_tokens=float(total),
-        )
-        branches = [
-            [pair for piece in some for pair in branch_prompts(piece, branch, encode)]
-            for branch in (plan.update_on, "negative")
-        ]
-        micros.append(Micro(batch, *branches))
-    return micros
 
 
 def step_flops(
@@ -302,7 +152,7 @@ class Bench:
     def __init__(self, policy: Policy, rounds: int, peak: float, **common):
         self.policy, self.rounds, self.peak = policy, rounds, peak
         self.shape = Shape.of(policy.model.config)
-        self.checkpointing = policy.model.is_activation_checkpointing
+        self.checkpointing = policy.model.model.language_model.gradient_checkpointing
         self.on_gpu = policy.device.type == "cuda"
         self.dtype = policy.model.dtype
         self.common = common | dict(
@@ -331,35 +181,41 @@ class Bench:
         least = step_flops(METHODS["ours"], micros, self.shape)
         row.mfu = 1e3 * least / row.ms_50 / self.peak
 
+    def check(self, row: Row, run: Run, exact: Sequence[Tensor]) -> None:
+        """Fill in memory and error, or why there are none."""
+        self.policy.zero_grad(set_to_none=True)
+        try:
+            found, row.extra_mib = measure.extra_mib(
+                lambda: gradients(self.policy, run), self.on_gpu
+            )
+            row.grad_error = distance(found, exact)
+        except Exception as error:  # a peer's own failure is a result
+            row.note = measure.failure(error)
+        self.policy.zero_grad(set_to_none=True)
+
     def methods(self, plan: Plan, methods: Sequence[str] = tuple(METHODS)) -> list[Row]:
         """Every method on one step: the gate, then rounds in which each runs once."""
         micros = micro_batches(plan, self.policy)
         exact = exact_gradients(self.policy, micros)
-        rows, runs = {name: self.row(name, plan, micros) for name in methods}, {}
-        base = rows.get("one_by_one")
+        rows, calls = {name: self.row(name, plan, micros) for name in methods}, {}
         for name, row in rows.items():
             try:
                 run = METHODS[name].make(self.policy, micros)
-                call = lambda run=run: gradients(self.policy, run)  # noqa: E731
-                self.policy.zero_grad(set_to_none=True)
-                found, row.extra_mib = measure.extra_mib(call, self.on_gpu)
-                row.grad_error = distance(found, exact)
-            except Exception as error:  # a peer's own failure is a result
+            except ImportError as error:
                 row.note = measure.failure(error)
-                self.policy.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
                 continue
-            runs[name] = call
-        gate = measure.GATE[self.dtype]
+            self.check(row, run, exact)
+            calls[name] = lambda run=run: gradients(self.policy, run)
+        del exact
+        gate, base = measure.GATE[self.dtype], rows.get("one_by_one")
         if self.dtype.itemsize == 2 and base and base.grad_error is not None:
             gate = max(gate, 2 * base.grad_error)
-        for name in list(runs):
-            if not rows[name].grad_error <= gate:
-                rows[name].note = f"over the gate of {gate:.1g}: gradients are not exact"
-                del runs[name]
-        del exact
+        for row in rows.values():
+            if row.grad_error is not None and not row.grad_error <= gate:
+                row.note = f"over the gate of {gate:.1g}: gradients are not exact"
+        timed = {name: call for name, call in calls.items() if not rows[name].note}
         # The pass that was measured for its memory has warmed up.
-        for name, times in measure.interleaved(runs, self.rounds, 0, self.on_gpu).items():
+        for name, times in measure.interleaved(timed, self.rounds, 0, self.on_gpu).items():
             self.take(rows[name], times, micros)
         for row in rows.values() if base else ():
             row.predicted_ratio = base.tflop / row.tflop

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tercet.bench.step_case import Micro, Prompts
 from tercet.core.costs import Hung
 from tercet.core.model import PolicyParts
 from tercet.core.packing import pack
@@ -27,23 +28,12 @@ from tercet.kernels.prefix_attention import ATTENTION_NAME
 from tercet.kernels.reference import tapo_loss_reference
 from tercet.train.policy import Policy
 
-Prompts = Sequence[tuple[EncodedPrompt, Sequence[tuple[int, ...]]]]
-"""Prompts, and the responses that hang on each."""
 Score = Callable[[torch.nn.Module], Tensor]
 """A model to the log-probs [R] of one branch."""
 Run = Callable[[], None]
 """Adds the gradient of the mini-batch."""
 NO_MASK = {"full_attention": None}
 GROUPER_NAME = "bench_prefix_grouper"
-
-
-@dataclass(frozen=True)
-class Micro:
-    """The responses in flight: as ours takes them, and as prompts and responses."""
-
-    batch: MicroBatch
-    update: Prompts
-    negative: Prompts
 
 
 def sequence(prompt: EncodedPrompt, tokens: tuple[int, ...]) -> EncodedPrompt:

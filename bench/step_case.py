@@ -41,7 +41,7 @@ class Plan:
     """Tokens, the photo's included."""
     grid: Grid = (1, 32, 32)
     length: int = 350
-    """Mean tokens of a response; drawn within 20 %."""
+    """Mean tokens of a response; they lie evenly within 20 % of it, in random order."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ def make_group(plan: Plan, number: int, vocabulary: int, image_token: int, area:
     noise = np.random.default_rng(number)
     text = plan.prompt - int(np.prod(plan.grid)) // area
     words = noise.integers(0, vocabulary - 8, text).tolist()
-    responses = []
-    for i in range(plan.n_anchor + plan.n_positive):
-        length = int(noise.integers(round(0.8 * plan.length), round(1.2 * plan.length) + 1))
+    responses, count = [], plan.n_anchor + plan.n_positive
+    for i, place in enumerate(noise.permutation(count)):
+        length = round(plan.length * (0.8 + 0.4 * (place + 0.5) / count))
         tokens = tuple(noise.integers(0, vocabulary - 8, length).tolist())
         role = "anchor" if i < plan.n_anchor else "positive"
         response = Response(role, tokens, (), "stop", 0, advantage=float(noise.standard_normal()))

@@ -30,8 +30,8 @@ from tercet.train.policy import Policy
 
 Score = Callable[[torch.nn.Module], Tensor]
 """A model to the log-probs [R] of one branch."""
-Run = Callable[[], None]
-"""Adds the gradient of the mini-batch."""
+Run = Callable[[], Tensor]
+"""Adds the gradient of the mini-batch; returns its loss, 0-d."""
 NO_MASK = {"full_attention": None}
 GROUPER_NAME = "bench_prefix_grouper"
 
@@ -72,17 +72,19 @@ def on_device(inputs: dict, device: torch.device) -> dict:
     return {name: to_device(value, device) for name, value in inputs.items()}
 
 
-def accumulate(model: torch.nn.Module, batch: MicroBatch, scores: Sequence[Score]) -> None:
-    """Add a micro-batch's gradient of the loss as `reference` defines it."""
+def accumulate(model: torch.nn.Module, batch: MicroBatch, scores: Sequence[Score]) -> Tensor:
+    """Add a micro-batch's gradient of the loss as `reference` defines it; returns the loss."""
     update, negative = (score(model) for score in scores)
-    tapo_loss_reference(
+    loss, _ = tapo_loss_reference(
         update,
         batch.old_logprobs,
         negative,
         batch.advantages,
         num_loss_tokens=batch.num_loss_tokens,
         loss_mask=batch.loss_mask,
-    )[0].backward()
+    )
+    loss.backward()
+    return loss.detach()
 
 
 def plain(score_of: Callable[[Prompts, torch.device], Score]):
@@ -95,9 +97,8 @@ def plain(score_of: Callable[[Prompts, torch.device], Score]):
             for m in micros
         ]
 
-        def run() -> None:
-            for batch, scores in parts:
-                accumulate(policy.model, batch, scores)
+        def run() -> Tensor:
+            return sum(accumulate(policy.model, batch, scores) for batch, scores in parts)
 
         return run
 
@@ -166,9 +167,8 @@ def ours(policy: Policy, micros: Sequence[Micro]) -> Run:
     """Shared prefix, fused head and loss: train/policy.py."""
     batches = [to_device(m.batch, policy.device) for m in micros]
 
-    def run() -> None:
-        for batch in batches:
-            policy.accumulate(batch)
+    def run() -> Tensor:
+        return sum(policy.accumulate(batch)[0] for batch in batches)
 
     return run
 
@@ -260,9 +260,9 @@ def _grouper_attention(module, query, key, value, mask, scaling=None, prefix_gro
 def grouper_step(policy: Policy, micros: Sequence[Micro]) -> Run:
     run_plain = plain(prefix_grouper)(policy, micros)
 
-    def run() -> None:
+    def run() -> Tensor:
         try:
-            run_plain()
+            return run_plain()
         finally:
             policy.model.set_attn_implementation({"text_config": ATTENTION_NAME})
 

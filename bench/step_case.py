@@ -21,8 +21,8 @@ from tercet.core.types import Group, MicroBatch, Response, Triplet
 from tercet.core.vision import EncodedImage, EncodedPrompt, PromptEncoder
 from tercet.train.policy import Policy
 
-CPU_MODEL = dict(scale=8, layers=2, vision_layers=2, heads=8, vision_heads=2, vocabulary=1056)
-"""An eighth of the 3B model's widths; as large a share of the work in the head."""
+CPU_MODEL = dict(hidden=192, layers=2, vision_layers=2, heads=6, vision_heads=3, vocabulary=800)
+"""Small, with the 3B model's ratios of widths and as large a share of the work in the head."""
 Prompts = Sequence[tuple[EncodedPrompt, Sequence[tuple[int, ...]]]]
 """Prompts, and the responses that hang on each."""
 
@@ -55,44 +55,44 @@ class Micro:
 
 def qwen_3b(
     *,
-    scale: int = 1,
+    hidden: int = 2048,
     layers: int = 36,
     vision_layers: int = 32,
     heads: int = 16,
     vision_heads: int = 16,
     vocabulary: int = 151_936,
 ) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL-3B's sizes, or a model of its proportions with widths divided by `scale`."""
-    hidden = 2048 // scale
+    """Qwen2.5-VL-3B's sizes, or a smaller model whose other widths go with `hidden`."""
+    deviation = 0.02 * (2048 / hidden) ** 0.5  # activations of one size at any width
     section = [part * hidden // heads // 128 for part in (16, 24, 24)]
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": vocabulary,
             "hidden_size": hidden,
-            "intermediate_size": 11_008 // scale,
+            "intermediate_size": 11_008 * hidden // 2048,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": heads // 8,
+            "num_key_value_heads": max(1, heads // 8),
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e6,
                 "mrope_section": section,
             },
-            "initializer_range": 0.02 * scale**0.5,  # activations of one size at any width
+            "initializer_range": deviation,
             "bos_token_id": None,
             "eos_token_id": None,
             "pad_token_id": None,
         },
         vision_config={
             "depth": vision_layers,
-            "hidden_size": 1280 // scale,
-            "intermediate_size": 3420 // scale,
+            "hidden_size": 1280 * hidden // 2048,
+            "intermediate_size": 3420 * hidden // 2048,
             "num_heads": vision_heads,
             "out_hidden_size": hidden,
             "patch_size": 14,
             "window_size": 112,
             "fullatt_block_indexes": list(range(min(8, vision_layers) - 1, vision_layers, 8)),
-            "initializer_range": 0.02 * scale**0.5,
+            "initializer_range": deviation,
         },
         image_token_id=vocabulary - 1,
         video_token_id=vocabulary - 2,

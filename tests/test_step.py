@@ -16,7 +16,7 @@ from tercet.bench.step_case import Plan, build_policy, micro_batches, qwen_3b
 from tercet.bench.step_peers import METHODS, Method, flat, ours, unshared
 from tercet.core.costs import Shape
 
-TINY = dict(scale=16, layers=2, vision_layers=2, heads=8, vision_heads=2, vocabulary=96)
+TINY = dict(hidden=128, layers=2, vision_layers=2, heads=8, vision_heads=2, vocabulary=96)
 SMALL = dict(n_anchor=2, n_positive=1, prompt=40, grid=(1, 12, 8), length=12)
 
 

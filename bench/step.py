@@ -7,9 +7,11 @@
 A step is a mini-batch of groups (5 + 5 responses of about 350 tokens on prompts of 316, 256 of them
 a photo), a group a micro-batch: forward and backward pass of update and negative branch with the
 TAPO loss, optimiser left out. Methods (step_peers.py) get the same tokens, the same responses in
-flight and the same loss. Each one's gradients are compared with plain transformers' in at least
-float32, one response at a time; one over the gate gets a row without times (the gate of 16-bit
-gradients is at least twice the error that `one_by_one` makes). Then rounds in which each runs once.
+flight and the same loss. Each one's gradients are compared with plain transformers' in float32, one
+response at a time; one over the gate gets a row without times. (16-bit ones are compared on a model
+of the same widths with two layers: through 16 layers of random weights rounding moves gradients by
+a quarter in every method, and to pass there would mean nothing. Their gate is at least twice
+`one_by_one`'s own error.) Then rounds in which each runs once.
 
 - extra_mib: peak memory above parameters and gradients.
 - tflop: operations that the method executes, by core/costs.py: 3 forward passes (one more of body
@@ -147,10 +149,12 @@ def distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 
 class Bench:
-    """A policy on a device, and rows about it."""
+    """A policy on a device, and rows about it; `gate` is what gradients are compared on."""
 
-    def __init__(self, policy: Policy, rounds: int, peak: float, **common):
-        self.policy, self.rounds, self.peak = policy, rounds, peak
+    def __init__(
+        self, policy: Policy, rounds: int, peak: float, gate: Policy | None = None, **common
+    ):
+        self.policy, self.gate, self.rounds, self.peak = policy, gate or policy, rounds, peak
         self.shape = Shape.of(policy.model.config)
         self.checkpointing = policy.model.model.language_model.gradient_checkpointing
         self.on_gpu = policy.device.type == "cuda"
@@ -181,31 +185,35 @@ class Bench:
         least = step_flops(METHODS["ours"], micros, self.shape)
         row.mfu = 1e3 * least / row.ms_50 / self.peak
 
-    def check(self, row: Row, run: Run, exact: Sequence[Tensor]) -> None:
-        """Fill in memory and error, or why there are none."""
+    def check(
+        self, row: Row, method: Method, micros: Sequence[Micro], exact: Sequence[Tensor]
+    ) -> Run | None:
+        """Fill in memory and error, or why there are none; returns the step."""
         self.policy.zero_grad(set_to_none=True)
         try:
+            run = method.make(self.policy, micros)
             found, row.extra_mib = measure.extra_mib(
                 lambda: gradients(self.policy, run), self.on_gpu
             )
+            if self.gate is not self.policy:
+                found = gradients(self.gate, method.make(self.gate, micros))
             row.grad_error = distance(found, exact)
+            return run
         except Exception as error:  # a peer's own failure is a result
             row.note = measure.failure(error)
             torch.cuda.empty_cache()
-        self.policy.zero_grad(set_to_none=True)
+            return None
+        finally:
+            self.policy.zero_grad(set_to_none=True)
+            self.gate.zero_grad(set_to_none=True)
 
     def methods(self, plan: Plan, methods: Sequence[str] = tuple(METHODS)) -> list[Row]:
         """Every method on one step: the gate, then rounds in which each runs once."""
         micros = micro_batches(plan, self.policy)
-        exact = exact_gradients(self.policy, micros)
+        exact = exact_gradients(self.gate, micros)
         rows, calls = {name: self.row(name, plan, micros) for name in methods}, {}
         for name, row in rows.items():
-            try:
-                run = METHODS[name].make(self.policy, micros)
-            except ImportError as error:
-                row.note = measure.failure(error)
-                continue
-            self.check(row, run, exact)
+            run = self.check(row, METHODS[name], micros, exact)
             calls[name] = lambda run=run: gradients(self.policy, run)
         del exact
         gate, base = measure.GATE[self.dtype], rows.get("one_by_one")
@@ -256,21 +264,26 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--rounds", type=int, default=3)
+    parts = ("anchor", "own", *SWEEPS)
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--checkpointing", type=int, choices=(0, 1), help="default: 1 on a GPU")
     parser.add_argument("--commit", default=measure.commit())
     options = parser.parse_args()
     on_gpu, device = options.device == "cuda", options.device
     name, config, dtype = "2 layers of 192 as in qwen2.5-vl-3b", qwen_3b(**CPU_MODEL), torch.float32
+    gate = None
     if on_gpu:
         name, config, dtype = "qwen2.5-vl-3b", qwen_3b(), torch.bfloat16
     checkpointing = on_gpu if options.checkpointing is None else bool(options.checkpointing)
+    if on_gpu:
+        gate = build_policy(qwen_3b(layers=2, vision_layers=2), dtype, device, checkpointing)
     policy = build_policy(config, dtype, device, checkpointing)
     peak = measure.peak_flops(device, dtype)
-    bench = Bench(policy, options.rounds, peak, model=name, commit=options.commit)
-    parts = [lambda on=on: bench.methods(Plan(update_on=on)) for on in ("anchor", "own")]
-    parts += [lambda item=item: bench.grow(*item) for item in SWEEPS.items()]
-    for part in parts:
-        rows = part()
+    bench = Bench(policy, options.rounds, peak, gate, model=name, commit=options.commit)
+    parts = {on: lambda on=on: bench.methods(Plan(update_on=on)) for on in ("anchor", "own")}
+    parts |= {item[0]: lambda item=item: bench.grow(*item) for item in SWEEPS.items()}
+    for part in options.parts:
+        rows = parts[part]()
         print(*map(show, rows), sep="\n", flush=True)
         measure.append(options.out, rows)
 

@@ -122,6 +122,15 @@ def test_what_is_not_exact_is_not_timed(monkeypatch):
     assert right.note == "" and right.grad_error < 1e-4 and right.measured_ratio == 1
 
 
+def test_16_bit_gradients_are_compared_on_a_model_of_few_layers(policy):
+    shallow = tiny_policy(torch.bfloat16)
+    deep = build_policy(qwen_3b(**TINY | {"layers": 9}), torch.bfloat16, "cpu")
+    bench = step.Bench(deep, 1, 1e11, shallow, model="tiny", commit="")
+    for row in bench.methods(Plan(**SMALL), ["ours", "one_by_one", "plain_head"]):
+        assert row.note == "" and 1e-3 < row.grad_error < 0.1 and row.ms_50 > 0
+    assert bench.row("ours", Plan(), []).dtype == "bfloat16"
+
+
 def test_figures_of_a_row_follow_from_its_time():
     bench = bench_of()
     rows = {row.method: row for row in bench.methods(Plan("own", **SMALL), ["ours", "one_by_one"])}

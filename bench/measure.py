@@ -19,28 +19,34 @@ GATE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest relative error (Frobenius norm) of a gradient that counts as exact."""
 DATASHEET = {"H100": 989e12, "H200": 989e12, "A6000": 155e12}
 """Dense bf16 FLOP/s of GPUs by a part of their names."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""cpu: time on a core, summed over threads; on a shared machine with one thread the steadier one."""
 Key = TypeVar("Key")
 
 
-def seconds(call: Callable[[], object], on_gpu: bool) -> float:
-    """Wall time of one call."""
+def seconds(call: Callable[[], object], on_gpu: bool, clock: str = "wall") -> float:
+    """Time of one call by a clock of CLOCKS."""
     if on_gpu:
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     call()
     if on_gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return CLOCKS[clock]() - start
 
 
 def interleaved(
-    calls: dict[Key, Callable[[], object]], rounds: int, warm_up: int, on_gpu: bool
+    calls: dict[Key, Callable[[], object]],
+    rounds: int,
+    warm_up: int,
+    on_gpu: bool,
+    clock: str = "wall",
 ) -> dict[Key, tuple[float, float, float]]:
     """Milliseconds (20, 50, 80 percentiles) of calls, in rounds in which each runs once."""
     taken: dict[Key, list[float]] = {key: [] for key in calls}
     for turn in range(warm_up + rounds):
         for key, call in calls.items():
-            spent = seconds(call, on_gpu)
+            spent = seconds(call, on_gpu, clock)
             if turn >= warm_up:
                 taken[key].append(1e3 * spent)
     found = {}
@@ -67,7 +73,7 @@ def extra_mib(call: Callable[[], list[Tensor]], on_gpu: bool) -> tuple[list[Tens
     return kept, (peak - sum(tensor.nbytes for tensor in kept)) / 2**20
 
 
-def peak_flops(device: str, dtype: torch.dtype) -> float:
+def peak_flops(device: str, dtype: torch.dtype, clock: str = "wall") -> float:
     """FLOP/s of a device at best: a GPU's datasheet where it is known, else a measured product."""
     if device == "cuda" and dtype == torch.bfloat16:
         for part, flops in DATASHEET.items():
@@ -75,7 +81,7 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
                 return flops
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / min(seconds(lambda: a @ b, device == "cuda") for _ in range(6))
+    return 2 * side**3 / min(seconds(lambda: a @ b, device == "cuda", clock) for _ in range(6))
 
 
 def failure(error: Exception) -> str:

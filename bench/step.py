@@ -20,6 +20,7 @@ a quarter in every method, and to pass there would mean nothing. Their gate is a
 - mfu: 3 forward passes of *ours*, the least that the step needs, over ms_50 and the device's peak
   (a GPU's dense bf16 datasheet figure, else a large product timed in the same run): operations
   that a method wastes or computes twice do not count for it.
+- clock: `wall`, or with one thread on a shared machine `cpu`, the time on the core.
 - tokens_per_s: response tokens, each counted once though both branches compute it.
 
 The rows of `sweep` are ours alone, all groups in one micro-batch: groups, responses and response
@@ -83,6 +84,7 @@ class Row:
     measured_ratio: float | None = None
     grad_error: float | None = None
     note: str = ""
+    clock: str = "wall"
     peak_tflops: float | None = None
     device: str = ""
     torch: str = torch.__version__
@@ -152,9 +154,16 @@ class Bench:
     """A policy on a device, and rows about it; `gate` is what gradients are compared on."""
 
     def __init__(
-        self, policy: Policy, rounds: int, peak: float, gate: Policy | None = None, **common
+        self,
+        policy: Policy,
+        rounds: int,
+        peak: float,
+        gate: Policy | None = None,
+        clock: str = "wall",
+        **common,
     ):
         self.policy, self.gate, self.rounds, self.peak = policy, gate or policy, rounds, peak
+        self.clock = clock
         self.shape = Shape.of(policy.model.config)
         self.checkpointing = policy.model.model.language_model.gradient_checkpointing
         self.on_gpu = policy.device.type == "cuda"
@@ -162,6 +171,7 @@ class Bench:
         self.common = common | dict(
             dtype=str(self.dtype).removeprefix("torch."),
             checkpointing=self.checkpointing,
+            clock=clock,
             peak_tflops=peak / 1e12,
             device=measure.device_name(policy.device.type),
         )
@@ -177,6 +187,10 @@ class Bench:
 
     def flops(self, name: str, micros: Sequence[Micro]) -> float:
         return step_flops(METHODS[name], micros, self.shape, self.checkpointing)
+
+    def times(self, calls: dict) -> dict:
+        """Percentiles; the pass that was measured for its memory has warmed up."""
+        return measure.interleaved(calls, self.rounds, 0, self.on_gpu, self.clock)
 
     def take(self, row: Row, times: tuple[float, ...], micros: Sequence[Micro]) -> None:
         """Fill in what follows from times."""
@@ -223,8 +237,7 @@ class Bench:
             if row.grad_error is not None and not row.grad_error <= gate:
                 row.note = f"over the gate of {gate:.1g}: gradients are not exact"
         timed = {name: call for name, call in calls.items() if not rows[name].note}
-        # The pass that was measured for its memory has warmed up.
-        for name, times in measure.interleaved(timed, self.rounds, 0, self.on_gpu).items():
+        for name, times in self.times(timed).items():
             self.take(rows[name], times, micros)
         for row in rows.values() if base else ():
             row.predicted_ratio = base.tflop / row.tflop
@@ -242,7 +255,7 @@ class Bench:
             rows.append(self.row("ours", plan, micros, sweep))
             self.policy.zero_grad(set_to_none=True)
             rows[-1].extra_mib = measure.extra_mib(calls[index], self.on_gpu)[1]
-        for index, times in measure.interleaved(calls, self.rounds, 0, self.on_gpu).items():
+        for index, times in self.times(calls).items():
             self.take(rows[index], times, steps[index])
         return rows
 
@@ -267,6 +280,7 @@ def main() -> None:
     parts = ("anchor", "own", *SWEEPS)
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--checkpointing", type=int, choices=(0, 1), help="default: 1 on a GPU")
+    parser.add_argument("--clock", choices=measure.CLOCKS, default="wall")
     parser.add_argument("--commit", default=measure.commit())
     options = parser.parse_args()
     on_gpu, device = options.device == "cuda", options.device
@@ -278,8 +292,9 @@ def main() -> None:
     if on_gpu:
         gate = build_policy(qwen_3b(layers=2, vision_layers=2), dtype, device, checkpointing)
     policy = build_policy(config, dtype, device, checkpointing)
-    peak = measure.peak_flops(device, dtype)
-    bench = Bench(policy, options.rounds, peak, gate, model=name, commit=options.commit)
+    peak = measure.peak_flops(device, dtype, options.clock)
+    said = dict(clock=options.clock, model=name, commit=options.commit)
+    bench = Bench(policy, options.rounds, peak, gate, **said)
     parts = {on: lambda on=on: bench.methods(Plan(update_on=on)) for on in ("anchor", "own")}
     parts |= {item[0]: lambda item=item: bench.grow(*item) for item in SWEEPS.items()}
     for part in options.parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -154,6 +155,18 @@ def test_memory_is_the_peak_above_what_is_returned():
 
     kept, extra = measure.extra_mib(call, on_gpu=False)
     assert kept[0].sum() == 2**18 and extra == pytest.approx(4, abs=0.01)
+
+
+def test_calls_take_turns_and_the_cpu_clock_does_not_count_waiting():
+    order = []
+    calls = {
+        "work": lambda: order.append("work") or sum(range(300_000)),
+        "wait": lambda: order.append("wait") or time.sleep(0.02),
+    }
+    wall, cpu = (measure.interleaved(calls, 3, 1, False, clock) for clock in ("wall", "cpu"))
+    assert order == ["work", "wait"] * 8
+    assert wall["wait"][0] >= 20 > 10 > cpu["wait"][2] and cpu["work"][0] > 1
+    assert wall["work"][0] <= wall["work"][1] <= wall["work"][2]
 
 
 def test_a_ledger_keeps_its_columns(tmp_path):

@@ -20,7 +20,7 @@ GATE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 DATASHEET = {"H100": 989e12, "H200": 989e12, "A6000": 155e12}
 """Dense bf16 FLOP/s of GPUs by a part of their names."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""cpu: time on a core, summed over threads; on a shared machine with one thread the steadier one."""
+"""cpu: time on cores, all threads together: the steadier one for one thread on a shared machine."""
 Key = TypeVar("Key")
 
 

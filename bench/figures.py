@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 KERNEL_KEYS = ("device", "dtype", "rows", "hidden", "vocabulary")
-STEP_KEYS = ("device", "model", "dtype")
+STEP_KEYS = ("device", "model", "dtype", "clock")
 SWEEPS = {
     "groups": ("groups", "o", "tab:red"),
     "responses": ("responses a group", "s", "tab:blue"),
@@ -73,7 +73,7 @@ def draw_step(path: Path = RESULTS / "step.csv", out: Path = RESULTS / "step.png
         bars, curves = panels[2 * index : 2 * index + 2]
         _step_bars(bars, [row for row in rows if not row["sweep"]])
         _step_curves(curves, [row for row in rows if row["sweep"]])
-        bars[0].set_title(", ".join(key), loc="left", fontsize=10)
+        bars[0].set_title(", ".join(key) + " time", loc="left", fontsize=10)
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=110)
@@ -147,7 +147,7 @@ def _step_curves(panels, rows: list[dict[str, str]]) -> None:
     memory.set(xlabel="packed tokens, both branches", ylabel="MiB above parameters and gradients")
     for panel in panels:
         panel.set(xlim=0, ylim=0)
-    time.legend(title="ours, growing in", frameon=False, fontsize=8, title_fontsize=8)
+    time.legend(title="ours, growing in", loc="upper left", frameon=False)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def interleaved(
     found = {}
     for key, times in taken.items():
         times.sort()
-        found[key] = tuple(times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
+        found[key] = tuple(times[round(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
     return found
 
 

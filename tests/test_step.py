@@ -219,6 +219,6 @@ def test_the_command_writes_rows_and_the_figure_shows_them(tmp_path, monkeypatch
 
 
 def test_an_empty_ledger_draws_nothing(tmp_path):
-    (tmp_path / "step.csv").write_text("device,model,dtype,ms_50\n")
+    (tmp_path / "step.csv").write_text("device,model,dtype,clock,ms_50\n")
     with pytest.raises(ValueError, match="holds no timed row"):
         figures.draw_step(tmp_path / "step.csv", tmp_path / "step.png")

@@ -289,6 +289,7 @@ def main() -> None:
     if on_gpu:
         name, config, dtype = "qwen2.5-vl-3b", qwen_3b(), torch.bfloat16
     checkpointing = on_gpu if options.checkpointing is None else bool(options.checkpointing)
+    measure.keep_memory()
     if on_gpu:
         gate = build_policy(qwen_3b(layers=2, vision_layers=2), dtype, device, checkpointing)
     policy = build_policy(config, dtype, device, checkpointing)

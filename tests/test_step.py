@@ -185,6 +185,7 @@ def test_the_command_writes_rows_and_the_figure_shows_them(tmp_path, monkeypatch
     monkeypatch.setattr(step, "Plan", plan)
     sweeps = {"groups": [plan(groups=n, in_flight=n) for n in (1, 2)], "length": [Plan(**SMALL)]}
     monkeypatch.setattr(step, "SWEEPS", sweeps)
+    monkeypatch.setattr(measure, "keep_memory", lambda: None)  # for good, in this process
     ledger = tmp_path / "step.csv"
     monkeypatch.setattr("sys.argv", ["step", "--out", str(ledger), "--rounds", "1"])
     step.main()

@@ -11,7 +11,7 @@ KERNEL_TESTS := tests/test_rows.py tests/test_linear_logprobs.py tests/test_tapo
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: install demo demo-seeds test test-core lint bench bench-kernels bench-gpu-kernels \
-	bench-figures bench-rollout kernel-table test-sglang clean
+	bench-step bench-gpu-step bench-figures bench-rollout kernel-table gpu-folder test-sglang clean
 
 install: $(STAMP)
 
@@ -60,12 +60,19 @@ bench-kernels: $(STAMP)  ## head and loss beside their peers, into bench/results
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]' -c $(CONSTRAINTS)
 	$(BIN)/python -m tercet.bench.kernels
 
+bench-step: $(STAMP)  ## an update step beside other ways to compute it, into bench/results/step.csv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]' -c $(CONSTRAINTS)
+	$(BIN)/python -m tercet.bench.step
+
 # On a GPU machine: its own python3 and packages, and pure-Python wheels laid into WHEELS.
-bench-gpu-kernels:
+# Both need torch and transformers; bench-gpu-step also pyarrow, pillow, tokenizers and pytest.
+bench-gpu-kernels bench-gpu-step: bench-gpu-%: gpu-folder
+	PYTHONPATH=build/gpu python3 -m tercet.bench.$* --device cuda
+
+gpu-folder:
 	mkdir -p build/gpu/tercet
-	for folder in core kernels bench; do ln -sfn $(CURDIR)/$$folder build/gpu/tercet/$$folder; done
+	for folder in core kernels rollout train bench; do ln -sfn $(CURDIR)/$$folder build/gpu/tercet/$$folder; done
 	for wheel in $(wildcard $(WHEELS)/*.whl); do python3 -m zipfile -e $$wheel build/gpu; done
-	PYTHONPATH=build/gpu python3 -m tercet.bench.kernels --device cuda
 
 bench-figures: $(STAMP)  ## the figures, from the ledgers
 	$(BIN)/python -m tercet.bench.figures

@@ -13,14 +13,25 @@ from matplotlib.figure import Figure
 RESULTS = Path(__file__).parent / "results"
 
 
-def newest(path: Path) -> dict[tuple[str, ...], list[dict[str, str]]]:
-    """Timed rows of a ledger by (device, dtype, shape), of each method the last one written."""
-    groups: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+KERNEL_KEYS = ("device", "dtype", "rows", "hidden", "vocabulary")
+STEP_KEYS = ("device", "model", "dtype", "clock")
+SWEEPS = {
+    "groups": ("groups", "o", "tab:red"),
+    "responses": ("responses a group", "s", "tab:blue"),
+    "length": ("tokens a response", "^", "tab:green"),
+}
+
+
+def newest(
+    path: Path, keys: tuple[str, ...] = KERNEL_KEYS, names: tuple[str, ...] = ("method",)
+) -> dict[tuple[str, ...], list[dict[str, str]]]:
+    """Timed rows of a ledger by `keys`, of each method (or other `names`) the last one written."""
+    groups: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, str]]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             if row["ms_50"]:
-                key = tuple(row[n] for n in ("device", "dtype", "rows", "hidden", "vocabulary"))
-                groups.setdefault(key, {})[row["method"]] = row
+                key = tuple(row[name] for name in keys)
+                groups.setdefault(key, {})[tuple(row[name] for name in names)] = row
     return {key: list(rows.values()) for key, rows in groups.items()}
 
 
@@ -51,5 +62,94 @@ def draw_kernels(path: Path = RESULTS / "kernels.csv", out: Path = RESULTS / "ke
     figure.savefig(out, dpi=110)
 
 
+def draw_step(path: Path = RESULTS / "step.csv", out: Path = RESULTS / "step.png") -> None:
+    """Time and memory of each method, and their growth; two lines of panels a device."""
+    groups = newest(path, STEP_KEYS, ("sweep", "method", "update_on", "packed_tokens"))
+    if not groups:
+        raise ValueError(f"{path} holds no timed row")
+    figure = Figure(figsize=(10, 6.4 * len(groups)), layout="constrained")
+    panels = figure.subplots(2 * len(groups), 2, squeeze=False)
+    for index, (key, rows) in enumerate(groups.items()):
+        bars, curves = panels[2 * index : 2 * index + 2]
+        _step_bars(bars, [row for row in rows if not row["sweep"]])
+        _step_curves(curves, [row for row in rows if row["sweep"]])
+        bars[0].set_title(", ".join(key) + " time", loc="left", fontsize=10)
+    for panel in panels.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=110)
+
+
+def _step_bars(panels, rows: list[dict[str, str]]) -> None:
+    """Methods from slow to fast, a bar for each image that the update is computed on."""
+    cells = {(row["method"], row["update_on"]): row for row in rows}
+    cost = {method: float(cells[method, on]["ms_50"]) for method, on in reversed(cells)}
+    order = sorted(cost, key=lambda method: -cost[method])
+    for panel, column, unit, scale in (
+        (
+            panels[0],
+            "ms_50",
+            "seconds a step (over one by one: measured, counted)",
+            1e3,
+        ),
+        (panels[1], "extra_mib", "MiB above parameters and gradients", 1),
+    ):
+        for shift, on in ((0.2, "anchor"), (-0.2, "own")):
+            chosen = [cells.get((method, on)) for method in order]
+            values = [float(row[column]) / scale if row else float("nan") for row in chosen]
+            tint = "tab:red", "tab:gray"
+            bars = panel.barh(
+                [place + shift for place in range(len(order))],
+                values,
+                0.38,
+                color=[tint[method != "ours"] for method in order],
+                alpha=1 if on == "anchor" else 0.55,
+                label=f"update on {on}",
+            )
+            panel.bar_label(
+                bars,
+                [_bar_text(row, column, value) for row, value in zip(chosen, values, strict=True)],
+                fontsize=8,
+            )
+        panel.set(yticks=range(len(order)), ylim=(-0.6, len(order) - 0.4), xlabel=unit)
+        panel.margins(x=0.32 if column == "ms_50" else 0.15)
+    panels[0].set_yticklabels([method.replace("_", " ") for method in order])
+    panels[1].set_yticks([])
+    panels[1].set_title("upper bar: update on the anchor, lower: on their own", loc="right", size=9)
+
+
+def _bar_text(row: dict[str, str] | None, column: str, value: float) -> str:
+    if row is None:
+        return ""
+    if column != "ms_50" or not row["measured_ratio"]:
+        return f" {value:,.0f}"
+    ratios = float(row["measured_ratio"]), float(row["predicted_ratio"])
+    return f" {value:.2f} ({ratios[0]:.2f}, {ratios[1]:.2f})"
+
+
+def _step_curves(panels, rows: list[dict[str, str]]) -> None:
+    """Ours: time against counted operations, memory against packed tokens."""
+    time, memory = panels
+    for sweep, (label, marker, colour) in SWEEPS.items():
+        points = sorted((r for r in rows if r["sweep"] == sweep), key=lambda r: float(r["tflop"]))
+        for panel, across, up, scale in (
+            (time, "tflop", "ms_50", 1e3),
+            (memory, "packed_tokens", "extra_mib", 1),
+        ):
+            x = [float(row[across]) for row in points]
+            y = [float(row[up]) / scale for row in points]
+            panel.plot(x, y, marker=marker, color=colour, label=label, lw=1)
+    base = [row for row in rows if row["sweep"] == "groups"][:1]
+    if base:
+        rate = float(base[0]["ms_50"]) / 1e3 / float(base[0]["tflop"])
+        most = max(float(row["tflop"]) for row in rows)
+        time.plot([0, most], [0, rate * most], color="black", ls=":", lw=1, label="as counted")
+    time.set(xlabel="counted TFLOP of the step", ylabel="seconds")
+    memory.set(xlabel="packed tokens, both branches", ylabel="MiB above parameters and gradients")
+    for panel in panels:
+        panel.set(xlim=0, ylim=0)
+    time.legend(title="ours, growing in", loc="upper left", frameon=False)
+
+
 if __name__ == "__main__":
     draw_kernels()
+    draw_step()

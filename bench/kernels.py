@@ -13,14 +13,9 @@ and the gradients that it returns.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import itertools
-import platform
-import subprocess
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -28,6 +23,15 @@ import torch
 import triton
 from torch import Tensor
 
+from tercet.bench.measure import (
+    GATE,
+    append,
+    commit,
+    device_name,
+    extra_mib,
+    failure,
+    interleaved,
+)
 from tercet.bench.peers import (
     GPU_ONLY,
     METHODS,
@@ -41,8 +45,6 @@ from tercet.bench.peers import (
 from tercet.kernels.rows import operators
 
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
-GATE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Largest relative error (Frobenius norm) of a gradient that counts as exact."""
 CPU_SHAPES = [(512, 512, 32_768)]
 GPU_SHAPES = [
     (r, d, v) for d, v in ((2048, 151_936), (3584, 152_064)) for r in (2048, 8192, 16_384, 32_768)
@@ -104,34 +106,6 @@ def distance(found: list[Tensor], exact: list[Tensor]) -> float:
     )
 
 
-def extra_mib(method: Callable[[Case], Tensor], case: Case) -> float:
-    """Peak memory of a call above its inputs and returned gradients."""
-    if case.hidden.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = gradients(method, case)
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with torch.profiler.profile(profile_memory=True) as profile:
-            kept = gradients(method, case)
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        sizes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
-        peak = max(itertools.accumulate(sizes))
-    return (peak - sum(grad.nbytes for grad in kept)) / 2**20
-
-
-def seconds(call: Callable[[], object], on_gpu: bool) -> float:
-    """Wall time of one call."""
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds: int) -> list[Row]:
     """All methods on one shape: the gate, then rounds in which each method runs once."""
     case, on_gpu = make_case(*shape, dtype, device), device == "cuda"
@@ -143,10 +117,9 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds
             continue
         try:
             row.grad_error = distance(gradients(method, case), exact)
-            row.extra_mib = extra_mib(method, case)
+            row.extra_mib = extra_mib(lambda m=method: gradients(m, case), on_gpu)[1]
         except Exception as error:  # a peer's own failure is a result
-            row.note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            row.note = row.note[:160]
+            row.note = failure(error)
             torch.cuda.empty_cache()
             continue
         if row.grad_error > GATE[dtype]:
@@ -155,37 +128,11 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds
     timed = [m for m, row in rows.items() if not row.note]
     rows[gemms] = Row("gemms", *shape, str(dtype).removeprefix("torch."), note="ceiling, no loss")
     calls = {m: (lambda m=m: gradients(m, case)) for m in timed} | {gemms: lambda: gemms(case)}
-    taken: dict[Callable, list[float]] = {method: [] for method in calls}
-    for turn in range(rounds + 2):
-        for method, call in calls.items():
-            spent = seconds(call, on_gpu)
-            if turn >= 2:  # two rounds to warm up
-                taken[method].append(1e3 * spent)
-    for method, times in taken.items():
-        row, times = rows[method], sorted(times)
-        row.ms_20, row.ms_50, row.ms_80 = (
-            times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8)
-        )
+    for method, times in interleaved(calls, rounds, 2, on_gpu).items():
+        rows[method].ms_20, rows[method].ms_50, rows[method].ms_80 = times
     for method in calls:
         rows[method].share_of_gemms = rows[gemms].ms_50 / rows[method].ms_50
     return list(rows.values())
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} {platform.machine()} cores"
-
-
-def commit() -> str:
-    """The commit that is measured, `+` behind it with changes; empty outside of git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def main() -> None:
@@ -198,24 +145,14 @@ def main() -> None:
     shapes, dtype = CPU_SHAPES, torch.float32
     if options.device == "cuda":
         shapes, dtype = GPU_SHAPES, torch.bfloat16
-    names = [field.name for field in fields(Row)]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not options.out.exists()
-    with options.out.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(names)
-        for shape in shapes:
-            for row in measure(shape, dtype, options.device, options.rounds):
-                row.device, row.commit = device_name(options.device), options.commit
-                values = [getattr(row, name) for name in names]
-                writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in values])
-                time_s = "" if row.ms_50 is None else f"{row.ms_50:9.2f} ms"
-                memory = "" if row.extra_mib is None else f"{row.extra_mib:9.0f} MiB"
-                print(
-                    f"{shape!s:24} {row.method:28} {time_s:12} {memory:14} {row.note}", flush=True
-                )
-            file.flush()
+    for shape in shapes:
+        rows = measure(shape, dtype, options.device, options.rounds)
+        for row in rows:
+            row.device, row.commit = device_name(options.device), options.commit
+            time_s = "" if row.ms_50 is None else f"{row.ms_50:9.2f} ms"
+            memory = "" if row.extra_mib is None else f"{row.extra_mib:9.0f} MiB"
+            print(f"{shape!s:24} {row.method:28} {time_s:12} {memory:14} {row.note}", flush=True)
+        append(options.out, rows)
 
 
 @pytest.mark.parametrize("method", [ours, eager, checkpointed], ids=lambda m: m.__name__)

@@ -1,0 +1,142 @@
+"""What the benchmarks share: time, peak memory, error of gradients, and rows of a ledger."""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import itertools
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+GATE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Largest relative error (Frobenius norm) of a gradient that counts as exact."""
+DATASHEET = {"H100": 989e12, "H200": 989e12, "A6000": 155e12}
+"""Dense bf16 FLOP/s of GPUs by a part of their names."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""cpu: time on cores, all threads together: the steadier one for one thread on a shared machine."""
+Key = TypeVar("Key")
+
+
+def seconds(call: Callable[[], object], on_gpu: bool, clock: str = "wall") -> float:
+    """Time of one call by a clock of CLOCKS."""
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = CLOCKS[clock]()
+    call()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return CLOCKS[clock]() - start
+
+
+def interleaved(
+    calls: dict[Key, Callable[[], object]],
+    rounds: int,
+    warm_up: int,
+    on_gpu: bool,
+    clock: str = "wall",
+) -> dict[Key, tuple[float, float, float]]:
+    """Milliseconds (20, 50, 80 percentiles) of calls, in rounds in which each runs once."""
+    taken: dict[Key, list[float]] = {key: [] for key in calls}
+    for turn in range(warm_up + rounds):
+        for key, call in calls.items():
+            spent = seconds(call, on_gpu, clock)
+            if turn >= warm_up:
+                taken[key].append(1e3 * spent)
+    found = {}
+    for key, times in taken.items():
+        times.sort()
+        found[key] = tuple(times[round(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
+    return found
+
+
+def extra_mib(call: Callable[[], list[Tensor]], on_gpu: bool) -> tuple[list[Tensor], float]:
+    """What a call returns, and its peak memory above what was there and what it returns."""
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            kept = call()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        sizes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+        peak = max(itertools.accumulate(sizes))
+    return kept, (peak - sum(tensor.nbytes for tensor in kept)) / 2**20
+
+
+def keep_memory() -> None:
+    """Let the C library keep what is freed, as PyTorch does on a GPU.
+
+    Else every large tensor begins with page faults: an eighth of the time of steps of three groups.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:  # glibc: M_MMAP_MAX, M_TRIM_THRESHOLD
+        mallopt(-4, 0)
+        mallopt(-1, 2**31 - 1)
+
+
+def peak_flops(device: str, dtype: torch.dtype, clock: str = "wall") -> float:
+    """FLOP/s of a device at best: a GPU's datasheet where it is known, else a measured product."""
+    if device == "cuda" and dtype == torch.bfloat16:
+        for part, flops in DATASHEET.items():
+            if part in torch.cuda.get_device_name():
+                return flops
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / min(seconds(lambda: a @ b, device == "cuda", clock) for _ in range(6))
+
+
+def failure(error: Exception) -> str:
+    """A note on what a peer could not do."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {text}"[:160]
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} {platform.machine()} cores"
+
+
+def commit() -> str:
+    """The commit that is measured, `+` behind it with changes; empty outside of git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def append(ledger: Path, rows: Sequence[object]) -> None:
+    """Add rows (dataclasses of one type) to a CSV file, which is made where it is not there.
+
+    Raises:
+        ValueError: when the file has other columns.
+    """
+    names = [field.name for field in fields(rows[0])]
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    if ledger.exists():
+        with ledger.open(newline="") as file:
+            found = next(csv.reader(file), None)
+        if found != names:
+            raise ValueError(f"{ledger} has the columns {found}, not {names}")
+    is_new = not ledger.exists()
+    with ledger.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if is_new:
+            writer.writerow(names)
+        for row in rows:
+            values = [getattr(row, name) for name in names]
+            writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in values])

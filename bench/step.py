@@ -1,0 +1,323 @@
+"""One update step beside other ways to compute it: gradients first, then time and memory.
+
+    make bench-step        # a small model on this machine, into bench/results/step.csv
+    make bench-gpu-step    # Qwen2.5-VL-3B's shape on a GPU, random weights
+    make bench             # a tiny one, by pytest-benchmark
+
+A step is a mini-batch of groups (5 + 5 responses of about 350 tokens on prompts of 316, 256 of them
+a photo), a group a micro-batch: forward and backward pass of update and negative branch with the
+TAPO loss, optimiser left out. Methods (step_peers.py) get the same tokens, the same responses in
+flight and the same loss. Each one's gradients are compared with plain transformers' in float32, one
+response at a time; one over the gate gets a row without times. (16-bit ones are compared on a model
+of the same widths with two layers: through 16 layers of random weights rounding moves gradients by
+a quarter in every method, and to pass there would mean nothing. Their gate is at least twice
+`one_by_one`'s own error.) Then rounds in which each runs once.
+
+- extra_mib: peak memory above parameters and gradients.
+- tflop: operations that the method executes, by core/costs.py: 3 forward passes (one more of body
+  and vision tower with checkpointing), its own padding, repeated prompts and unused logits counted.
+- predicted_ratio: tflop of `one_by_one` over this method's; measured_ratio: the same of ms_50.
+- mfu: 3 forward passes of *ours*, the least that the step needs, over ms_50 and the device's peak
+  (a GPU's dense bf16 datasheet figure, else a large product timed in the same run): operations
+  that a method wastes or computes twice do not count for it.
+- clock: `wall`, or with one thread on a shared machine `cpu`, the time on the core.
+- tokens_per_s: response tokens, each counted once though both branches compute it.
+
+The rows of `sweep` are ours alone, all groups in one micro-batch: groups, responses and response
+length grow one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tercet.bench import measure
+from tercet.bench.step_case import CPU_MODEL, Micro, Plan, build_policy, micro_batches, qwen_3b
+from tercet.bench.step_peers import METHODS, Method, Run, accumulate, flat, padded
+from tercet.core.costs import Shape, forward_flops
+from tercet.train.policy import Policy
+
+RESULTS = Path(__file__).parent / "results" / "step.csv"
+SWEEPS = {
+    "groups": [Plan(groups=n, in_flight=n) for n in (1, 2, 3, 4)],
+    "responses": [Plan(n_anchor=n, n_positive=n) for n in (1, 2, 5, 8)],
+    "length": [Plan(length=n) for n in (88, 175, 350, 700)],
+}
+
+
+@dataclass
+class Row:
+    """A row of the ledger."""
+
+    method: str
+    sweep: str
+    update_on: str
+    groups: int
+    in_flight: int
+    n_anchor: int
+    n_positive: int
+    prompt: int
+    length: int
+    model: str
+    dtype: str
+    checkpointing: bool
+    packed_tokens: int
+    """Of ours, both branches."""
+    response_tokens: int
+    ms_20: float | None = None
+    ms_50: float | None = None
+    ms_80: float | None = None
+    tokens_per_s: float | None = None
+    extra_mib: float | None = None
+    mfu: float | None = None
+    tflop: float | None = None
+    predicted_ratio: float | None = None
+    measured_ratio: float | None = None
+    grad_error: float | None = None
+    note: str = ""
+    clock: str = "wall"
+    peak_tflops: float | None = None
+    device: str = ""
+    torch: str = torch.__version__
+    commit: str = ""
+    date: str = datetime.date.today().isoformat()
+
+
+def step_flops(
+    method: Method, micros: Sequence[Micro], shape: Shape, checkpointing: bool = False
+) -> float:
+    """Operations that a method executes in a step: see the head of this file."""
+    total = 0.0
+    for prompts in (branch for m in micros for branch in (m.update, m.negative)):
+        work = method.work(prompts)
+        forward = forward_flops(shape, work)
+        unused = sum(hung.prompt_tokens - 1 for hung in work) if method.prompt_logits else 0
+        total += 3 * (forward.total + 2 * unused * shape.hidden * shape.vocabulary)
+        total += checkpointing * (forward.vision + forward.body)
+    return total
+
+
+def gradients(policy: Policy, run: Run) -> list[Tensor]:
+    """Gradients of a step, as they lie in the parameters."""
+    policy.zero_grad(set_to_none=True)
+    run()
+    return [parameter.grad for parameter in policy.parameters()]
+
+
+def exact_gradients(policy: Policy, micros: Sequence[Micro]) -> list[Tensor]:
+    """Plain transformers in at least float32, one response at a time; on the CPU."""
+    wide = copy.deepcopy(policy.model).to(torch.promote_types(policy.model.dtype, torch.float32))
+    wide.set_attn_implementation("sdpa")
+    wide.zero_grad(set_to_none=True)
+    for micro in micros:
+        start = 0
+        for one, other in zip(flat(micro.update), flat(micro.negative), strict=True):
+            rows = slice(start, start + len(one[1]))
+            start = rows.stop
+            batch = replace(
+                micro.batch,
+                update=None,
+                negative=None,
+                **{
+                    name: getattr(micro.batch, name)[rows].to(wide.device)
+                    for name in ("advantages", "loss_mask", "old_logprobs")
+                },
+            )
+            scores = [padded([(prompt, [tokens])], wide.device) for prompt, tokens in (one, other)]
+            accumulate(wide, batch, scores)
+    return [parameter.grad.cpu() for parameter in wide.parameters()]
+
+
+def distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Largest relative error (Frobenius norm) of a parameter's gradient.
+
+    Parameters with less than a thousandth of the whole gradient's norm are measured against that.
+    """
+    whole = torch.stack([b.norm() for b in exact]).norm().item()
+    return max(
+        (a.to(torch.promote_types(a.dtype, torch.float32)) - b.to(a.device)).norm().item()
+        / max(b.norm().item(), 1e-3 * whole)
+        for a, b in zip(found, exact, strict=True)
+    )
+
+
+class Bench:
+    """A policy on a device, and rows about it; `gate` is what gradients are compared on."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        rounds: int,
+        peak: float,
+        gate: Policy | None = None,
+        clock: str = "wall",
+        **common,
+    ):
+        self.policy, self.gate, self.rounds, self.peak = policy, gate or policy, rounds, peak
+        self.clock = clock
+        self.shape = Shape.of(policy.model.config)
+        self.checkpointing = policy.model.model.language_model.gradient_checkpointing
+        self.on_gpu = policy.device.type == "cuda"
+        self.dtype = policy.model.dtype
+        self.common = common | dict(
+            dtype=str(self.dtype).removeprefix("torch."),
+            checkpointing=self.checkpointing,
+            clock=clock,
+            peak_tflops=peak / 1e12,
+            device=measure.device_name(policy.device.type),
+        )
+
+    def row(self, name: str, plan: Plan, micros: Sequence[Micro], sweep: str = "") -> Row:
+        said = {k: v for k, v in vars(plan).items() if k != "grid"}
+        packs = [pack for m in micros for pack in (m.batch.update, m.batch.negative)]
+        row = Row(name, sweep, **said, **self.common, packed_tokens=0, response_tokens=0)
+        row.packed_tokens = sum(pack.num_tokens for pack in packs)
+        row.response_tokens = sum(len(m.batch.labels) for m in micros)
+        row.tflop = self.flops(name, micros) / 1e12
+        return row
+
+    def flops(self, name: str, micros: Sequence[Micro]) -> float:
+        return step_flops(METHODS[name], micros, self.shape, self.checkpointing)
+
+    def times(self, calls: dict) -> dict:
+        """Percentiles; the pass that was measured for its memory has warmed up."""
+        return measure.interleaved(calls, self.rounds, 0, self.on_gpu, self.clock)
+
+    def take(self, row: Row, times: tuple[float, ...], micros: Sequence[Micro]) -> None:
+        """Fill in what follows from times."""
+        row.ms_20, row.ms_50, row.ms_80 = times
+        row.tokens_per_s = 1e3 * row.response_tokens / row.ms_50
+        least = step_flops(METHODS["ours"], micros, self.shape)
+        row.mfu = 1e3 * least / row.ms_50 / self.peak
+
+    def check(
+        self, row: Row, method: Method, micros: Sequence[Micro], exact: Sequence[Tensor]
+    ) -> Run | None:
+        """Fill in memory and error, or why there are none; returns the step."""
+        self.policy.zero_grad(set_to_none=True)
+        try:
+            run = method.make(self.policy, micros)
+            found, row.extra_mib = measure.extra_mib(
+                lambda: gradients(self.policy, run), self.on_gpu
+            )
+            if self.gate is not self.policy:
+                found = gradients(self.gate, method.make(self.gate, micros))
+            row.grad_error = distance(found, exact)
+            return run
+        except Exception as error:  # a peer's own failure is a result
+            row.note = measure.failure(error)
+            torch.cuda.empty_cache()
+            return None
+        finally:
+            self.policy.zero_grad(set_to_none=True)
+            self.gate.zero_grad(set_to_none=True)
+
+    def methods(self, plan: Plan, methods: Sequence[str] = tuple(METHODS)) -> list[Row]:
+        """Every method on one step: the gate, then rounds in which each runs once."""
+        micros = micro_batches(plan, self.policy)
+        exact = exact_gradients(self.gate, micros)
+        rows, calls = {name: self.row(name, plan, micros) for name in methods}, {}
+        for name, row in rows.items():
+            run = self.check(row, METHODS[name], micros, exact)
+            calls[name] = lambda run=run: gradients(self.policy, run)
+        del exact
+        gate, base = measure.GATE[self.dtype], rows.get("one_by_one")
+        if self.dtype.itemsize == 2 and base and base.grad_error is not None:
+            gate = max(gate, 2 * base.grad_error)
+        for row in rows.values():
+            if row.grad_error is not None and not row.grad_error <= gate:
+                row.note = f"over the gate of {gate:.1g}: gradients are not exact"
+        timed = {name: call for name, call in calls.items() if not rows[name].note}
+        for name, times in self.times(timed).items():
+            self.take(rows[name], times, micros)
+        for row in rows.values() if base else ():
+            row.predicted_ratio = base.tflop / row.tflop
+            if base.ms_50 and row.ms_50:
+                row.measured_ratio = base.ms_50 / row.ms_50
+        return list(rows.values())
+
+    def grow(self, sweep: str, plans: Sequence[Plan]) -> list[Row]:
+        """Ours on steps that grow, timed in the same rounds."""
+        steps = [micro_batches(plan, self.policy) for plan in plans]
+        rows, calls = [], {}
+        for index, (plan, micros) in enumerate(zip(plans, steps, strict=True)):
+            run = METHODS["ours"].make(self.policy, micros)
+            calls[index] = lambda run=run: gradients(self.policy, run)
+            rows.append(self.row("ours", plan, micros, sweep))
+            self.policy.zero_grad(set_to_none=True)
+            rows[-1].extra_mib = measure.extra_mib(calls[index], self.on_gpu)[1]
+        for index, times in self.times(calls).items():
+            self.take(rows[index], times, steps[index])
+        return rows
+
+
+def show(row: Row) -> str:
+    """A line about a row."""
+    what = f"{row.method:15} {row.sweep:10} {row.update_on:7} {row.packed_tokens:6} tokens"
+    if row.ms_50 is None:
+        return f"{what} {row.note}"
+    ratios = "" if row.measured_ratio is None else f"{row.measured_ratio:.2f}x of one_by_one"
+    if ratios:
+        ratios += f" (predicted {row.predicted_ratio:.2f})"
+    figures = f"{row.ms_50:9.1f} ms {row.tokens_per_s:8.0f} tokens/s {row.extra_mib:8.0f} MiB"
+    return f"{what} {figures} mfu {row.mfu:.2f} {ratios}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parts = ("anchor", "own", *SWEEPS)
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--checkpointing", type=int, choices=(0, 1), help="default: 1 on a GPU")
+    parser.add_argument("--clock", choices=measure.CLOCKS, default="wall")
+    parser.add_argument("--commit", default=measure.commit())
+    options = parser.parse_args()
+    on_gpu, device = options.device == "cuda", options.device
+    name, config, dtype = "2 layers of 192 as in qwen2.5-vl-3b", qwen_3b(**CPU_MODEL), torch.float32
+    gate = None
+    if on_gpu:
+        name, config, dtype = "qwen2.5-vl-3b", qwen_3b(), torch.bfloat16
+    checkpointing = on_gpu if options.checkpointing is None else bool(options.checkpointing)
+    measure.keep_memory()
+    if on_gpu:
+        gate = build_policy(qwen_3b(layers=2, vision_layers=2), dtype, device, checkpointing)
+    policy = build_policy(config, dtype, device, checkpointing)
+    peak = measure.peak_flops(device, dtype, options.clock)
+    said = dict(clock=options.clock, model=name, commit=options.commit)
+    bench = Bench(policy, options.rounds, peak, gate, **said)
+    parts = {on: lambda on=on: bench.methods(Plan(update_on=on)) for on in ("anchor", "own")}
+    parts |= {item[0]: lambda item=item: bench.grow(*item) for item in SWEEPS.items()}
+    for part in options.parts:
+        rows = parts[part]()
+        print(*map(show, rows), sep="\n", flush=True)
+        measure.append(options.out, rows)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.benchmark(group="update step, 3 + 3 responses of 64 tokens, prompt of 96")
+def test_step(benchmark, method):
+    config = qwen_3b(**CPU_MODEL)
+    policy = build_policy(config, torch.float32, "cpu")
+    plan = Plan(n_anchor=3, n_positive=3, prompt=96, grid=(1, 16, 16), length=64)
+    micros = micro_batches(plan, policy)
+    if method == "prefix_grouper":
+        pytest.importorskip("prefix_grouper")
+    run = METHODS[method].make(policy, micros)
+    exact = exact_gradients(policy, micros)
+    assert distance(gradients(policy, run), exact) <= measure.GATE[torch.float32]
+    benchmark.pedantic(lambda: gradients(policy, run), rounds=5, warmup_rounds=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""A step to measure: a model with random weights, groups of random responses, micro-batches.
+
+Everything from micro-batches on is what training uses (core/packing.py); random are the weights,
+the photos and the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from tercet.core.config import LossConfig
+from tercet.core.costs import Grid
+from tercet.core.model import PolicyParts
+from tercet.core.packing import Piece, branch_prompts, micro_batch
+from tercet.core.types import Group, MicroBatch, Response, Triplet
+from tercet.core.vision import EncodedImage, EncodedPrompt, PromptEncoder
+from tercet.train.policy import Policy
+
+CPU_MODEL = dict(hidden=192, layers=2, vision_layers=2, heads=6, vision_heads=3, vocabulary=800)
+"""Small, with the 3B model's ratios of widths and as large a share of the work in the head."""
+Prompts = Sequence[tuple[EncodedPrompt, Sequence[tuple[int, ...]]]]
+"""Prompts, and the responses that hang on each."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step is made of."""
+
+    update_on: str = "anchor"
+    groups: int = 1
+    in_flight: int = 1
+    """Groups of a micro-batch."""
+    n_anchor: int = 5
+    n_positive: int = 5
+    prompt: int = 316
+    """Tokens, the photo's included."""
+    grid: Grid = (1, 32, 32)
+    length: int = 350
+    """Mean tokens of a response; they lie evenly within 20 % of it, in random order."""
+
+
+@dataclass(frozen=True)
+class Micro:
+    """The responses in flight: as ours takes them, and as prompts and responses."""
+
+    batch: MicroBatch
+    update: Prompts
+    negative: Prompts
+
+
+def qwen_3b(
+    *,
+    hidden: int = 2048,
+    layers: int = 36,
+    vision_layers: int = 32,
+    heads: int = 16,
+    vision_heads: int = 16,
+    vocabulary: int = 151_936,
+) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL-3B's sizes, or a smaller model whose other widths go with `hidden`."""
+    deviation = 0.02 * (2048 / hidden) ** 0.5  # activations of one size at any width
+    section = [part * hidden // heads // 128 for part in (16, 24, 24)]
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": vocabulary,
+            "hidden_size": hidden,
+            "intermediate_size": 11_008 * hidden // 2048,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": max(1, heads // 8),
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": section,
+            },
+            "initializer_range": deviation,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        },
+        vision_config={
+            "depth": vision_layers,
+            "hidden_size": 1280 * hidden // 2048,
+            "intermediate_size": 3420 * hidden // 2048,
+            "num_heads": vision_heads,
+            "out_hidden_size": hidden,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": list(range(min(8, vision_layers) - 1, vision_layers, 8)),
+            "initializer_range": deviation,
+        },
+        image_token_id=vocabulary - 1,
+        video_token_id=vocabulary - 2,
+        vision_start_token_id=vocabulary - 3,
+        tie_word_embeddings=True,
+    )
+
+
+def build_policy(
+    config: Qwen2_5_VLConfig, dtype: torch.dtype, device: str, checkpointing: bool = False
+) -> Policy:
+    """A policy with random weights."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Policy(PolicyParts(model.train(), None, None), LossConfig())
+
+
+class RandomPhotos(PromptEncoder):
+    """Encodes prompts whose photos are noise, another one for every key."""
+
+    def __init__(self, policy: Policy, grid: Grid):
+        self._body, self._grid = policy.model.model, grid
+        self._image_token_id = policy.model.config.image_token_id
+        vision = policy.model.config.vision_config
+        self._merge_area = vision.spatial_merge_size**2
+        self._numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+    def image(self, key: str) -> EncodedImage:
+        noise = np.random.default_rng(list(key.encode()))
+        patches = noise.standard_normal((int(np.prod(self._grid)), self._numbers), np.float32)
+        return EncodedImage(torch.from_numpy(patches), torch.tensor([self._grid]))
+
+
+def make_group(plan: Plan, number: int, vocabulary: int, image_token: int, area: int) -> Group:
+    """Random tokens, advantages, and old log-probs close to a random policy's."""
+    noise = np.random.default_rng(number)
+    text = plan.prompt - int(np.prod(plan.grid)) // area
+    words = noise.integers(0, vocabulary - 8, text).tolist()
+    responses, count = [], plan.n_anchor + plan.n_positive
+    for i, place in enumerate(noise.permutation(count)):
+        length = round(plan.length * (0.8 + 0.4 * (place + 0.5) / count))
+        tokens = tuple(noise.integers(0, vocabulary - 8, length).tolist())
+        role = "anchor" if i < plan.n_anchor else "positive"
+        response = Response(role, tokens, (), "stop", 0, advantage=float(noise.standard_normal()))
+        old = 0.1 * noise.standard_normal(length) - np.log(vocabulary)
+        response.old_logprobs = torch.from_numpy(old.astype(np.float32))
+        responses.append(response)
+    photos = [f"{number}/{role}" for role in ("anchor", "positive", "negative")]
+    triplet = Triplet(str(number), *photos, "", "", "")
+    return Group(str(number), triplet, (*words[:4], image_token, *words[4:]), responses)
+
+
+def micro_batches(plan: Plan, policy: Policy) -> list[Micro]:
+    """The micro-batches of a step, by core/packing.py, and what they were made of."""
+    config, encode = policy.model.config, RandomPhotos(policy, plan.grid)
+    area = config.vision_config.spatial_merge_size**2
+    sizes = (config.text_config.vocab_size, config.image_token_id, area)
+    groups = [make_group(plan, number, *sizes) for number in range(plan.groups)]
+    pieces = [Piece(group, tuple(range(len(group.responses)))) for group in groups]
+    weights = {id(r): 1.0 for group in groups for r in group.responses}
+    total = sum(len(r.token_ids) for group in groups for r in group.responses)
+    micros = []
+    for start in range(0, len(pieces), plan.in_flight):
+        some = pieces[start : start + plan.in_flight]
+        batch = micro_batch(
+            some,
+            encode,
+            weights,
+            update_on=plan.update_on,
+            negative=True,
+            num_loss_tokens=float(total),
+        )
+        branches = [
+            [pair for piece in some for pair in branch_prompts(piece, branch, encode)]
+            for branch in (plan.update_on, "negative")
+        ]
+        micros.append(Micro(batch, *branches))
+    return micros

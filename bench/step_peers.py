@@ -1,0 +1,313 @@
+"""Ways to compute one update step, beside ours: what other trainers do, and ours with a part less.
+
+Every method is handed the same micro-batches (groups of responses, both branches) and adds the same
+gradient of the TAPO loss to the model's parameters. Attention is ours (kernels/varlen.py) or
+PyTorch's SDPA, whichever the method's way of laying out tokens can use, so that what differs is the
+way and not the library. Inputs are laid out before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from tercet.bench.step_case import Micro, Prompts
+from tercet.core.costs import Hung
+from tercet.core.model import PolicyParts
+from tercet.core.packing import pack
+from tercet.core.types import MicroBatch, PackedBatch, to_device
+from tercet.core.vision import EncodedPrompt
+from tercet.kernels.prefix_attention import ATTENTION_NAME
+from tercet.kernels.reference import tapo_loss_reference
+from tercet.train.policy import Policy
+
+Score = Callable[[torch.nn.Module], Tensor]
+"""A model to the log-probs [R] of one branch."""
+Run = Callable[[], Tensor]
+"""Adds the gradient of the mini-batch; returns its loss, 0-d."""
+NO_MASK = {"full_attention": None}
+GROUPER_NAME = "bench_prefix_grouper"
+
+
+def sequence(prompt: EncodedPrompt, tokens: tuple[int, ...]) -> EncodedPrompt:
+    """Prompt and response as one sequence, without the last token, which predicts nothing."""
+    fed = torch.tensor(tokens[:-1], dtype=torch.int64)
+    positions = (prompt.next_position + torch.arange(len(fed))).expand(3, -1)
+    return EncodedPrompt(
+        torch.cat([prompt.input_ids, fed]),
+        torch.cat([prompt.position_ids, positions], dim=1),
+        prompt.next_position + len(fed),
+        prompt.images,
+    )
+
+
+def flat(prompts: Prompts) -> list[tuple[EncodedPrompt, tuple[int, ...]]]:
+    """Every response with its own prompt."""
+    return [(prompt, tokens) for prompt, hung in prompts for tokens in hung]
+
+
+def logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+    """[..., V] and [...] to log-probs [...] in at least float32."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -cross_entropy(wide.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
+
+
+def photos(prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
+    """The model's arguments for the photos of prompts."""
+    images = [image for prompt in prompts for image in prompt.images]
+    return {
+        "pixel_values": torch.cat([image.pixel_values for image in images]),
+        "image_grid_thw": torch.cat([image.grid_thw for image in images]),
+    }
+
+
+def on_device(inputs: dict, device: torch.device) -> dict:
+    return {name: to_device(value, device) for name, value in inputs.items()}
+
+
+def accumulate(model: torch.nn.Module, batch: MicroBatch, scores: Sequence[Score]) -> Tensor:
+    """Add a micro-batch's gradient of the loss as `reference` defines it; returns the loss."""
+    update, negative = (score(model) for score in scores)
+    loss, _ = tapo_loss_reference(
+        update,
+        batch.old_logprobs,
+        negative,
+        batch.advantages,
+        num_loss_tokens=batch.num_loss_tokens,
+        loss_mask=batch.loss_mask,
+    )
+    loss.backward()
+    return loss.detach()
+
+
+def plain(score_of: Callable[[Prompts, torch.device], Score]):
+    """A method from its way to score one branch; the loss is plain PyTorch's."""
+
+    def make(policy: Policy, micros: Sequence[Micro]) -> Run:
+        device = policy.device
+        parts = [
+            (to_device(m.batch, device), [score_of(m.update, device), score_of(m.negative, device)])
+            for m in micros
+        ]
+
+        def run() -> Tensor:
+            return sum(accumulate(policy.model, batch, scores) for batch, scores in parts)
+
+        return run
+
+    return make
+
+
+def one_by_one(prompts: Prompts, device: torch.device) -> Score:
+    """Padding-free sequences, one a response, logits of all tokens: EasyR1 and the released code.
+
+    Sequences lie one behind the other and attend through the variable-length attention that ours
+    uses; each brings its prompt and runs its photo through the vision tower.
+    """
+    pairs = flat(prompts)
+    packed = pack([(sequence(prompt, tokens), []) for prompt, tokens in pairs])
+    labels, rows = packed.input_ids.roll(-1), []
+    for start, (prompt, tokens) in zip(packed.segments.cu_seqlens.tolist(), pairs, strict=False):
+        rows.append(start + len(prompt) - 1 + torch.arange(len(tokens)))
+        labels[rows[-1]] = torch.tensor(tokens)
+    packed, labels, rows = (to_device(x, device) for x in (packed, labels, torch.cat(rows)))
+
+    def score(model) -> Tensor:
+        logits = model(
+            input_ids=packed.input_ids[None],
+            position_ids=packed.position_ids[:, None],
+            attention_mask=NO_MASK,
+            pixel_values=packed.pixel_values,
+            image_grid_thw=packed.image_grid_thw,
+            segments=packed.segments,
+            use_cache=False,
+        ).logits[0]
+        return logprobs(logits, labels)[rows]
+
+    return score
+
+
+def padded(prompts: Prompts, device: torch.device) -> Score:
+    """Right-padded [B, L] with an attention mask and logits of the completions, whole.
+
+    TRL's way, but for its newer releases' own chunked head (see bench/kernels.py for that one).
+    """
+    pairs = flat(prompts)
+    assert len({len(prompt) for prompt, _ in pairs}) == 1, "completions begin at one place"
+    lines = [sequence(prompt, tokens) for prompt, tokens in pairs]
+    positions = pad_sequence([line.position_ids.T for line in lines], batch_first=True)
+    inputs = {
+        "input_ids": pad_sequence([line.input_ids for line in lines], batch_first=True),
+        "attention_mask": pad_sequence(
+            [torch.ones(len(line), dtype=torch.int64) for line in lines], batch_first=True
+        ),
+        "position_ids": positions.permute(2, 0, 1).contiguous(),  # [3, B, L]
+    } | photos(lines)
+    inputs = on_device(inputs, device)
+    answers = [torch.tensor(tokens) for _, tokens in pairs]
+    labels = pad_sequence(answers, batch_first=True).to(device)
+    valid = pad_sequence([torch.ones_like(a, dtype=torch.bool) for a in answers], batch_first=True)
+    valid = valid.to(device)
+
+    def score(model) -> Tensor:
+        logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1]).logits
+        return logprobs(logits, labels)[valid]
+
+    return score
+
+
+def ours(policy: Policy, micros: Sequence[Micro]) -> Run:
+    """Shared prefix, fused head and loss: train/policy.py."""
+    batches = [to_device(m.batch, policy.device) for m in micros]
+
+    def run() -> Tensor:
+        return sum(policy.accumulate(batch)[0] for batch in batches)
+
+    return run
+
+
+def no_sharing(policy: Policy, micros: Sequence[Micro]) -> Run:
+    """Ours with one response a prompt."""
+
+    def alone(prompts: Prompts) -> PackedBatch:
+        return pack([(prompt, [tokens]) for prompt, tokens in flat(prompts)])
+
+    unshared = [
+        replace(m, batch=replace(m.batch, update=alone(m.update), negative=alone(m.negative)))
+        for m in micros
+    ]
+    return ours(policy, unshared)
+
+
+class PlainHead(Policy):
+    """The policy with plain PyTorch's head and loss."""
+
+    def _tapo(self, batch, negative, return_logprobs=False, apart=False):
+        scored = [
+            logprobs(self.model.lm_head(self._hidden(packed)), batch.labels)
+            for packed in (batch.update, negative)
+        ]
+        rows = self._loss(batch) | {"neg_logprobs": scored[1]}
+        loss, metrics = tapo_loss_reference(scored[0], **rows)
+        return loss, metrics | {"hidden": []}  # one backward pass through all of it
+
+
+def plain_head(policy: Policy, micros: Sequence[Micro]) -> Run:
+    """Ours with all logits of the response tokens, kept."""
+    return ours(PlainHead(PolicyParts(policy.model, None, None), policy.loss), micros)
+
+
+def prefix_grouper(prompts: Prompts, device: torch.device) -> Score:
+    """The package of that name, as its tutorial says, on transformers' SDPA.
+
+    Each group is a row; prefixes attend by themselves, responses to their repeated prefix and
+    themselves; logits of all tokens.
+    """
+    from prefix_grouper import PrefixGrouper
+
+    AttentionInterface.register(GROUPER_NAME, _grouper_attention)
+    firsts = [prompt for prompt, _ in prompts]
+    prefix = torch.stack([prompt.input_ids for prompt in firsts])
+    prefix_places = torch.stack([prompt.position_ids.T for prompt in firsts])
+    answers = [torch.tensor(tokens) for _, tokens in flat(prompts)]
+    suffix = pad_sequence([a[:-1] for a in answers], batch_first=True)
+    ones = [torch.ones(len(a) - 1, dtype=torch.bool) for a in answers]
+    masks = torch.ones_like(prefix, dtype=torch.bool), pad_sequence(ones, batch_first=True)
+    suffix_places = pad_sequence(
+        [
+            (prompt.next_position + torch.arange(len(tokens) - 1))[:, None].expand(-1, 3)
+            for prompt, tokens in flat(prompts)
+        ],
+        batch_first=True,
+    )
+    grouper = PrefixGrouper.from_ungrouped_masks(
+        *masks, [len(hung) for _, hung in prompts], device=device
+    )
+    places = grouper.concat_input(prefix_places, masks[0], suffix_places, masks[1])
+    inputs = {
+        "input_ids": grouper.concat_input(prefix, masks[0], suffix, masks[1]),
+        "position_ids": places.permute(2, 0, 1).contiguous(),
+    } | photos(firsts)
+    inputs = on_device(inputs, device)
+    labels = pad_sequence(answers, batch_first=True).to(device)
+
+    def score(model) -> Tensor:
+        model.set_attn_implementation({"text_config": GROUPER_NAME})
+        logits = model(
+            **inputs, attention_mask=NO_MASK, use_cache=False, prefix_grouper=grouper
+        ).logits
+        _, _, logits, valid = grouper.split_output(logits, include_prefix_last=1)
+        return logprobs(logits, labels)[valid]
+
+    return score
+
+
+def _grouper_attention(module, query, key, value, mask, scaling=None, prefix_grouper=None, **_):
+    def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+        causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        seen = causal.tril(k.shape[2] - q.shape[2]) & valid[:, None, None]
+        return sdpa_attention_forward(module, q, k, v, seen, scaling=scaling, is_causal=False)[0]
+
+    return prefix_grouper.forward(attend, query, key, value), None
+
+
+def grouper_step(policy: Policy, micros: Sequence[Micro]) -> Run:
+    run_plain = plain(prefix_grouper)(policy, micros)
+
+    def run() -> Tensor:
+        try:
+            return run_plain()
+        finally:
+            policy.model.set_attn_implementation({"text_config": ATTENTION_NAME})
+
+    return run
+
+
+def shared(prompts: Prompts) -> list[Hung]:
+    """Work of a branch in which responses share their prompts."""
+    return [
+        Hung(len(prompt), _grids(prompt), [len(tokens) for tokens in hung])
+        for prompt, hung in prompts
+    ]
+
+
+def unshared(prompts: Prompts) -> list[Hung]:
+    """Work of a branch with a prompt a response."""
+    return [Hung(len(p), _grids(p), [len(tokens)]) for p, tokens in flat(prompts)]
+
+
+def to_longest(prompts: Prompts) -> list[Hung]:
+    """Work of a branch padded to its longest response."""
+    longest = max(len(tokens) for _, tokens in flat(prompts))
+    return [Hung(len(p), _grids(p), [longest]) for p, _ in flat(prompts)]
+
+
+def _grids(prompt: EncodedPrompt) -> list[tuple[int, ...]]:
+    return [tuple(image.grid_thw[0].tolist()) for image in prompt.images]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compute the step, and what it costs."""
+
+    make: Callable[[Policy, Sequence[Micro]], Run]
+    work: Callable[[Prompts], list[Hung]]
+    prompt_logits: bool = False
+    """Whether prompt tokens reach the head, too."""
+
+
+METHODS = {
+    "ours": Method(ours, shared),
+    "one_by_one": Method(plain(one_by_one), unshared, prompt_logits=True),
+    "padded": Method(plain(padded), to_longest),
+    "no_sharing": Method(no_sharing, unshared),
+    "plain_head": Method(plain_head, shared),
+    "prefix_grouper": Method(grouper_step, shared, prompt_logits=True),
+}

@@ -1,0 +1,225 @@
+"""The benchmark of the update step: methods compute one thing, and rows say what was measured."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from tercet.bench import figures, measure, step
+from tercet.bench.step_case import Plan, build_policy, micro_batches, qwen_3b
+from tercet.bench.step_peers import METHODS, Method, flat, ours, unshared
+from tercet.core.costs import Shape
+
+TINY = dict(hidden=128, layers=2, vision_layers=2, heads=8, vision_heads=2, vocabulary=96)
+SMALL = dict(n_anchor=2, n_positive=1, prompt=40, grid=(1, 12, 8), length=12)
+
+
+def tiny_policy(dtype=torch.float64, **options):
+    policy = build_policy(qwen_3b(**TINY), dtype, "cpu", **options)
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.dim() == 1:  # biases would be zero
+                parameter += 0.1 * torch.randn(parameter.shape, generator=noise)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny_policy()
+
+
+def computed(policy, name, micros):
+    if name == "prefix_grouper":
+        pytest.importorskip("prefix_grouper")
+    run = METHODS[name].make(policy, micros)
+    policy.zero_grad(set_to_none=True)
+    loss = run()
+    return loss, [parameter.grad for parameter in policy.parameters()]
+
+
+@pytest.mark.parametrize("update_on", ["anchor", "own"])
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_compute_one_loss_and_one_gradient(policy, name, update_on):
+    micros = micro_batches(Plan(update_on, groups=3, in_flight=2, **SMALL), policy)
+    assert [len(flat(m.update)) for m in micros] == [6, 3]
+    loss, found = computed(policy, name, micros)
+    wanted, _ = computed(policy, "ours", micros)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-7)
+    exact = step.exact_gradients(policy, micros)
+    assert step.distance(found, exact) < 1e-6  # transformers' RMSNorm computes in float32
+    assert all(gradient.abs().max() > 0 for gradient in exact)
+
+
+def test_own_and_anchor_are_different_steps(policy):
+    anchor, own = (
+        computed(policy, "one_by_one", micro_batches(Plan(on, **SMALL), policy))[1]
+        for on in ("anchor", "own")
+    )
+    assert step.distance(own, anchor) > 1e-3
+
+
+def test_checkpointing_changes_no_gradient(policy):
+    micros = micro_batches(Plan(**SMALL), policy)
+    again = tiny_policy(checkpointing=True)
+    for name in ("ours", "one_by_one", "padded"):
+        found = computed(again, name, micros)[1]
+        assert step.distance(found, computed(policy, name, micros)[1]) < 1e-10
+    bench = step.Bench(again, 1, 1e12, model="tiny")
+    row = bench.row("ours", Plan(**SMALL), micros)
+    assert row.checkpointing is True
+    plain = step.step_flops(METHODS["ours"], micros, bench.shape) / 1e12
+    assert plain * 1.25 < row.tflop < plain * 4 / 3
+
+
+@pytest.mark.parametrize("update_on, ratio", [("anchor", 2.19), ("own", 2.06)])
+def test_the_3b_shape_promises_twice_the_speed(policy, update_on, ratio):
+    """And 2.11 and 1.99 over one response a prompt that computes no logits of prompts."""
+    shape = Shape.of(qwen_3b())
+    assert (shape.layers, shape.hidden, shape.vocabulary) == (36, 2048, 151_936)
+    assert (shape.vision_layers, shape.full_layers, shape.head_dim) == (32, 4, 128)
+    micros = micro_batches(Plan(update_on), policy)
+    assert len(micros[0].batch.labels) == 3500
+    work = {name: step.step_flops(method, micros, shape) for name, method in METHODS.items()}
+    assert work["one_by_one"] / work["ours"] == pytest.approx(ratio, abs=0.02)
+    assert work["no_sharing"] / work["ours"] == pytest.approx(ratio - 0.08, abs=0.02)
+    assert work["padded"] > work["no_sharing"] and work["plain_head"] == work["ours"]
+    logits = 20 * 315 * 3 * 2 * 2048 * 151_936
+    assert work["one_by_one"] - work["no_sharing"] == pytest.approx(logits, rel=1e-9)
+
+
+def bench_of(dtype=torch.float32):
+    return step.Bench(tiny_policy(dtype), 2, 1e11, model="tiny", commit="abc")
+
+
+def test_what_is_not_exact_is_not_timed(monkeypatch):
+    def wrong(policy, micros):
+        late = [
+            replace(m, batch=replace(m.batch, advantages=1.01 * m.batch.advantages)) for m in micros
+        ]
+        return ours(policy, late)
+
+    def broken(policy, micros):
+        return lambda: 1 / 0
+
+    monkeypatch.setitem(METHODS, "wrong", Method(wrong, unshared))
+    monkeypatch.setitem(METHODS, "broken", Method(broken, unshared))
+    monkeypatch.setitem(sys.modules, "prefix_grouper", None)
+    rows = bench_of().methods(Plan(**SMALL), ["wrong", "one_by_one", "broken", "prefix_grouper"])
+    wrong, right, broken, absent = rows
+    assert "over the gate of 0.0001" in wrong.note and wrong.grad_error > 1e-3
+    assert broken.note == "ZeroDivisionError: division by zero"
+    assert absent.note.startswith("ModuleNotFoundError") and "prefix_grouper" in absent.note
+    assert all(
+        row.ms_50 is row.mfu is row.measured_ratio is None for row in (wrong, broken, absent)
+    )
+    assert right.note == "" and right.grad_error < 1e-4 and right.measured_ratio == 1
+
+
+def test_16_bit_gradients_are_compared_on_a_model_of_few_layers(policy):
+    shallow = tiny_policy(torch.bfloat16)
+    deep = build_policy(qwen_3b(**TINY | {"layers": 9}), torch.bfloat16, "cpu")
+    bench = step.Bench(deep, 1, 1e11, shallow, model="tiny", commit="")
+    for row in bench.methods(Plan(**SMALL), ["ours", "one_by_one", "plain_head"]):
+        assert row.note == "" and 1e-3 < row.grad_error < 0.1 and row.ms_50 > 0
+    assert bench.row("ours", Plan(), []).dtype == "bfloat16"
+
+
+def test_figures_of_a_row_follow_from_its_time():
+    bench = bench_of()
+    rows = {row.method: row for row in bench.methods(Plan("own", **SMALL), ["ours", "one_by_one"])}
+    ours, base = rows["ours"], rows["one_by_one"]
+    assert ours.ms_20 <= ours.ms_50 <= ours.ms_80
+    assert ours.tokens_per_s == pytest.approx(1e3 * ours.response_tokens / ours.ms_50)
+    assert ours.mfu == pytest.approx(ours.tflop / (ours.ms_50 / 1e3) / 0.1)
+    assert base.mfu == pytest.approx(ours.mfu * ours.ms_50 / base.ms_50)
+    assert ours.predicted_ratio == pytest.approx(base.tflop / ours.tflop)
+    assert ours.measured_ratio == pytest.approx(base.ms_50 / ours.ms_50)
+    assert ours.packed_tokens == 3 * 40 + 2 * (ours.response_tokens - 3)
+    assert 0 < ours.extra_mib < base.extra_mib
+
+
+def test_memory_is_the_peak_above_what_is_returned():
+    def call():
+        kept = torch.ones(2**18)  # 1 MiB
+        for _ in range(3):
+            torch.ones(2**20)
+        return [kept]
+
+    kept, extra = measure.extra_mib(call, on_gpu=False)
+    assert kept[0].sum() == 2**18 and extra == pytest.approx(4, abs=0.01)
+
+
+def test_calls_take_turns_and_the_cpu_clock_does_not_count_waiting():
+    order = []
+    calls = {
+        "work": lambda: order.append("work") or sum(range(300_000)),
+        "wait": lambda: order.append("wait") or time.sleep(0.02),
+    }
+    wall, cpu = (measure.interleaved(calls, 3, 1, False, clock) for clock in ("wall", "cpu"))
+    assert order == ["work", "wait"] * 8
+    assert wall["wait"][0] >= 20 > 10 > cpu["wait"][2] and cpu["work"][0] > 1
+    assert wall["work"][0] <= wall["work"][1] <= wall["work"][2]
+
+
+def test_a_ledger_keeps_its_columns(tmp_path):
+    row = bench_of().row("ours", Plan(), [])
+    measure.append(tmp_path / "a.csv", [row])
+    measure.append(tmp_path / "a.csv", [row, row])
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 4
+    (tmp_path / "b.csv").write_text("method,ms\n")
+    with pytest.raises(ValueError, match=r"b\.csv has the columns \['method', 'ms'\]"):
+        measure.append(tmp_path / "b.csv", [row])
+
+
+def test_the_command_writes_rows_and_the_figure_shows_them(tmp_path, monkeypatch):
+    plan = partial(Plan, **SMALL)
+    monkeypatch.setattr(step, "CPU_MODEL", TINY)
+    monkeypatch.setattr(step, "Plan", plan)
+    sweeps = {"groups": [plan(groups=n, in_flight=n) for n in (1, 2)], "length": [Plan(**SMALL)]}
+    monkeypatch.setattr(step, "SWEEPS", sweeps)
+    monkeypatch.setattr(measure, "keep_memory", lambda: None)  # for good, in this process
+    ledger = tmp_path / "step.csv"
+    monkeypatch.setattr("sys.argv", ["step", "--out", str(ledger), "--rounds", "1"])
+    step.main()
+    with ledger.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == [*METHODS, *METHODS, "ours", "ours", "ours"]
+    assert [row["update_on"] for row in rows[: 2 * len(METHODS)]] == [
+        on for on in ("anchor", "own") for _ in METHODS
+    ]
+    assert [row["sweep"] for row in rows[-3:]] == ["groups", "groups", "length"]
+    grown = [float(row["tflop"]) for row in rows[-3:-1]]
+    assert grown[1] == pytest.approx(2 * grown[0], rel=0.1)
+    timed = [row for row in rows if row["ms_50"]]
+    assert {row["method"] for row in rows} - {row["method"] for row in timed} <= {"prefix_grouper"}
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self))
+    figures.draw_step(ledger, tmp_path / "step.png")
+    time, memory, curve, growth = drawn[0].axes
+    bars = [row for row in timed if row["update_on"] == "anchor" and not row["sweep"]]
+    slow = max(float(row["ms_50"]) for row in bars) / 1e3
+    anchor, own = time.containers
+    assert anchor.patches[0].get_width() == pytest.approx(slow)
+    assert (
+        len(own.patches)
+        == len(memory.containers[0].patches)
+        == len({row["method"] for row in timed})
+    )
+    assert list(curve.get_lines()[0].get_xdata()) == pytest.approx(grown)
+    mib = [float(row["extra_mib"]) for row in rows[-3:-1]]
+    assert list(growth.get_lines()[0].get_ydata()) == pytest.approx(mib)
+
+
+def test_an_empty_ledger_draws_nothing(tmp_path):
+    (tmp_path / "step.csv").write_text("device,model,dtype,clock,ms_50\n")
+    with pytest.raises(ValueError, match="holds no timed row"):
+        figures.draw_step(tmp_path / "step.csv", tmp_path / "step.png")

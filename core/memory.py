@@ -14,9 +14,9 @@ norms. In an update memory is highest at one of three places:
     backward    the last layer is gone through, the others are still kept
     step        no activations: gradients and optimiser states
 
-Where both branches exist at once, the update's is gone through backwards first, then the negative's,
-each in a pass of its own (in one pass the first one's gradients of all parameters would wait for
-the second's, unsharded).
+Where both branches exist at once, the update's is gone through backwards first, then the
+negative's, each in a pass of its own (in one pass the first one's gradients of all parameters would
+wait for the second's, unsharded).
 
 FSDP2 (fully_shard of each layer and block, the rest as the root) leaves the root whole from the
 first forward pass to the end of the backward pass, and two blocks beside it, the one at work and

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -33,6 +31,8 @@ def add_lora(model: nn.Module, config: ModelConfig) -> None:
             "model.lora_rank must be at least 0 and model.lora_alpha positive, got "
             f"{config.lora_rank} and {config.lora_alpha}"
         )
+    from peft import LoraConfig, inject_adapter_in_model  # seconds, for those who want it
+
     options = LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=config.lora_targets
     )
@@ -53,7 +53,7 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Sharded ones are put together one at a time: a collective, which every rank iterates. Additions
     are merged, in float32 at least.
     """
-    lora = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    lora = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     for name, parameter in model.named_parameters():
         if is_added(name):
             continue

@@ -5,8 +5,9 @@ pass is given as out and log-sum-exp need not be its own forward's: with those o
 that the call is a part of, its gradients are that part of the whole gradient (see
 prefix_attention.py). Key heads are not repeated for grouped queries.
 
-On a GPU this is the flash attention behind torch.nn.attention.varlen (16-bit dtypes), on a CPU
-PyTorch's flash attention for CPUs, sequences of similar length padded together. The vision towers
+On a GPU this is the package flash-attn where it is installed, else the flash attention behind
+torch.nn.attention.varlen (both 16-bit dtypes), on a CPU PyTorch's flash attention for CPUs,
+sequences of similar length padded together. The vision towers
 of transformers reach it as the registered attention `tercet_flash_vision`: all windows of all
 photos in one call, where other names make them loop over the windows.
 """
@@ -14,7 +15,7 @@ photos in one call, where other names make them loop over the windows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -141,11 +142,36 @@ FLASH = Varlen("flash attention", _flash_forward, _flash_backward)
 CPU = Varlen("flash attention for CPUs", _cpu_forward, _cpu_backward)
 
 
+@cache
+def package_backend() -> Varlen | None:
+    """The package flash-attn (2.x); None where it is not installed."""
+    try:
+        from flash_attn import flash_attn_interface as package
+    except ImportError:
+        return None
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, causal: bool, scale: float):
+        out, lse, *_ = package._flash_attn_varlen_forward(q, k, v, *bounds, 0.0, scale, causal)
+        return out, lse.T
+
+    def backward(grad, q, k, v, out, lse, bounds: Bounds, causal: bool, scale: float):
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        tensors = (grad, q, k, v, out, lse.T.contiguous(), *grads)
+        no_window, no_cap, no_alibi, repeatable = (-1, -1), 0.0, None, False
+        options = (0.0, scale, causal, *no_window, no_cap, no_alibi, repeatable)
+        package._flash_attn_varlen_backward(*tensors, *bounds, *options)
+        return grads
+
+    return Varlen("flash-attn", forward, backward)
+
+
 def backend_of(q: Tensor) -> Varlen | None:
     """The backend for tensors like q; None where there is none (float32 on a GPU)."""
     if q.device.type == "cpu":
         return CPU
-    return FLASH if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) else None
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return package_backend() or FLASH
+    return None
 
 
 class _Attention(torch.autograd.Function):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,15 @@ from torch import Tensor
 from tercet.core.types import to_device
 from tercet.core.vision import PromptEncoder
 from tercet.kernels.prefix_attention import prefix_attention
-from tercet.kernels.varlen import CPU, FLASH, VISION_NAME, Bounds, Varlen, backend_of
+from tercet.kernels.varlen import (
+    CPU,
+    FLASH,
+    VISION_NAME,
+    Bounds,
+    Varlen,
+    backend_of,
+    package_backend,
+)
 
 pytestmark = pytest.mark.core
 
@@ -102,18 +112,60 @@ def test_the_cpu_backend_is_flash_attention_written_out(causal, key_heads):
         assert (found - want).abs().max() < 1e-12
 
 
+def test_the_flash_attn_package_is_called_as_it_wants_to_be(monkeypatch):
+    """A stand-in with the signatures of flash-attn 2.8, log-sum-exp heads first."""
+
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, causal, window_size_left=-1
+    ):
+        assert dropout_p == 0 and window_size_left == -1
+        bounds = Bounds(cu_q, cu_k, max_q, max_k)
+        out, lse = plain_forward(q, k, v, bounds, causal, softmax_scale)
+        return out, lse.T.contiguous(), None, None
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_q, cu_k, max_q, max_k, *rest
+    ):
+        dropout_p, scale, causal, left, right, softcap, alibi_slopes, deterministic = rest
+        assert (dropout_p, left, right, softcap, alibi_slopes) == (0, -1, -1, 0, None)
+        assert not deterministic and softmax_lse.shape == out.shape[1::-1]
+        bounds = Bounds(cu_q, cu_k, max_q, max_k)
+        found = plain_backward(dout, q, k, v, out, softmax_lse.T, bounds, causal, scale)
+        for into, gradient in zip((dq, dk, dv), found, strict=True):
+            assert into.is_contiguous()
+            into.copy_(gradient)
+
+    package = ModuleType("flash_attn")
+    package.flash_attn_interface = SimpleNamespace(
+        _flash_attn_varlen_forward=_flash_attn_varlen_forward,
+        _flash_attn_varlen_backward=_flash_attn_varlen_backward,
+    )
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    package_backend.cache_clear()
+    segments, seen = layout(RAGGED)
+    tensors = draw(len(seen), 2, torch.float64)
+    ours = with_gradients(prefix_attention, tensors, segments, SCALE, package_backend())
+    package_backend.cache_clear()
+    for one, other in zip(ours, with_gradients(explicit, tensors, seen, SCALE), strict=True):
+        assert (one - other).abs().max() < 1e-12
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("key_heads", [4, 1])
-def test_flash_attention_errs_at_most_twice_as_much_as_plain(dtype, key_heads):
+@pytest.mark.parametrize("which", ["torch", "package"])
+def test_flash_attention_errs_at_most_twice_as_much_as_plain(dtype, key_heads, which):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    backend = FLASH if which == "torch" else package_backend()
+    if backend is None:
+        pytest.skip("needs flash-attn")
     segments, seen = layout(RAGGED)
     tensors = [t.detach() for t in draw(len(seen), key_heads, dtype)]
     exact = [t.double().requires_grad_() for t in tensors]
     tensors = [t.cuda().requires_grad_() for t in tensors]
-    assert backend_of(tensors[0]) is FLASH
-    ours = with_gradients(prefix_attention, tensors, to_device(segments, "cuda"), SCALE)
+    assert backend_of(tensors[0]) is (package_backend() or FLASH)
+    ours = with_gradients(prefix_attention, tensors, to_device(segments, "cuda"), SCALE, backend)
     plain = with_gradients(explicit, tensors, seen.cuda(), SCALE)
     for one, other, truth in zip(
         ours, plain, with_gradients(explicit, exact, seen, SCALE), strict=True

@@ -60,9 +60,10 @@ class World:
         self.files_group: dist.ProcessGroup | None = None
         """For writing checkpoints, beside what else the ranks exchange."""
         if self.size > 1 or config.mixed_precision or config.offload:
-            self._join(timedelta(seconds=config.timeout_s))
+            timeout = timedelta(seconds=config.timeout_s)
+            self._join(timeout)
             self.mesh = _mesh(device.type, self.size, config.replicas)
-            self.files_group = dist.new_group(backend="gloo")
+            self.files_group = dist.new_group(backend="gloo", timeout=timeout)
 
     def _join(self, timeout: timedelta) -> None:
         store, rank, size = dist.HashStore(), 0, 1
@@ -182,7 +183,7 @@ def shard(policy: nn.Module, world: World, config: ParallelConfig) -> None:
         )
     offload = CPUOffloadPolicy(world.device.type == "cuda") if config.offload else OffloadPolicy()
     whole = dict([*policy.named_parameters(), *policy.named_buffers()]) if world.is_first else {}
-    made: dict[int, nn.Parameter] = {}
+    made: dict[nn.Parameter, nn.Parameter] = {}
     body = policy.model.model
     for module in (*body.language_model.layers, *body.visual.blocks, policy):
         _give_memory(module, world.device, made)
@@ -194,13 +195,15 @@ def shard(policy: nn.Module, world: World, config: ParallelConfig) -> None:
     _hand_out(policy, whole, world)
 
 
-def _give_memory(module: nn.Module, device: torch.device, made: dict[int, nn.Parameter]) -> None:
+def _give_memory(
+    module: nn.Module, device: torch.device, made: dict[nn.Parameter, nn.Parameter]
+) -> None:
     """Memory on a device, of any content, for what is not sharded yet; what is tied stays tied."""
     for part in module.modules():
         for name, param in part.named_parameters(recurse=False):
             if not isinstance(param, DTensor):
                 empty = torch.empty_like(param, device=device)
-                fresh = made.setdefault(id(param), nn.Parameter(empty, param.requires_grad))
+                fresh = made.setdefault(param, nn.Parameter(empty, param.requires_grad))
                 setattr(part, name, fresh)
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, torch.empty_like(buffer, device=device))

@@ -90,11 +90,7 @@ class Saver:
         trained, world = self._trained, self._world
         trained.optimizer.zero_grad(set_to_none=True)
         shards, updates = _training_tensors(trained)
-        weights = None
-        has_lora = any(is_added(name) for name, _ in trained.policy.named_parameters())
-        if self._pool or world.mesh is not None or has_lora:
-            copies = ((n, w.to("cpu", copy=True)) for n, w in trained.policy.named_weights())
-            weights = dict(pair for pair in copies if world.is_first)
+        weights = self._whole_weights()
         if self._pool:
             shards = {name: tensor.to("cpu", copy=True) for name, tensor in shards.items()}
         best = self._settle(step)
@@ -166,6 +162,18 @@ class Saver:
         """Wait for what is being written, without the other ranks."""
         if self._pool:
             self._pool.shutdown()
+
+    def _whole_weights(self) -> dict[str, Tensor] | None:
+        """Copies on the CPU of rank 0; None where the model itself can be written."""
+        policy = self._trained.policy
+        has_lora = any(is_added(name) for name, _ in policy.named_parameters())
+        if self._pool is None and self._world.mesh is None and not has_lora:
+            return None
+        weights = {}
+        for name, weight in policy.named_weights():
+            if self._world.is_first:
+                weights[name] = weight.to("cpu", copy=True)
+        return weights
 
     def _settle(self, step: int) -> int | None:
         """The step whose checkpoint is to be kept besides the newest, this one counted."""

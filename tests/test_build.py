@@ -16,15 +16,15 @@ from tercet.core.config import ModelConfig, ParallelConfig, SftConfig
 from tercet.core.model import load_policy
 from tercet.core.packing import pack
 from tercet.core.vision import EncodedPrompt
-from tercet.train.build import build_policy
+from tercet.train.build import build_policy, use_liger
 from tercet.train.parallel import World
 
 ROWS = torch.arange(20, 30)
 
 
-def loss_and_gradients(config: SftConfig, device: str = "cpu"):
+def loss_and_gradients(config: SftConfig, device: str = "cpu", change=lambda model: None):
     world, parts = World(torch.device(device), config.parallel), tiny()
-    parts.model.to(device)
+    change(parts.model.to(device))
     policy = build_policy(parts, config, world).train()
     prompt = EncodedPrompt(torch.arange(9, 20), torch.arange(11).expand(3, 11), 11, ())
     packed = pack([(prompt, [ROWS[:4].tolist(), ROWS[4:].tolist()])])
@@ -85,8 +85,10 @@ def test_mixed_precision_needs_float32_parameters():
 @pytest.mark.core
 def test_liger_where_it_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", None)
-    config = SftConfig(model=ModelConfig(liger=True))
     with pytest.raises(ValueError, match="model.liger needs the package liger-kernel"):
+        use_liger(tiny().model)
+    config = SftConfig(model=ModelConfig(liger=True))
+    with pytest.raises(ValueError, match="model.liger needs a GPU"):
         build_policy(tiny(), config, World(torch.device("cpu"), ParallelConfig()))
 
 
@@ -105,8 +107,7 @@ def test_liger_stands_in_norms_and_mlps(monkeypatch):
     module = SimpleNamespace(liger_rms_norm=liger_rms_norm, liger_swiglu=liger_swiglu)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", module)
     loss, grads = loss_and_gradients(SftConfig())
-    liger = SftConfig(model=ModelConfig(liger=True))
-    liger_loss, liger_grads = loss_and_gradients(liger)
+    liger_loss, liger_grads = loss_and_gradients(SftConfig(), change=use_liger)
     assert calls == {"norm": 5, "swiglu": 2}  # two layers, and the last norm
     assert_same(loss, grads, liger_loss, liger_grads)
 

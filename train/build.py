@@ -55,7 +55,9 @@ def build_policy(
     """
     model = parts.model
     if config.model.liger:
-        _use_liger(model)
+        if world.device.type == "cpu":
+            raise ValueError("model.liger needs a GPU")
+        use_liger(model)
     if config.model.lora_rank:
         add_lora(model, config.model)
     if config.model.gradient_checkpointing:
@@ -78,8 +80,15 @@ def build_policy(
     return policy
 
 
-def _use_liger(model: nn.Module) -> None:
-    """Liger's kernels in this model's RMSNorms and gated MLPs."""
+def use_liger(model: nn.Module) -> None:
+    """Put Liger's kernels into this model's RMSNorms and gated MLPs.
+
+    Its multimodal RoPE has no place any more: transformers picks the sections of cosines and sines
+    once for all layers.
+
+    Raises:
+        ValueError: liger-kernel is not installed.
+    """
     try:
         from liger_kernel.transformers.functional import liger_rms_norm, liger_swiglu
     except ImportError as error:

@@ -672,10 +672,11 @@ def test_a_stream_does_not_wait_for_slow_responses(make, parts):
     result = collect(sampler)
     assert ranks(result.groups) == ["0.1", "0.3", "0.4", "0.5"]
     assert {0, 2} <= set(engine.aborted) and engine.running == 0
-    aborted = sorted(engine.aborted)
-    assert result.prompts_sent == 4 + len(aborted) and result.groups_done == 4
+    # Of those that were sent, some may not have begun.
+    left = [rank for rank in range(result.prompts_sent) if rank not in (1, 3, 4, 5)]
+    assert set(engine.aborted) <= set(left) and result.groups_done == 4
     returned = [t.id for t in sampler._stream.state()["returned"]]
-    assert returned == [triplet_of(sampler, rank) for rank in aborted]
+    assert returned == [triplet_of(sampler, rank) for rank in left]
     engine.turns = lambda rank: 1 + 20 * rank
     again = collect(sampler, step=1)
     assert [g.triplet.id for g in again.groups] == returned[:4]

@@ -41,6 +41,8 @@ class Session:
         default_factory=lambda: defaultdict(asyncio.Lock)
     )
     """Held while the server of that address is restarted."""
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while weights go to one: all ranks of a sharded policy put them together."""
 
 
 class SharedSession:

@@ -59,7 +59,7 @@ class Engine(Protocol):
         ...
 
     def update_weights(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Take over the policy's weights; a collective that all ranks call."""
+        """Take over the policy's weights: iterates them to the end, also where it fails."""
         ...
 
     def sleep(self) -> None:
@@ -78,16 +78,6 @@ class IdleEngine:
 
     weight_version = 0
     full_vocabulary = True
-
-    def update_weights(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Take part in putting sharded weights together."""
-        for _ in named_weights:
-            pass
-        self.weight_version = version
-
-    def sleep(self) -> None: ...
-
-    def wake(self) -> None: ...
 
     def close(self) -> None: ...
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -320,9 +321,9 @@ class SglangEngine:
                 return
             await asyncio.to_thread(endpoint.restart)
             if self._version_name != "default":
-                await asyncio.to_thread(
-                    self._load, [endpoint], self._weights(), self.weight_version
-                )
+                async with session.loading:
+                    weights = self._weights()
+                    await asyncio.to_thread(self._load, [endpoint], weights, self.weight_version)
 
     def _load(
         self,
@@ -330,7 +331,10 @@ class SglangEngine:
         named_weights: Iterator[tuple[str, Tensor]],
         version: int,
     ) -> None:
-        self._sync.send(endpoints, named_weights, version)
+        try:
+            self._sync.send(endpoints, named_weights, version)
+        finally:
+            deque(named_weights, maxlen=0)  # to its end: other ranks may put weights together too
         for endpoint in endpoints:
             found = str(endpoint.get("/model_info").get("weight_version"))
             if found != str(version):

@@ -274,24 +274,56 @@ def test_training_shares_a_running_server_that_sleeps_during_updates(tmp_path, m
     assert server.is_healthy()
 
 
-def test_two_ranks_share_a_server(tmp_path, server):
-    """Sharded weights reach it whole: its log-probs are the trainer's."""
+LENGTH = """def length(rows):
+    return [{'overall': row['response_length'] / 10} for row in rows]
+"""
+KILLING = """import itertools, os, pathlib, signal
+calls = itertools.count(1)
+def length(rows):
+    if next(calls) in (4, 6):  # when step 1 is sampled, and in the middle of step 2
+        for process in pathlib.Path('/proc').iterdir():
+            try:
+                line = (process / 'cmdline').read_text()
+                if 'sglang.launch_server' in line and RUN in line:
+                    os.killpg(os.getpgid(int(process.name)), signal.SIGKILL)
+            except (OSError, ValueError):
+                pass
+    return [{'overall': row['response_length'] / 10} for row in rows]
+"""
+
+
+def train_on_two_ranks(folder: Path, reward: str, *more: str) -> list[dict]:
     root = Path(__file__).resolve().parents[1]
-    (tmp_path / "lengths.py").write_text(
-        "def length(rows):\n    return [{'overall': row['response_length'] / 10} for row in rows]\n"
-    )
+    (folder / "lengths.py").write_text(reward)
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     script = ["--standalone", "--nproc-per-node", "2", str(root / "train" / "tapo.py")]
-    more = [f"--rollout.urls=['{server.url}']", "--rollout.reward=lengths:length"]
+    options = [*training_options(folder, steps=2), "--rollout.reward=lengths:length", *more]
     done = subprocess.run(
-        [torchrun, *script, *training_options(tmp_path, steps=2), *more],
-        cwd=tmp_path,
+        [torchrun, *script, *options],
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    assert len(rows) == 2 and all(0 < row["mismatch_max"] < 1e-4 for row in rows)
     assert done.stdout.count("checkpoint: ") == 1
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+
+
+def test_two_ranks_share_a_server(tmp_path, server):
+    """Sharded weights reach it whole: its log-probs are the trainer's."""
+    rows = train_on_two_ranks(tmp_path, LENGTH, f"--rollout.urls=['{server.url}']")
+    assert len(rows) == 2 and all(0 < row["mismatch_max"] < 1e-4 for row in rows)
+
+
+def test_two_ranks_restart_a_server_that_dies(tmp_path):
+    """During the weight sync and while it samples: both ranks put the weights together again."""
+    own = [f"--rollout.sglang_python={PYTHON}", f"--rollout.sglang_args={' '.join(FLAGS)}"]
+    reward = f"RUN = {str(tmp_path / 'run')!r}\n" + KILLING
+    rows = train_on_two_ranks(tmp_path, reward, *own, "--rollout.dispatch=batch")
+    assert len(rows) == 2 and all(0 < row["mismatch_max"] < 1e-4 for row in rows)
+    log = (tmp_path / "run" / "sglang" / "server_0" / "sglang.log").read_text()
+    # At the start, after step 1 (on the second server), on the third, after step 2.
+    assert log.count('"POST /update_weights_from_disk HTTP/1.1" 200') == 4
+    assert processes_in(tmp_path / "run" / "sglang" / "server_0") == []

@@ -79,20 +79,35 @@ class World:
         """Whether this is the process that samples, logs and writes."""
         return self.rank == 0
 
-    def share(self, make: Callable[[], Value]) -> Value:
-        """What `make` gives on rank 0, on all ranks; an exception of its comes to all as well."""
+    def share(
+        self, make: Callable[[], Value], help_out: Callable[[], None] = lambda: None
+    ) -> Value:
+        """What `make` gives on rank 0, on all ranks; an exception of its comes to all as well.
+
+        Args:
+            make: run by rank 0.
+            help_out: run by the others each time that rank 0 calls `ask_for_help` meanwhile.
+        """
         if self.size == 1:
             return make()
-        held: list = [None, None]
+        held: list = [None, None, False]
         if self.is_first:
             try:
                 held[0] = make()
             except Exception as error:
                 held[1] = picklable(error)
         dist.broadcast_object_list(held, src=0)
+        while held[2]:
+            help_out()
+            dist.broadcast_object_list(held, src=0)
         if held[1] is not None:
             raise on_all_ranks(held[1])
         return held[0]
+
+    def ask_for_help(self) -> None:
+        """Let the ranks that wait in `share` do their part of a collective."""
+        if self.size > 1:
+            dist.broadcast_object_list([None, None, True], src=0)
 
     def exchange(self, value: Value) -> list[Value]:
         """Every rank's value, on all ranks."""

@@ -6,6 +6,7 @@ inside it, and the head's weight is touched nowhere else.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal, get_args
@@ -143,6 +144,10 @@ class Policy(nn.Module):
         """Parameters as (name, tensor on this policy's device): see train.lora.whole_weights."""
         for name, weight in whole_weights(self.model):
             yield name, weight.to(self.device)
+
+    def gather_weights(self) -> None:
+        """Take part where another rank iterates named_weights."""
+        deque(self.named_weights(), maxlen=0)
 
     def _hidden(self, packed: PackedBatch) -> Tensor:
         """[R, D]: the hidden states that predict the pack's response tokens."""

@@ -42,7 +42,6 @@ from tercet.core.vision import PromptEncoder
 from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
-from tercet.rollout.server import ServerError
 from tercet.train.budget import TokenBudget
 from tercet.train.build import build_policy, open_parts
 from tercet.train.checkpoint import load_state
@@ -81,7 +80,7 @@ class TapoRun:
         sampled, own = self.parts, self.world.mesh is None and not model.lora_rank
         if not own and self.world.is_first and config.rollout.engine == "local":
             sampled = replace(self.parts, model=copy.deepcopy(self.parts.model).to(device))
-        self.engine: Engine = IdleEngine()
+        self.engine: Engine | IdleEngine = IdleEngine()
         self.world.share(lambda: self._open_engine(sampled))
         self.policy = build_policy(
             self.parts, config, self.world, config.loss, config.rollout.temperature
@@ -116,7 +115,7 @@ class TapoRun:
         self.optimizer_steps = 0
         if resume:
             self._restore(resume)
-        self.engine.update_weights(self.policy.named_weights(), self.steps_done)
+        self._sync(self.steps_done)
         self.log = open_log(self, resolved)
         if sampled is not self.parts:
             self.log.say("rank 0 samples on a whole copy of the policy")
@@ -126,16 +125,22 @@ class TapoRun:
 
     def _open_engine(self, parts: PolicyParts) -> None:
         self.engine = open_engine(
-            parts, self.encoder, self.config.rollout, self.out / "sglang", self._weights_for_restart
+            parts, self.encoder, self.config.rollout, self.out / "sglang", self._weights_again
         )
 
-    def _weights_for_restart(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if self.world.size > 1:
-            raise ServerError(
-                "a server had to be restarted, but the weights are spread over several ranks that "
-                "do not wait for it: go on from the checkpoint with --resume auto"
-            )
+    def _weights_again(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights as they are, once more, while the other ranks wait for what rank 0 shares."""
+        self.world.ask_for_help()
         return self.policy.named_weights()
+
+    def _sync(self, version: int) -> None:
+        """Send the weights to what samples."""
+        weights = self.policy.named_weights()
+        if not self.world.is_first:
+            self.policy.gather_weights()
+        self.world.share(
+            lambda: self.engine.update_weights(weights, version), self.policy.gather_weights
+        )
 
     def check_stop(self) -> None:
         """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
@@ -161,7 +166,7 @@ class TapoRun:
         if not self.groups:
             figures = self._sample()
         if config.rollout.colocated:
-            self.engine.sleep()
+            self.world.share(self.engine.sleep)
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
         batches = mini_batches(self.groups, size, config.optim.minibatch_by)
         # The first mini-batch is updated at the very weights that old log-probs are those of: only
@@ -179,8 +184,8 @@ class TapoRun:
         with self.log.phase("sync", total=1, unit="update"):
             if config.rollout.colocated:
                 self.world.release_memory()
-                self.engine.wake()
-            self.engine.update_weights(self.policy.named_weights(), self.steps_done + 1)
+                self.world.share(self.engine.wake)
+            self._sync(self.steps_done + 1)
         self.steps_done += 1
         self.shown, self.groups, self.minibatches_done = self.groups[:SAMPLES_SHOWN], [], 0
         return figures | _mean(updates)
@@ -206,7 +211,7 @@ class TapoRun:
             _set_advantages(sampled.groups)
             return sampled.groups, _sampling_figures(sampled, seconds)
 
-        self.groups, figures = self.world.share(sample)
+        self.groups, figures = self.world.share(sample, self.policy.gather_weights)
         return figures
 
     def _score(self, phase_name: str, field: str, batches: Sequence[Sequence[Piece]]) -> None:

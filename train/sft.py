@@ -22,8 +22,8 @@ from tercet.core.model import PolicyParts
 from tercet.core.packing import pack
 from tercet.core.prompts import chat_ids
 from tercet.core.vision import PromptEncoder
+from tercet.train.assemble import build_policy, open_parts
 from tercet.train.budget import TokenBudget
-from tercet.train.build import build_policy, open_parts
 from tercet.train.checkpoint import load_state
 from tercet.train.command_line import parse, set_up
 from tercet.train.figures import draw_curves

@@ -42,8 +42,8 @@ from tercet.core.vision import PromptEncoder
 from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
+from tercet.train.assemble import build_policy, open_parts
 from tercet.train.budget import TokenBudget
-from tercet.train.build import build_policy, open_parts
 from tercet.train.checkpoint import load_state
 from tercet.train.command_line import parse, set_up
 from tercet.train.figures import draw_curves, draw_samples, sample_rows

@@ -16,7 +16,7 @@ from tercet.core.config import ModelConfig, ParallelConfig, SftConfig
 from tercet.core.model import load_policy
 from tercet.core.packing import pack
 from tercet.core.vision import EncodedPrompt
-from tercet.train.build import build_policy, use_liger
+from tercet.train.assemble import build_policy, use_liger
 from tercet.train.parallel import World
 
 ROWS = torch.arange(20, 30)

@@ -16,10 +16,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from tercet.core.roofline import CARDS
+
 GATE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest relative error (Frobenius norm) of a gradient that counts as exact."""
-DATASHEET = {"H100": 989e12, "H200": 989e12, "A6000": 155e12}
-"""Dense bf16 FLOP/s of GPUs by a part of their names."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """cpu: time on cores, all threads together: the steadier one for one thread on a shared machine."""
 Key = TypeVar("Key")
@@ -88,9 +88,10 @@ def keep_memory() -> None:
 def peak_flops(device: str, dtype: torch.dtype, clock: str = "wall") -> float:
     """FLOP/s of a device at best: a GPU's datasheet where it is known, else a measured product."""
     if device == "cuda" and dtype == torch.bfloat16:
-        for part, flops in DATASHEET.items():
-            if part in torch.cuda.get_device_name():
-                return flops
+        name = torch.cuda.get_device_name().replace(" ", "")
+        for part, card in CARDS.items():
+            if part in name:
+                return card.tflops * 1e12
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / min(seconds(lambda: a @ b, device == "cuda", clock) for _ in range(6))

@@ -16,6 +16,7 @@ from tercet.bench import figures, measure, step
 from tercet.bench.step_case import Plan, build_policy, micro_batches, qwen_3b
 from tercet.bench.step_peers import METHODS, Method, flat, ours, unshared
 from tercet.core.costs import Shape
+from tercet.core.roofline import CARDS
 
 TINY = dict(hidden=128, layers=2, vision_layers=2, heads=8, vision_heads=2, vocabulary=96)
 SMALL = dict(n_anchor=2, n_positive=1, prompt=40, grid=(1, 12, 8), length=12)
@@ -223,3 +224,9 @@ def test_an_empty_ledger_draws_nothing(tmp_path):
     (tmp_path / "step.csv").write_text("device,model,dtype,clock,ms_50\n")
     with pytest.raises(ValueError, match="holds no timed row"):
         figures.draw_step(tmp_path / "step.csv", tmp_path / "step.png")
+
+
+@pytest.mark.parametrize("name, card", [("NVIDIA RTX A6000", "A6000"), ("NVIDIA H200", "H200")])
+def test_a_gpu_s_peak_is_the_datasheet_s(monkeypatch, name, card):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert measure.peak_flops("cuda", torch.bfloat16) == CARDS[card].tflops * 1e12

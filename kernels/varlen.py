@@ -7,9 +7,9 @@ prefix_attention.py). Key heads are not repeated for grouped queries.
 
 On a GPU this is the package flash-attn where it is installed, else the flash attention behind
 torch.nn.attention.varlen (both 16-bit dtypes), on a CPU PyTorch's flash attention for CPUs,
-sequences of similar length padded together. The vision towers
-of transformers reach it as the registered attention `tercet_flash_vision`: all windows of all
-photos in one call, where other names make them loop over the windows.
+sequences of similar length padded together. The vision towers of transformers reach it as the
+registered attention `tercet_flash_vision`: all windows of all photos in one call, where other names
+make them loop over the windows.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import MethodType
 
 import torch
@@ -15,8 +16,10 @@ from tercet.train.parallel import World, shard
 from tercet.train.policy import Policy
 
 
-def open_parts(config: ModelConfig, world: World) -> PolicyParts:
-    """The policy as it is stored; a collective.
+def open_parts(config: ModelConfig, world: World, resume: Path | None) -> PolicyParts:
+    """The policy as it is stored, in `resume` or else in model.path; a collective.
+
+    With LoRA a run goes on from the model that it was added to, not from the merged one.
 
     In a world with a mesh it is whole in the CPU memory of rank 0 and without data elsewhere, until
     `build_policy` deals it out.
@@ -24,6 +27,8 @@ def open_parts(config: ModelConfig, world: World) -> PolicyParts:
     Raises:
         ValueError: as `load_policy`, on all ranks.
     """
+    if resume and not config.lora_rank:
+        config = replace(config, path=str(resume))
     loaded: list[PolicyParts] = []
 
     def load() -> str:

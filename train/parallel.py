@@ -155,7 +155,7 @@ class World:
 
     def close(self) -> None:
         """Leave the others; gloo's threads end with the process (see train.loop.command)."""
-        if self.size > 1 and self.device.type == "cuda":
+        if self.mesh is not None and self.device.type == "cuda":
             dist.destroy_process_group()
 
 

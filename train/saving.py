@@ -22,8 +22,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tercet.core.config import RunConfig
 from tercet.core.model import PolicyParts
-from tercet.train.checkpoint import checkpoints, disk_error, rng_state, save_checkpoint
-from tercet.train.checkpoint import set_rng_state as set_random_numbers
+from tercet.train.checkpoint import (
+    checkpoints,
+    disk_error,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 from tercet.train.lora import is_added
 from tercet.train.parallel import World, on_all_ranks, picklable
 from tercet.train.policy import Policy
@@ -155,7 +160,7 @@ class Saver:
         for name, count in state["updates"].items():
             device = parameters[name].device if fused else "cpu"
             trained.optimizer.state[parameters[name]]["step"] = torch.tensor(count, device=device)
-        set_random_numbers(state["rng"])
+        set_rng_state(state["rng"])
         self._best = state["best"]
 
     def close(self) -> None:

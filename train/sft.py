@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,20 +60,13 @@ class SftRun:
         device = set_up(config.run)
         self.config, self.stop, self.out = config, stop, Path(config.run.out)
         self.world = World(device, config.parallel)
-        model = config.model
-        if resume and not model.lora_rank:  # LoRA goes on from the model that it was added to
-            model = replace(model, path=str(resume))
-        self.parts = open_parts(model, self.world)
+        self.parts = open_parts(config.model, self.world, resume)
         self.encoder = PromptEncoder(self.parts)
         self.samples, skipped = read_sft(config.data.path, config.data.on_bad_image)
         self.examples = [tokenize(s, self.parts, config.model.system_prompt) for s in self.samples]
         self.policy = build_policy(self.parts, config, self.world)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         self.saver = Saver(self, config.run)
-        longest = config.optim.max_tokens
-        self._budget = TokenBudget(
-            config, self.world, longest, lambda text: self.log.say(text), bool(resume)
-        )
         per_epoch = len(self.samples) / config.optim.samples_per_step
         self.total_steps = config.run.steps or max(1, round(config.run.epochs * per_epoch))
         self.steps_done = self.skipped = 0
@@ -82,6 +75,9 @@ class SftRun:
             self.steps_done = state["steps_done"]
             self.saver.restore(resume, state)
         self.log = open_log(self, resolved)
+        self._budget = TokenBudget(
+            config, self.world, config.optim.max_tokens, self.log.say, bool(resume)
+        )
         for reason in skipped:
             self.log.say(f"left out: {reason}")
 
@@ -90,10 +86,7 @@ class SftRun:
         size = self.config.optim.samples_per_step
         chosen = [self._order(self.steps_done * size + i) for i in range(size)]
         with self.log.phase("update", total=size, unit="samples") as phase:
-            sums = self._budget.fit(
-                lambda: self._accumulate(chosen, phase),
-                lambda: self.policy.zero_grad(set_to_none=True),
-            )
+            sums = self._budget.fit(lambda: self._accumulate(chosen, phase), self.policy.zero_grad)
         lr = learning_rate(self.steps_done, self.total_steps, self.config.optim, False)
         figures = take_step(self, lr, self.world.add(sums))
         self.steps_done += 1

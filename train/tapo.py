@@ -71,13 +71,10 @@ class TapoRun:
         self.config, self.stop, self.out = config, stop, Path(config.run.out)
         device = set_up(config.run)
         self.world = World(device, config.parallel)
-        model = config.model
-        if resume and not model.lora_rank:  # LoRA goes on from the model that it was added to
-            model = replace(model, path=str(resume))
-        self.parts = open_parts(model, self.world)
+        self.parts = open_parts(config.model, self.world, resume)
         self.encoder = PromptEncoder(self.parts)
         self.manifest = self.world.share(lambda: self._manifest(resume))
-        sampled, own = self.parts, self.world.mesh is None and not model.lora_rank
+        sampled, own = self.parts, self.world.mesh is None and not config.model.lora_rank
         if not own and self.world.is_first and config.rollout.engine == "local":
             sampled = replace(self.parts, model=copy.deepcopy(self.parts.model).to(device))
         self.engine: Engine | IdleEngine = IdleEngine()
@@ -87,11 +84,6 @@ class TapoRun:
         )
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         self.saver = Saver(self, config.run)
-        longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-        budget = TokenBudget(config, self.world, longest, lambda x: self.log.say(x), bool(resume))
-        self.updater = Updater(
-            config, self.policy, self.encoder, self.world, budget, self.check_stop
-        )
         self.stream = TripletStream(
             self.manifest.anchors, positive=config.data.positive, seed=config.run.seed
         )
@@ -117,6 +109,11 @@ class TapoRun:
             self._restore(resume)
         self._sync(self.steps_done)
         self.log = open_log(self, resolved)
+        longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+        budget = TokenBudget(config, self.world, longest, self.log.say, bool(resume))
+        self.updater = Updater(
+            config, self.policy, self.encoder, self.world, budget, self.check_stop
+        )
         if sampled is not self.parts:
             self.log.say("rank 0 samples on a whole copy of the policy")
         if not self.engine.full_vocabulary:

@@ -6,7 +6,6 @@ Mini-batches are the same on all ranks; each rank works on the pieces that it wa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 from torch import Tensor
 
@@ -28,7 +27,6 @@ from tercet.train.parallel import World
 from tercet.train.policy import Policy
 
 Advance = Callable[[float], None]
-Result = TypeVar("Result")
 
 
 class Updater:
@@ -58,7 +56,7 @@ class Updater:
 
     def score(self, field: str, pieces: Sequence[Piece], advance: Advance) -> None:
         """Set `old_logprobs` or `neg_logprobs` of all responses, at these weights."""
-        self._in_budget(lambda: self._score(field, pieces, advance))
+        self._budget.fit(lambda: self._score(field, pieces, advance), self._policy.zero_grad)
 
     def _score(self, field: str, pieces: Sequence[Piece], advance: Advance) -> None:
         branch = "negative" if field == "neg_logprobs" else self._config.loss.update_on
@@ -84,7 +82,7 @@ class Updater:
             The loss and its metrics, of all ranks; and what sets old_logprobs of its responses to
             what this pass computed. None where no row counts.
         """
-        return self._in_budget(lambda: self._accumulate(pieces, advance))
+        return self._budget.fit(lambda: self._accumulate(pieces, advance), self._policy.zero_grad)
 
     def _accumulate(self, pieces: Sequence[Piece], advance: Advance):
         config, loss = self._config, self._config.loss
@@ -126,9 +124,6 @@ class Updater:
                 found |= {k: v for k, v in _parts(chosen, logprobs).items() if weight_of[k]}
             advance(len(chunk) * self._world.size)
         return self._world.add(sums), lambda: self._set("old_logprobs", responses, found)
-
-    def _in_budget(self, work: Callable[[], Result]) -> Result:
-        return self._budget.fit(work, lambda: self._policy.zero_grad(set_to_none=True))
 
     def _chunks(
         self, pieces: Sequence[Piece], branches: Sequence[str]

@@ -6,7 +6,6 @@ the photos and the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +15,13 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from tercet.core.config import LossConfig
 from tercet.core.costs import Grid
 from tercet.core.model import PolicyParts
-from tercet.core.packing import Piece, branch_prompts, micro_batch
+from tercet.core.packing import Piece, Prompts, branch_prompts, micro_batch
 from tercet.core.types import Group, MicroBatch, Response, Triplet
-from tercet.core.vision import EncodedImage, EncodedPrompt, PromptEncoder
+from tercet.core.vision import EncodedImage, PromptEncoder
 from tercet.train.policy import Policy
 
 CPU_MODEL = dict(hidden=192, layers=2, vision_layers=2, heads=6, vision_heads=3, vocabulary=800)
 """Small, with the 3B model's ratios of widths and as large a share of the work in the head."""
-Prompts = Sequence[tuple[EncodedPrompt, Sequence[tuple[int, ...]]]]
-"""Prompts, and the responses that hang on each."""
 
 
 @dataclass(frozen=True)

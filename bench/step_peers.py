@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tercet.bench.step_case import Micro, Prompts
+from tercet.bench.step_case import Micro
 from tercet.core.costs import Hung
 from tercet.core.model import PolicyParts
-from tercet.core.packing import pack
+from tercet.core.packing import Prompts, hung_on, pack
 from tercet.core.types import MicroBatch, PackedBatch, to_device
 from tercet.core.vision import EncodedPrompt
 from tercet.kernels.prefix_attention import ATTENTION_NAME
@@ -270,27 +270,15 @@ def grouper_step(policy: Policy, micros: Sequence[Micro]) -> Run:
     return run
 
 
-def shared(prompts: Prompts) -> list[Hung]:
-    """Work of a branch in which responses share their prompts."""
-    return [
-        Hung(len(prompt), _grids(prompt), [len(tokens) for tokens in hung])
-        for prompt, hung in prompts
-    ]
-
-
 def unshared(prompts: Prompts) -> list[Hung]:
     """Work of a branch with a prompt a response."""
-    return [Hung(len(p), _grids(p), [len(tokens)]) for p, tokens in flat(prompts)]
+    return hung_on([(prompt, [tokens]) for prompt, tokens in flat(prompts)])
 
 
 def to_longest(prompts: Prompts) -> list[Hung]:
     """Work of a branch padded to its longest response."""
     longest = max(len(tokens) for _, tokens in flat(prompts))
-    return [Hung(len(p), _grids(p), [longest]) for p, _ in flat(prompts)]
-
-
-def _grids(prompt: EncodedPrompt) -> list[tuple[int, ...]]:
-    return [tuple(image.grid_thw[0].tolist()) for image in prompt.images]
+    return [one._replace(responses=[longest]) for one in unshared(prompts)]
 
 
 @dataclass(frozen=True)
@@ -304,10 +292,10 @@ class Method:
 
 
 METHODS = {
-    "ours": Method(ours, shared),
+    "ours": Method(ours, hung_on),
     "one_by_one": Method(plain(one_by_one), unshared, prompt_logits=True),
     "padded": Method(plain(padded), to_longest),
     "no_sharing": Method(no_sharing, unshared),
-    "plain_head": Method(plain_head, shared),
-    "prefix_grouper": Method(grouper_step, shared, prompt_logits=True),
+    "plain_head": Method(plain_head, hung_on),
+    "prefix_grouper": Method(grouper_step, hung_on, prompt_logits=True),
 }

@@ -9,14 +9,17 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from tercet.core.costs import Hung
 from tercet.core.mismatch import importance_weights
 from tercet.core.types import Group, MicroBatch, PackedBatch, Response, Segments
 from tercet.core.vision import EncodedPrompt
 
 Encode = Callable[[tuple[int, ...], tuple[str, ...]], EncodedPrompt]
+Prompts = Sequence[tuple[EncodedPrompt, Sequence[tuple[int, ...]]]]
+"""Prompts, and the responses that hang on each."""
 
 
-def pack(prompts: Sequence[tuple[EncodedPrompt, Sequence[Sequence[int]]]]) -> PackedBatch:
+def pack(prompts: Prompts) -> PackedBatch:
     """Lay prompts out with their responses behind them, every image and prompt once.
 
     Args:
@@ -96,9 +99,7 @@ class Piece:
         return [self.group.responses[i] for i in self.responses]
 
 
-def branch_prompts(
-    piece: Piece, branch: str, encode: Encode
-) -> list[tuple[EncodedPrompt, list[tuple[int, ...]]]]:
+def branch_prompts(piece: Piece, branch: str, encode: Encode) -> Prompts:
     """The prompts of a piece in one branch, with the responses that hang on each.
 
     Args:
@@ -130,19 +131,20 @@ def pack_branch(pieces: Sequence[Piece], branch: str, encode: Encode) -> PackedB
     return pack([prompt for piece in pieces for prompt in branch_prompts(piece, branch, encode)])
 
 
-def _tokens(prompts: list[tuple[EncodedPrompt, list[tuple[int, ...]]]]) -> int:
+def _tokens(prompts: Prompts) -> int:
     return sum(len(p) + sum(max(0, len(t) - 1) for t in tokens) for p, tokens in prompts)
 
 
-def piece_cost(piece: Piece, branches: Sequence[str], encode: Encode) -> int:
-    """Work of a piece: packed tokens, those of photos twice.
-
-    Qwen2.5-VL's vision tower has 0.67 B parameters and four patches a token, its 3B language model
-    3 B: about as much work on a photo's tokens, by parameters.
-    """
-    prompts = [prompt for branch in branches for prompt in branch_prompts(piece, branch, encode)]
-    patches = sum(int(image.grid_thw.prod()) for p, _ in prompts for image in p.images)
-    return _tokens(prompts) + patches // 4
+def hung_on(prompts: Prompts) -> list[Hung]:
+    """What core.costs counts of prompts and the responses that hang on them."""
+    return [
+        Hung(
+            len(prompt),
+            [tuple(image.grid_thw[0].tolist()) for image in prompt.images],
+            [len(tokens) for tokens in responses],
+        )
+        for prompt, responses in prompts
+    ]
 
 
 def split_by_budget(

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from tercet.core.advantages import row_weights
 from tercet.core.config import TapoConfig
+from tercet.core.costs import Shape, forward_flops
 from tercet.core.packing import (
     Piece,
+    branch_prompts,
+    hung_on,
     labels_of,
     micro_batch,
     pack_branch,
-    piece_cost,
     split_by_budget,
 )
 from tercet.core.types import Response
@@ -53,6 +55,7 @@ class Updater:
     ):
         self._config, self._policy, self._encoder = config, policy, encoder
         self._world, self._budget, self._check_stop = world, budget, check_stop
+        self._shape = Shape.of(policy.model.config)
 
     def score(self, field: str, pieces: Sequence[Piece], advance: Advance) -> None:
         """Set `old_logprobs` or `neg_logprobs` of all responses, at these weights."""
@@ -130,7 +133,12 @@ class Updater:
     ) -> list[tuple[list[Piece], bool]]:
         """This rank's micro-batches, and fillers (True) up to the largest number of any rank."""
         encode = self._encoder
-        mine = self._world.dealt(pieces, lambda piece: piece_cost(piece, branches, encode))
+
+        def cost(piece: Piece) -> float:
+            prompts = [p for branch in branches for p in branch_prompts(piece, branch, encode)]
+            return forward_flops(self._shape, hung_on(prompts)).total
+
+        mine = self._world.dealt(pieces, cost)
         filler = [Piece(pieces[0].group, pieces[0].responses[:1])]
         split = split_by_budget(mine, branches, encode, self._budget.tokens)
         return self._world.evened(list(split), filler)

@@ -10,6 +10,10 @@ TEXTS = [
     "What bird is this? Which bird is shown? You first think, then answer.",
     "<think>The colour is red. The bill is long.</think><answer>red longbill</answer>",
 ]
+LENGTH = """def length(rows):
+    return [{'overall': row['response_length'] / 10} for row in rows]
+"""
+"""A module with a reward that most groups pass."""
 
 
 def tiny(architecture: str = "qwen2_5_vl", **options) -> PolicyParts:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support import tiny
+from support import LENGTH, tiny
 
 from tercet.core.config import ParallelConfig
 from tercet.train import parallel
@@ -33,9 +33,6 @@ OPTIONS = """--data.path=photos --model.path=policy --data.shots=3 --data.sft_sh
     --rollout.on_exhausted=keep_last_round --rollout.reward=lengths:length
     --optim.groups_per_minibatch=3 --optim.lr=0.1 --optim.eps=1.0
     --parallel.micro_batch_tokens=560""".split()
-LENGTH = """def length(rows):
-    return [{'overall': row['response_length'] / 10} for row in rows]
-"""
 
 
 @pytest.fixture(scope="module")

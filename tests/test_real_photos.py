@@ -16,7 +16,7 @@ import torch
 from real_parts import download, real_language_model
 from safetensors.torch import load_file
 from sglang_support import FLAGS, PYTHON, processes_in
-from support import tiny
+from support import LENGTH, tiny
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tercet.core.model import PolicyParts
@@ -28,9 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def train(photos: Path, policy: Path, work: Path, *more: str) -> str:
     """`torchrun train/tapo.py` as the README shows it; returns what it printed."""
-    (work / "lengths.py").write_text(
-        "def length(rows):\n    return [{'overall': row['response_length'] / 10} for row in rows]\n"
-    )
+    (work / "lengths.py").write_text(LENGTH)
     torchrun = Path(sys.executable).with_name("torchrun")
     command = [
         *[str(torchrun), "--nproc-per-node", "1", str(ROOT / "train" / "tapo.py")],

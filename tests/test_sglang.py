@@ -28,7 +28,7 @@ from sglang_support import (
     processes_in,
     training_options,
 )
-from support import tiny
+from support import LENGTH, tiny
 
 from tercet.core.config import RolloutConfig, TapoConfig
 from tercet.core.prompts import chat_ids
@@ -274,12 +274,9 @@ def test_training_shares_a_running_server_that_sleeps_during_updates(tmp_path, m
     assert server.is_healthy()
 
 
-LENGTH = """def length(rows):
-    return [{'overall': row['response_length'] / 10} for row in rows]
-"""
 KILLING = """import itertools, os, pathlib, signal
 calls = itertools.count(1)
-def length(rows):
+def place(rows):
     if next(calls) in (4, 5):  # step 1's last group is there, step 2's first of four
         for process in pathlib.Path('/proc').iterdir():
             try:
@@ -288,16 +285,15 @@ def length(rows):
                     os.killpg(os.getpgid(int(process.name)), signal.SIGKILL)
             except (OSError, ValueError):
                 pass
-    return [{'overall': place / 10} for place in range(len(rows))]  # every group passes
+    return [{'overall': n / 10} for n in range(len(rows))]  # every group passes
 """
 
 
-def train_on_two_ranks(folder: Path, reward: str, *more: str) -> list[dict]:
+def train_on_two_ranks(folder: Path, *more: str) -> list[dict]:
     root = Path(__file__).resolve().parents[1]
-    (folder / "lengths.py").write_text(reward)
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     script = ["--standalone", "--nproc-per-node", "2", str(root / "train" / "tapo.py")]
-    options = [*training_options(folder, steps=2), "--rollout.reward=lengths:length", *more]
+    options = [*training_options(folder, steps=2), *more]
     done = subprocess.run(
         [torchrun, *script, *options],
         cwd=folder,
@@ -313,17 +309,19 @@ def train_on_two_ranks(folder: Path, reward: str, *more: str) -> list[dict]:
 
 def test_two_ranks_share_a_server(tmp_path, server):
     """Sharded weights reach it whole: its log-probs are the trainer's."""
-    rows = train_on_two_ranks(tmp_path, LENGTH, f"--rollout.urls=['{server.url}']")
+    (tmp_path / "lengths.py").write_text(LENGTH)
+    more = ["--rollout.reward=lengths:length", f"--rollout.urls=['{server.url}']"]
+    rows = train_on_two_ranks(tmp_path, *more)
     assert len(rows) == 2 and all(0 < row["mismatch_max"] < 1e-4 for row in rows)
 
 
 def test_two_ranks_restart_a_server_that_dies(tmp_path):
     """During the weight sync and while it samples: both ranks put the weights together again."""
     own = [f"--rollout.sglang_python={PYTHON}", f"--rollout.sglang_args={' '.join(FLAGS)}"]
-    reward = f"RUN = {str(tmp_path / 'run')!r}\n" + KILLING
+    (tmp_path / "killing.py").write_text(f"RUN = {str(tmp_path / 'run')!r}\n" + KILLING)
     # Two samples in flight: when a step's first group is whole, others have still to be drawn.
-    own += ["--rollout.dispatch=batch", "--rollout.max_in_flight=2"]
-    rows = train_on_two_ranks(tmp_path, reward, *own)
+    more = ["--rollout.dispatch=batch", "--rollout.max_in_flight=2"]
+    rows = train_on_two_ranks(tmp_path, "--rollout.reward=killing:place", *own, *more)
     assert len(rows) == 2 and all(0 < row["mismatch_max"] < 1e-4 for row in rows)
     log = (tmp_path / "run" / "sglang" / "server_0" / "sglang.log").read_text()
     # At the start, after step 1 (on the second server), on the third, after step 2.

@@ -132,9 +132,8 @@ class Plan:
     @property
     def kv_tokens(self) -> int:
         """Tokens whose keys and values an engine has room for."""
-        a_token = kv_bytes(self.model.shape, self.model.numbers.compute)
         free = self.room - self.moments()["generate"].total
-        return int(max(0.0, free) * self.server_gpus / a_token)
+        return int(max(0.0, free) * self.server_gpus / self._token_bytes)
 
     @property
     def server_share(self) -> float:
@@ -142,7 +141,7 @@ class Plan:
         free = self.card.gib * GIB
         if self.samples_here and not self.is_sharded:
             free -= self.model.parameters.total * self.model.numbers.weight
-        cache = self.kv_tokens * kv_bytes(self.model.shape, self.model.numbers.compute)
+        cache = self.kv_tokens * self._token_bytes
         return (self.weights + cache) / self.server_gpus / free
 
     @property
@@ -152,16 +151,24 @@ class Plan:
         local = rollout.engine == "local"
         servers = 1 if local else len(rollout.urls or rollout.server_gpus)
         most = rollout.max_rows if local else rollout.max_in_flight // servers
-        each = self.lengths.response + self.lengths.prompt / rollout.n_anchor
-        at_once = min(most, int(self.kv_tokens / each))
+        at_once = min(most, int(self.kv_tokens / self._sampled_tokens))
         return Sampling(servers, self.server_gpus, at_once, self.model.numbers.compute)
 
     @property
     def kv_bytes(self) -> float:
         """Of those responses, on a GPU."""
-        each = self.lengths.response + self.lengths.prompt / self.config.rollout.n_anchor
-        a_token = kv_bytes(self.model.shape, self.model.numbers.compute)
-        return self.sampling.responses * each * a_token / self.server_gpus
+        tokens = self.sampling.responses * self._sampled_tokens
+        return tokens * self._token_bytes / self.server_gpus
+
+    @property
+    def _sampled_tokens(self) -> float:
+        """Of a mean response with its share of the prompt."""
+        return self.lengths.response + self.lengths.prompt / self.config.rollout.n_anchor
+
+    @property
+    def _token_bytes(self) -> int:
+        """Keys and values of a token, over a server's GPUs."""
+        return kv_bytes(self.model.shape, self.model.numbers.compute)
 
     def phases(self) -> list[Phase]:
         gradients = self.model.parameters.trained * self.model.numbers.gradient

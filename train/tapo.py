@@ -132,11 +132,11 @@ class TapoRun:
 
     def _sync(self, version: int) -> None:
         """Send the weights to what samples."""
-        weights = self.policy.named_weights()
         if not self.world.is_first:
             self.policy.gather_weights()
         self.world.share(
-            lambda: self.engine.update_weights(weights, version), self.policy.gather_weights
+            lambda: self.engine.update_weights(self.policy.named_weights(), version),
+            self.policy.gather_weights,
         )
 
     def check_stop(self) -> None:

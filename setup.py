@@ -1,8 +1,20 @@
-"""Tercet's packages: the five top-level folders, imported as `tercet.<folder>`."""
+"""Tercet's packages: every room, imported as `tercet.<room>`."""
 
 from setuptools import setup
 
-FOLDERS = ["core", "kernels", "rollout", "train", "bench"]
+ROOMS = [
+    "core",
+    "core/data",
+    "core/families",
+    "kernels",
+    "rollout",
+    "train",
+    "train/learner",
+    "train/fit",
+    "train/evaluation",
+    "train/demo",
+    "bench",
+]
 
 setup(
     name="tercet",
@@ -12,8 +24,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11,<3.13",
-    packages=[f"tercet.{folder}" for folder in FOLDERS],
-    package_dir={f"tercet.{folder}": folder for folder in FOLDERS},
+    packages=[f"tercet.{room.replace('/', '.')}" for room in ROOMS],
+    package_dir={f"tercet.{room.replace('/', '.')}": room for room in ROOMS},
     package_data={"tercet.train": ["recipes/*.yaml"]},
     install_requires=[
         "torch>=2.11",

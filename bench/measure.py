@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tercet.core.roofline import CARDS
+from tercet.train.fit.roofline import CARDS
 
 GATE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest relative error (Frobenius norm) of a gradient that counts as exact."""

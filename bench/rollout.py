@@ -30,10 +30,10 @@ from PIL import Image
 
 from tercet.bench.kernels import commit, device_name
 from tercet.core.config import ModelConfig, RolloutConfig
-from tercet.core.model import PolicyParts, build_tiny, load_policy
+from tercet.core.data.vision import PromptEncoder, data_uri
+from tercet.core.models import build_tiny, load_policy
 from tercet.core.prompts import chat_ids
-from tercet.core.types import Anchor, Request
-from tercet.core.vision import PromptEncoder, data_uri
+from tercet.core.types import Anchor, PolicyParts, Request
 from tercet.rollout.engine import Sampling
 from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler, TripletStream

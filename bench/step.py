@@ -44,7 +44,7 @@ from tercet.bench import measure
 from tercet.bench.step_case import CPU_MODEL, Micro, Plan, build_policy, micro_batches, qwen_3b
 from tercet.bench.step_peers import METHODS, Method, Run, accumulate, flat, padded
 from tercet.core.costs import Shape, forward_flops
-from tercet.train.policy import Policy
+from tercet.train.learner.policy import Policy
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 SWEEPS = {
@@ -164,7 +164,7 @@ class Bench:
     ):
         self.policy, self.gate, self.rounds, self.peak = policy, gate or policy, rounds, peak
         self.clock = clock
-        self.shape = Shape.of(policy.model.config)
+        self.shape = policy.family.shape(policy.model.config)
         self.checkpointing = policy.model.model.language_model.gradient_checkpointing
         self.on_gpu = policy.device.type == "cuda"
         self.dtype = policy.model.dtype

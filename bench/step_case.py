@@ -14,11 +14,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tercet.core.config import LossConfig
 from tercet.core.costs import Grid
-from tercet.core.model import PolicyParts
+from tercet.core.data.vision import PromptEncoder
 from tercet.core.packing import Piece, Prompts, branch_prompts, micro_batch
-from tercet.core.types import Group, MicroBatch, Response, Triplet
-from tercet.core.vision import EncodedImage, PromptEncoder
-from tercet.train.policy import Policy
+from tercet.core.types import EncodedImage, Group, MicroBatch, PolicyParts, Response, Triplet
+from tercet.train.learner.policy import Policy
 
 CPU_MODEL = dict(hidden=192, layers=2, vision_layers=2, heads=6, vision_heads=3, vocabulary=800)
 """Small, with the 3B model's ratios of widths and as large a share of the work in the head."""

@@ -20,13 +20,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tercet.bench.step_case import Micro
 from tercet.core.costs import Hung
-from tercet.core.model import PolicyParts
 from tercet.core.packing import Prompts, hung_on, pack
-from tercet.core.types import MicroBatch, PackedBatch, to_device
-from tercet.core.vision import EncodedPrompt
+from tercet.core.types import EncodedPrompt, MicroBatch, PackedBatch, PolicyParts, to_device
 from tercet.kernels.prefix_attention import ATTENTION_NAME
 from tercet.kernels.reference import tapo_loss_reference
-from tercet.train.policy import Policy
+from tercet.train.learner.policy import Policy
 
 Score = Callable[[torch.nn.Module], Tensor]
 """A model to the log-probs [R] of one branch."""

@@ -68,7 +68,7 @@ class DataConfig:
 @dataclass
 class ModelConfig:
     path: str = ""
-    """Folder or hub id of a Qwen2-VL or Qwen2.5-VL model."""
+    """Folder or hub id of the model."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Parameter dtype; auto: as stored."""
     min_pixels: int | None = None

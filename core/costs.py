@@ -11,15 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from transformers import PretrainedConfig
-
 Grid = tuple[int, int, int]
 """Patches of a photo in time, height and width."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Qwen2-VL / Qwen2.5-VL model, in the order of its configuration."""
+    """Sizes of a model, as its family reads them from a configuration (`core.families`)."""
 
     layers: int
     hidden: int
@@ -33,7 +31,7 @@ class Shape:
     vision_heads: int
     vision_intermediate: int
     vision_matrices: int
-    """Matrices of a vision block's MLP: 3 where it is gated (Qwen2.5-VL), else 2."""
+    """Matrices of a vision block's MLP: 3 where it is gated, else 2."""
     full_layers: int
     """Vision blocks that attend to the whole photo; the others see one window."""
     window: int
@@ -42,36 +40,6 @@ class Shape:
     """Patches a side of one token."""
     patch: int
     """Numbers of a patch."""
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> Shape:
-        """Sizes from a transformers configuration of either architecture."""
-        text, vision = config.text_config, config.vision_config
-        gated = config.model_type == "qwen2_5_vl"
-        width = vision.hidden_size if gated else vision.embed_dim
-        channels = vision.in_channels
-        return cls(
-            layers=text.num_hidden_layers,
-            hidden=text.hidden_size,
-            intermediate=text.intermediate_size,
-            heads=text.num_attention_heads,
-            key_heads=text.num_key_value_heads,
-            head_dim=text.hidden_size // text.num_attention_heads,
-            vocabulary=text.vocab_size,
-            vision_layers=vision.depth,
-            vision_hidden=width,
-            vision_heads=vision.num_heads,
-            vision_intermediate=(
-                vision.intermediate_size if gated else int(width * vision.mlp_ratio)
-            ),
-            vision_matrices=3 if gated else 2,
-            full_layers=len(vision.fullatt_block_indexes) if gated else vision.depth,
-            window=(
-                vision.window_size // vision.spatial_merge_size // vision.patch_size if gated else 0
-            ),
-            merge=vision.spatial_merge_size,
-            patch=channels * vision.temporal_patch_size * vision.patch_size**2,
-        )
 
     @property
     def layer_matrices(self) -> int:

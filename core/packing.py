@@ -11,8 +11,7 @@ from torch import Tensor
 
 from tercet.core.costs import Hung
 from tercet.core.mismatch import importance_weights
-from tercet.core.types import Group, MicroBatch, PackedBatch, Response, Segments
-from tercet.core.vision import EncodedPrompt
+from tercet.core.types import EncodedPrompt, Group, MicroBatch, PackedBatch, Response, Segments
 
 Encode = Callable[[tuple[int, ...], tuple[str, ...]], EncodedPrompt]
 Prompts = Sequence[tuple[EncodedPrompt, Sequence[tuple[int, ...]]]]

@@ -10,12 +10,17 @@ Images are carried by *key* (a path, or a cell of a Parquet file) and loaded whe
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerFast
+
 Role = Literal["anchor", "positive"]
+Partition = Literal["seen", "unseen"]
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -117,6 +122,32 @@ class Group:
 
 
 @dataclass(frozen=True)
+class EncodedImage:
+    """One photo as the vision tower takes it."""
+
+    pixel_values: Tensor
+    """[P, channels * temporal_patch * patch * patch] float32."""
+    grid_thw: Tensor
+    """[1, 3] int64."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt with its image pads expanded and its positions computed."""
+
+    input_ids: Tensor
+    """[length] int64."""
+    position_ids: Tensor
+    """[3, length] int64."""
+    next_position: int
+    """M-RoPE position, the same on all three axes, of the token that follows the prompt."""
+    images: tuple[EncodedImage, ...]
+
+    def __len__(self) -> int:
+        return self.input_ids.numel()
+
+
+@dataclass(frozen=True)
 class Segments:
     """Where prompts and responses lie in a pack; what shared-prefix attention needs to know.
 
@@ -188,6 +219,51 @@ class MicroBatch:
     """[R] float32, only with `neg_at: step_start`."""
     is_weights: Tensor | None = None
     """[R] float32 weights of the policy term, only with `is_cap`."""
+
+
+@dataclass(frozen=True)
+class EvalQuestion:
+    """A question about a held-out photo, with the closed-world options."""
+
+    image: str
+    question: str
+    options: tuple[str, ...]
+    truth: str
+    super_category: str
+    partition: Partition | Literal[""]
+    """Empty where neither record nor file name says."""
+
+
+@dataclass(frozen=True)
+class PolicyParts:
+    """What a policy folder holds."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    image_processor: BaseImageProcessor
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end a response."""
+        eos = self.model.generation_config.eos_token_id
+        eos = self.tokenizer.eos_token_id if eos is None else eos
+        return tuple(eos) if isinstance(eos, list) else (eos,)
+
+    @property
+    def banned_ids(self) -> tuple[int, ...]:
+        """Token ids that must never be sampled: each stands for image features."""
+        return (self.model.config.image_token_id, self.model.config.video_token_id)
+
+    def save(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write a folder that transformers loads: safetensors, configs, tokenizer, processor.
+
+        Args:
+            folder: made where it is not there.
+            weights: whole weights by parameter name, of a model that is sharded; None: its own.
+        """
+        self.model.save_pretrained(folder, state_dict=weights)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
 
 
 def to_device(batch, device: torch.device | str):

@@ -30,6 +30,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from tercet.core.types import Segments
 
 KlRatio = Literal["neg_over_policy", "policy_over_neg"]
+TERMS = (
+    "pg_loss",
+    "kl",
+    "entropy",
+    "neg_entropy",
+    "clip_frac_high",
+    "clip_frac_low",
+    "clip_frac_dual",
+    "approx_kl",
+    "ref_kl",
+    "exact_entropy",
+)
+"""Metrics of the loss, in the order in which the row operators sum them up."""
 
 
 def linear_logprobs_reference(

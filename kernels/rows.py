@@ -14,26 +14,14 @@ kernels. `operators(tensor)` says which of the two modules a tensor is for.
 from __future__ import annotations
 
 import os
+import sys
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from tercet.kernels import reference
-
-TERMS = (
-    "pg_loss",
-    "kl",
-    "entropy",
-    "neg_entropy",
-    "clip_frac_high",
-    "clip_frac_low",
-    "clip_frac_dual",
-    "approx_kl",
-    "ref_kl",
-    "exact_entropy",
-)
-"""What `tapo_rows` sums over rows, in this order."""
+from tercet.kernels.reference import TERMS
 
 BLOCK_LOGITS = 1 << 19
 """Logits worked on at once on a CPU: 2 MiB, so that they stay in the cache between passes."""
@@ -46,9 +34,7 @@ def operators(like: Tensor) -> ModuleType:
         from tercet.kernels import rows_triton
 
         return rows_triton
-    from tercet.kernels import rows
-
-    return rows
+    return sys.modules[__name__]
 
 
 def row_logprobs(

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tercet.kernels.rows import TERMS
+from tercet.kernels.reference import TERMS
 
 BLOCK = 2048
 """Logits of a tile."""

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from tercet.kernels.linear_logprobs import Head, chunks, linear_logprobs
 from tercet.kernels.reference import (
+    TERMS,
     KlRatio,
     check_bounds,
     check_choices,
@@ -35,7 +36,7 @@ from tercet.kernels.reference import (
     check_terms,
     require_positive,
 )
-from tercet.kernels.rows import TERMS, operators
+from tercet.kernels.rows import operators
 
 RowStep = Callable[[slice, Tensor, Tensor], tuple[Sequence[Tensor], Tensor]]
 """(rows of a chunk, log-probs [B, r], entropies [B, r]) -> d loss / d log-probs of each branch, and

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 
-from tercet.core.vision import data_uri
+from tercet.core.data.vision import data_uri
 from tercet.rollout.endpoint import Again, SharedSession, pause, refuse
 from tercet.rollout.server import ServerError
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from tercet.core.config import RolloutConfig
-from tercet.core.model import PolicyParts
-from tercet.core.vision import PromptEncoder
+from tercet.core.data.vision import PromptEncoder
+from tercet.core.types import PolicyParts
 from tercet.rollout.endpoint import Endpoint
 from tercet.rollout.local import LocalEngine
 from tercet.rollout.server import Server, free_ports, start_all, stop_all

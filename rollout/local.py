@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tercet.core.model import PolicyParts
-from tercet.core.types import Completion, Request
-from tercet.core.vision import EncodedPrompt, PromptEncoder
+from tercet.core.data.vision import PromptEncoder
+from tercet.core.types import Completion, EncodedPrompt, PolicyParts, Request
 from tercet.rollout.engine import Sampling, sample_seed
 
 GROWTH = 64  # tokens by which the key-value buffers grow

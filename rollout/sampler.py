@@ -16,11 +16,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tercet.core.config import RolloutConfig
+from tercet.core.data.triplets import draw_triplet
+from tercet.core.data.vision import PromptEncoder
 from tercet.core.prompts import chat_ids, stage2_text
 from tercet.core.rewards import call_reward, keep_group
-from tercet.core.triplets import draw_triplet
 from tercet.core.types import Anchor, Completion, Group, Request, Response, Triplet
-from tercet.core.vision import PromptEncoder
 from tercet.rollout.engine import Engine, Sampling, together
 
 Progress = Callable[[int], None]

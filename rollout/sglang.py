@@ -25,9 +25,9 @@ import httpx
 import torch
 from torch import Tensor
 
-from tercet.core.model import PolicyParts
-from tercet.core.types import Completion, Request
-from tercet.core.vision import PromptEncoder, data_uri
+from tercet.core.data.vision import PromptEncoder, data_uri
+from tercet.core.models import checkpoint_names
+from tercet.core.types import Completion, PolicyParts, Request
 from tercet.rollout.endpoint import TRIES, Again, Endpoint, Session, SharedSession, pause
 from tercet.rollout.engine import Sampling, sample_seed, together
 from tercet.rollout.server import ServerError, stop_all
@@ -332,7 +332,8 @@ class SglangEngine:
         version: int,
     ) -> None:
         try:
-            self._sync.send(endpoints, named_weights, version)
+            named = checkpoint_names(self._parts.model.config, named_weights)
+            self._sync.send(endpoints, named, version)
         finally:
             deque(named_weights, maxlen=0)  # to its end: other ranks may put weights together too
         for endpoint in endpoints:

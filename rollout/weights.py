@@ -4,9 +4,8 @@
 broadcasts buckets in a process group of trainer and servers (NCCL: they need GPUs of their own;
 gloo on a CPU); `tensor` hands buckets over on one host (CUDA IPC: no copy leaves the GPU).
 
-transformers keeps Qwen2-VL and Qwen2.5-VL in memory as `model.visual.*` and
-`model.language_model.*`; checkpoints, and so servers, name them `visual.*` and `model.*`. A tied
-head is not among the weights: servers tie it themselves.
+Weights come under the names that checkpoints, and so servers, have for them
+(core.models.checkpoint_names). A tied head is not among them: servers tie it themselves.
 """
 
 from __future__ import annotations
@@ -41,27 +40,16 @@ from tercet.rollout.server import ServerError
 
 NamedWeights = Iterable[tuple[str, Tensor]]
 Way = Literal["disk", "distributed", "tensor"]
-PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 MEMORY_DISK = Path("/dev/shm")
 POLL_S = 0.005
 UUID_PLACE = 6  # of a CUDA tensor's device in what torch.multiprocessing sends
-
-
-def disk_names(named_weights: NamedWeights) -> Iterator[tuple[str, Tensor]]:
-    """The same weights under the names of Hugging Face checkpoints."""
-    for name, tensor in named_weights:
-        for inside, on_disk in PREFIXES:
-            if name.startswith(inside):
-                name = on_disk + name.removeprefix(inside)
-                break
-        yield name, tensor.detach()
 
 
 def buckets(named_weights: NamedWeights, size: int) -> Iterator[list[tuple[str, Tensor]]]:
     """Cut weights into runs of one dtype and at most `size` bytes, or of one larger tensor."""
     bucket: list[tuple[str, Tensor]] = []
     used = 0
-    for name, tensor in disk_names(named_weights):
+    for name, tensor in named_weights:
         if bucket and (used + tensor.nbytes > size or tensor.dtype != bucket[0][1].dtype):
             yield bucket
             bucket, used = [], 0
@@ -297,7 +285,7 @@ def write_weights(
     """Write weights as a folder that a server can load, a shard in memory at a time.
 
     Args:
-        named_weights: (name in the transformers model, tensor), streamed.
+        named_weights: (name in checkpoints, tensor), streamed.
         config_from: Hugging Face folder whose other files (configuration, tokenizer) are copied.
         folder: an empty folder.
         shard_bytes: most bytes of a file.

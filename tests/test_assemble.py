@@ -13,19 +13,19 @@ from torch._dynamo.utils import counters
 from torch.nn import functional
 
 from tercet.core.config import ModelConfig, ParallelConfig, SftConfig
-from tercet.core.model import load_policy
+from tercet.core.models import load_policy
 from tercet.core.packing import pack
-from tercet.core.vision import EncodedPrompt
-from tercet.train.assemble import build_policy, use_liger
-from tercet.train.parallel import World
+from tercet.core.types import EncodedPrompt
+from tercet.train.learner.assemble import build_policy, use_liger
+from tercet.train.learner.ranks import Ranks
 
 ROWS = torch.arange(20, 30)
 
 
 def loss_and_gradients(config: SftConfig, device: str = "cpu", change=lambda model: None):
-    world, parts = World(torch.device(device), config.parallel), tiny()
+    ranks, parts = Ranks(torch.device(device), config.parallel), tiny()
     change(parts.model.to(device))
-    policy = build_policy(parts, config, world).train()
+    policy = build_policy(parts, config, ranks).train()
     prompt = EncodedPrompt(torch.arange(9, 20), torch.arange(11).expand(3, 11), 11, ())
     packed = pack([(prompt, [ROWS[:4].tolist(), ROWS[4:].tolist()])])
     loss, _ = policy(
@@ -65,10 +65,10 @@ def test_a_policy_without_data_has_the_shapes_of_the_stored_one(tmp_path):
     ]
     assert shapes[0] == shapes[1] and whole.stop_ids == empty.stop_ids
     assert empty.model.lm_head.weight is empty.model.model.language_model.embed_tokens.weight
-    world = World(torch.device("cpu"), ParallelConfig())
-    policies = [build_policy(parts, SftConfig(), world) for parts in (whole, empty)]
+    ranks = Ranks(torch.device("cpu"), ParallelConfig())
+    policies = [build_policy(parts, SftConfig(), ranks) for parts in (whole, empty)]
     assert {policy.attention for policy in policies} == {"flash attention for CPUs"}
-    assert {policy.device for policy in policies} == {world.device}
+    assert {policy.device for policy in policies} == {ranks.device}
 
 
 @pytest.mark.core
@@ -76,10 +76,10 @@ def test_mixed_precision_needs_float32_parameters():
     parts = tiny()
     parts.model.bfloat16()
     config = SftConfig(parallel=ParallelConfig(mixed_precision=True))
-    world = World(torch.device("cpu"), ParallelConfig())
-    world.mesh = object()
+    ranks = Ranks(torch.device("cpu"), ParallelConfig())
+    ranks.mesh = object()
     with pytest.raises(ValueError, match="mixed_precision needs float32.*got torch.bfloat16"):
-        build_policy(parts, config, world)
+        build_policy(parts, config, ranks)
 
 
 @pytest.mark.core
@@ -89,7 +89,7 @@ def test_liger_where_it_is_not_installed_is_named(monkeypatch):
         use_liger(tiny().model)
     config = SftConfig(model=ModelConfig(liger=True))
     with pytest.raises(ValueError, match="model.liger needs a GPU"):
-        build_policy(tiny(), config, World(torch.device("cpu"), ParallelConfig()))
+        build_policy(tiny(), config, Ranks(torch.device("cpu"), ParallelConfig()))
 
 
 def test_liger_stands_in_norms_and_mlps(monkeypatch):

@@ -12,14 +12,14 @@ from torch.nn import Parameter
 
 from tercet.core.config import OptimConfig
 from tercet.core.types import Group, Response, Triplet
-from tercet.train.checkpoint import (
+from tercet.train.learner.checkpoint import (
     find_checkpoint,
     load_state,
     rng_state,
     save_checkpoint,
     set_rng_state,
 )
-from tercet.train.optim import build_optimizer, optimizer_step
+from tercet.train.learner.optim import build_optimizer, optimizer_step
 
 pytestmark = pytest.mark.core
 

@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-from support import tiny
+from support import shape_of, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from tercet.core.costs import Flops, Hung, Shape, forward_flops, vision_flops
+from tercet.core.costs import Flops, Hung, forward_flops, vision_flops
 
 pytestmark = pytest.mark.core
 ARCHITECTURES = ["qwen2_vl", "qwen2_5_vl"]
@@ -27,7 +27,7 @@ def counted(call, parts: str = "Global") -> int:
 def test_vision_tower_with_ragged_windows(architecture):
     model = tiny(architecture).model
     model.set_attn_implementation({"vision_config": "eager"})
-    shape, grids = Shape.of(model.config), [(1, 12, 20), (1, 6, 8)]
+    shape, grids = shape_of(model.config), [(1, 12, 20), (1, 6, 8)]
     patches = torch.randn(sum(t * h * w for t, h, w in grids), shape.patch)
     found = counted(lambda: model.model.visual(patches, torch.tensor(grids)))
     assert vision_flops(shape, grids) == found
@@ -38,7 +38,7 @@ def test_language_model_and_head(architecture):
     """The counter counts all pairs of a causal attention, we count half."""
     model = tiny(architecture).model
     model.set_attn_implementation({"text_config": "eager"})
-    shape, length = Shape.of(model.config), 40
+    shape, length = shape_of(model.config), 40
     ids = torch.full((1, length), 9)
     parts = r"(language_model\.layers\.\d+|lm_head)"  # positions take a product in some versions
     found = counted(lambda: model(input_ids=ids, use_cache=False), parts)
@@ -48,7 +48,7 @@ def test_language_model_and_head(architecture):
 
 
 def test_responses_share_a_prompt_and_one_alone_is_a_sequence():
-    shape = Shape.of(tiny().model.config)
+    shape = shape_of(tiny().model.config)
     grids = [(1, 8, 8)]
     alone = forward_flops(shape, [Hung(30, grids, [12])])
     sequence = forward_flops(shape, [Hung(41, grids, [])])  # 30 + 12, the last one not fed

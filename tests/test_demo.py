@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from tercet.core.rewards import fine_r1_strict
-from tercet.train import demo
-from tercet.train.demo import Scores, markdown, permuted_reward, verdicts
+from tercet.train.demo import experiment as demo
+from tercet.train.demo.experiment import Scores, markdown, permuted_reward, verdicts
 
 
 def test_permuted_rewards_keep_what_a_group_earns_and_lose_who_earned_it():

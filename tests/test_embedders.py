@@ -13,8 +13,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tercet.core.embedders import embedder, folder_embedder, vision_tower_embedder
-from tercet.core.model import build_tiny
+from tercet.core.data.embedders import embedder, folder_embedder, vision_tower_embedder
+from tercet.core.models import build_tiny
 
 pytestmark = pytest.mark.core
 

@@ -9,12 +9,10 @@ import pytest
 from PIL import Image
 from support import tiny
 
-from tercet.core.data import EvalQuestion
-from tercet.core.model import PolicyParts
 from tercet.core.prompts import closed_world_text, open_world_text, stage2_text
-from tercet.core.types import Completion
+from tercet.core.types import Completion, EvalQuestion, PolicyParts
 from tercet.train import eval_fgvr
-from tercet.train.eval_fgvr import ask, table
+from tercet.train.evaluation.answers import ask, table
 
 NAMES = {"bird": ("least auklet", "crested auklet", "parakeet auklet")}
 OUTPUTS = [
@@ -23,14 +21,14 @@ OUTPUTS = [
     "least auklet",  # no tags
     "<think>x</think><answer>crested auklet</answer>",  # wrong
 ]
-WORLDS = ["seen", "seen", "seen", "unseen"]
+PARTITIONS = ["seen", "seen", "seen", "unseen"]
 
 
 def questions() -> list[EvalQuestion]:
     options = NAMES["bird"]
     return [
-        EvalQuestion(f"{n}.jpg", f"Which bird {n}?", options, "least auklet", "bird", world)
-        for n, world in enumerate(WORLDS)
+        EvalQuestion(f"{n}.jpg", f"Which bird {n}?", options, "least auklet", "bird", partition)
+        for n, partition in enumerate(PARTITIONS)
     ]
 
 

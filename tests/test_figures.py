@@ -6,7 +6,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from tercet.train import figures
+from tercet.train.learner import figures
 
 pytestmark = pytest.mark.core
 

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tercet.core.data.vision import data_uri
 from tercet.core.rewards import call_reward
-from tercet.core.vision import data_uri
 from tercet.rollout import endpoint
 from tercet.rollout.judge import Judge, judged, read_number
 from tercet.rollout.server import ServerError, free_ports

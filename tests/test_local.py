@@ -12,15 +12,14 @@ import torch
 from PIL import Image
 from support import tiny
 
-from tercet.core.model import PolicyParts
+from tercet.core.data.vision import PromptEncoder
 from tercet.core.packing import pack
 from tercet.core.prompts import chat_ids
-from tercet.core.types import Completion, Request
-from tercet.core.vision import PromptEncoder
+from tercet.core.types import Completion, PolicyParts, Request
 from tercet.rollout import local
 from tercet.rollout.engine import Sampling, sample_seed
 from tercet.rollout.local import LocalEngine, sample_tokens
-from tercet.train.policy import Policy
+from tercet.train.learner.policy import Policy
 
 QUESTIONS = ("What is it?", "Which bird is shown? You first think, then answer.")
 COLOURS = {  # name: RGB, width and height of its photo

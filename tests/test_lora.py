@@ -7,8 +7,8 @@ import torch
 from support import tiny
 
 from tercet.core.config import ModelConfig
-from tercet.core.model import load_policy
-from tercet.train.lora import add_lora, whole_weights
+from tercet.core.models import load_policy
+from tercet.train.learner.lora import add_lora, whole_weights
 
 pytestmark = pytest.mark.core
 

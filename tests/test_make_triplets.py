@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from tercet.core.config import DataConfig, ModelConfig
-from tercet.core.manifest import Manifest
-from tercet.core.model import build_tiny
-from tercet.core.parquet import read_parquet
-from tercet.core.triplets import prepare_manifest
-from tercet.core.vision import load_image
+from tercet.core.data.manifest import Manifest
+from tercet.core.data.parquet import read_parquet
+from tercet.core.data.triplets import prepare_manifest
+from tercet.core.data.vision import load_image
+from tercet.core.models import build_tiny
 from tercet.train.make_triplets import make_triplets, summary
 
 

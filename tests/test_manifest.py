@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tercet.core.manifest import Manifest
+from tercet.core.data.manifest import Manifest
 from tercet.core.types import Anchor, Photo
 
 pytestmark = pytest.mark.core

@@ -7,11 +7,17 @@ import itertools
 
 import pytest
 import torch
+from support import shape_of
 from torch.autograd.graph import saved_tensors_hooks
 
 from tercet.core.config import LossConfig, ModelConfig, TapoOptimConfig
 from tercet.core.costs import Shape
-from tercet.core.memory import (
+from tercet.core.models import build_tiny
+from tercet.core.packing import pack
+from tercet.core.types import EncodedImage, EncodedPrompt, MicroBatch, PackedBatch
+from tercet.kernels.rows import BLOCK_LOGITS
+from tercet.kernels.varlen import VISION_NAME
+from tercet.train.fit.memory import (
     Activations,
     Load,
     Memory,
@@ -22,16 +28,10 @@ from tercet.core.memory import (
     kv_bytes,
     vision_block_bytes,
 )
-from tercet.core.model import build_tiny
-from tercet.core.packing import pack
-from tercet.core.types import MicroBatch, PackedBatch
-from tercet.core.vision import EncodedImage, EncodedPrompt
-from tercet.kernels.rows import BLOCK_LOGITS
-from tercet.kernels.varlen import VISION_NAME
-from tercet.train.lora import add_lora
-from tercet.train.optim import build_optimizer, optimizer_step
-from tercet.train.policy import Policy
-from tercet.train.sizes import count, numbers
+from tercet.train.fit.sizes import count, numbers
+from tercet.train.learner.lora import add_lora
+from tercet.train.learner.optim import build_optimizer, optimizer_step
+from tercet.train.learner.policy import Policy
 
 ARCHITECTURES = ["qwen2_vl", "qwen2_5_vl"]
 TOLERANCE = 0.15
@@ -66,7 +66,7 @@ def make_pack(policy: Policy, side: int, prompts: int, responses: int, length: i
     """Photos of side x side patches, questions of 12 tokens, responses of one length."""
     config, generator = policy.model.config, torch.Generator().manual_seed(0)
     grid, pads = torch.tensor([[1, side, side]]), side**2 // 4
-    image = EncodedImage(torch.randn(side**2, Shape.of(config).patch, generator=generator), grid)
+    image = EncodedImage(torch.randn(side**2, shape_of(config).patch, generator=generator), grid)
     ids = torch.cat([torch.full((pads,), config.image_token_id), torch.arange(7, 19)])
     positions, delta = policy.model.model.get_rope_index(
         ids[None],
@@ -106,7 +106,7 @@ def sums_of_memory(call) -> list[int]:
 def planned(policy: Policy, batch: MicroBatch, branches: str) -> tuple[float, float]:
     """Bytes of a micro-batch at the head and in the backward pass, above what stays."""
     model = policy.model
-    shape, b = Shape.of(model.config), model.dtype.itemsize
+    shape, b = shape_of(model.config), model.dtype.itemsize
     counted = count(model)
     memory = Memory(shape, counted, numbers(model.dtype))
     update, negative = (
@@ -193,7 +193,7 @@ def test_the_optimiser(dtype, states):
     sizes = {"hidden_size": 256, "layers": 1, "vision_layers": 1, "vision_size": 64}
     policy = make_policy("qwen2_5_vl", dtype, vocabulary=32_768, **sizes)
     model = policy.model
-    memory = Memory(Shape.of(model.config), count(model), numbers(dtype, states))
+    memory = Memory(shape_of(model.config), count(model), numbers(dtype, states))
     optimizer = build_optimizer(model.named_parameters(), TapoOptimConfig(states=states))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -213,7 +213,7 @@ def test_what_autograd_keeps_of_a_layer(architecture, dtype):
     """To the byte, but for rotations, which all layers share, and the bounds of sequences."""
     policy = make_policy(architecture, dtype)
     model, packed = policy.model, make_pack(policy, 8, 1, 2, 20)
-    shape, b = Shape.of(model.config), dtype.itemsize
+    shape, b = shape_of(model.config), dtype.itemsize
     rotation = 2 * b * shape.head_dim
     layer = kept_by(policy, model.model.language_model.layers[1], packed)
     tokens = len(packed.input_ids)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import Parameter
 
 from tercet.core.config import OptimConfig, TapoOptimConfig
-from tercet.train.optim import KahanAdamW, build_optimizer, learning_rate, optimizer_step
+from tercet.train.learner.optim import KahanAdamW, build_optimizer, learning_rate, optimizer_step
 
 pytestmark = pytest.mark.core
 
@@ -137,7 +137,7 @@ def test_learning_rate_zero_changes_no_weight_but_the_states():
 def test_a_tensor_updated_in_chunks_is_the_same(monkeypatch):
     results = []
     for chunk in (1 << 24, 8):
-        monkeypatch.setattr("tercet.train.optim.CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr("tercet.train.learner.optim.CHUNK_ELEMENTS", chunk)
         generator = torch.Generator().manual_seed(0)
         params = [
             Parameter(torch.randn(shape, generator=generator).bfloat16())
@@ -185,7 +185,7 @@ SHARDED = """
 import os, sys, torch, torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from tercet.core.config import OptimConfig
-from tercet.train.optim import build_optimizer, optimizer_step
+from tercet.train.learner.optim import build_optimizer, optimizer_step
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", store=dist.FileStore(folder + "/store", 2), rank=rank, world_size=2)
 mesh, full = init_device_mesh("cpu", (2,)), torch.load(folder + "/tensors.pt")

@@ -22,8 +22,7 @@ from tercet.core.packing import (
     rows,
     split_by_budget,
 )
-from tercet.core.types import Group, PackedBatch, Response, Triplet
-from tercet.core.vision import EncodedImage, EncodedPrompt
+from tercet.core.types import EncodedImage, EncodedPrompt, Group, PackedBatch, Response, Triplet
 
 pytestmark = pytest.mark.core
 

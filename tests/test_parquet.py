@@ -1,3 +1,4 @@
+from functools import partial
 from io import BytesIO
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tercet.core.parquet import read_parquet, write_parquet
+from tercet.core.data.parquet import read_parquet, write_parquet
+from tercet.core.data.vision import load_image
+from tercet.core.families.qwen2_vl import resized
 from tercet.core.prompts import STAGE2_INSTRUCTION, stage2_text
 from tercet.core.types import Anchor
-from tercet.core.vision import load_image
 
 pytestmark = pytest.mark.core
 
@@ -157,7 +159,7 @@ def test_written_rows_are_resized_alike_and_read_back(tmp_path):
     ] * 40
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 5000, "longest_edge": 30000})
     path = tmp_path / "out" / "t.parquet"
-    write_parquet(iter(anchors), path, processor)
+    write_parquet(iter(anchors), path, partial(resized, processor))
     assert [file.name for file in path.parent.iterdir()] == ["t.parquet"]
     names = ["problem", "images", "answer", "image_noisy", "image_aug"]
     assert pq.read_schema(path).names == names
@@ -191,5 +193,5 @@ def test_a_photo_that_fails_leaves_no_file(tmp_path):
     anchor = Anchor("1", good, (str(tmp_path / "gone.png"),), (good,), "Which?", "s", "one")
     path = tmp_path / "out" / "t.parquet"
     with pytest.raises(ValueError, match="gone.png"):
-        write_parquet([anchor], path, Qwen2VLImageProcessorPil())
+        write_parquet([anchor], path, partial(resized, Qwen2VLImageProcessorPil()))
     assert list(path.parent.iterdir()) == []

@@ -11,13 +11,14 @@ import torch
 from support import tiny
 
 from tercet.core.config import ModelConfig, TapoConfig
-from tercet.core.memory import Moment
-from tercet.core.roofline import CARDS, Lengths
+from tercet.core.models import published
 from tercet.train import plan as command
-from tercet.train.command_line import RECIPES, parse
-from tercet.train.fit import GIB, Plan, changed, remedies
-from tercet.train.lora import add_lora
-from tercet.train.sizes import PUBLISHED, ModelSizes, count, numbers
+from tercet.train.fit.estimate import GIB, Plan, changed, remedies
+from tercet.train.fit.memory import Moment
+from tercet.train.fit.roofline import CARDS, Lengths
+from tercet.train.fit.sizes import ModelSizes, count, numbers
+from tercet.train.learner.command_line import RECIPES, parse
+from tercet.train.learner.lora import add_lora
 
 TOTALS = {  # of the published checkpoints
     "Qwen/Qwen2-VL-2B-Instruct": 2_208_985_600,
@@ -31,7 +32,7 @@ def planned(*options: str) -> Plan:
     return command.read(options)[0]
 
 
-@pytest.mark.parametrize("path", PUBLISHED)
+@pytest.mark.parametrize("path", list(published()))
 def test_published_sizes(path):
     sizes = ModelSizes.of(TapoConfig(model=ModelConfig(path=path)))
     assert sizes.parameters.total == sizes.parameters.trained == TOTALS[path]

@@ -10,13 +10,12 @@ import torch
 from support import tiny
 
 from tercet.core.config import LossConfig
-from tercet.core.model import PolicyParts
+from tercet.core.data.vision import PromptEncoder
 from tercet.core.packing import Piece, micro_batch, pack
 from tercet.core.prompts import chat_ids
-from tercet.core.types import Group, Response, Triplet
-from tercet.core.vision import PromptEncoder
+from tercet.core.types import Group, PolicyParts, Response, Triplet
 from tercet.kernels.reference import tapo_loss_reference
-from tercet.train.policy import Policy
+from tercet.train.learner.policy import Policy
 
 LENGTHS = [5, 1, 0, 9, 3]  # an empty response, one of a single token
 ROLES = ["anchor", "anchor", "anchor", "positive", "positive"]

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from tercet.core.packing import pack
-from tercet.core.types import Segments
-from tercet.core.vision import EncodedPrompt
+from tercet.core.types import EncodedPrompt, Segments
 from tercet.kernels.prefix_attention import prefix_attention
 from tercet.kernels.reference import prefix_attention_reference
 

@@ -1,6 +1,6 @@
 import pytest
 
-from tercet.core.questions import QUESTIONS, questions_for, read_questions
+from tercet.core.data.questions import QUESTIONS, questions_for, read_questions
 
 pytestmark = pytest.mark.core
 

@@ -19,7 +19,7 @@ from sglang_support import FLAGS, PYTHON, processes_in
 from support import LENGTH, tiny
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from tercet.core.model import PolicyParts
+from tercet.core.types import PolicyParts
 
 pytestmark = pytest.mark.photos
 

@@ -16,11 +16,10 @@ from tercet.core.config import (
     TapoOptimConfig,
 )
 from tercet.core.costs import Hung, Shape, forward_flops
-from tercet.core.memory import Load
 from tercet.core.packing import Piece, mini_batches, pack_branch, split_by_budget
-from tercet.core.roofline import BUS, Card, Lengths, Sampling, Step, Volume, phases
-from tercet.core.types import Group, Response, Triplet
-from tercet.core.vision import EncodedImage, EncodedPrompt
+from tercet.core.types import EncodedImage, EncodedPrompt, Group, Response, Triplet
+from tercet.train.fit.memory import Load
+from tercet.train.fit.roofline import BUS, Card, Lengths, Sampling, Step, Volume, phases
 
 pytestmark = pytest.mark.core
 SHAPE = Shape(2, 8, 24, 4, 2, 2, 100, 1, 4, 2, 12, 3, 1, 0, 2, 6)

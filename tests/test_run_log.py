@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tercet.train.run_log import COLUMNS, PHASES, RunLog, step_line
+from tercet.train.learner.run_log import COLUMNS, PHASES, RunLog, step_line
 
 pytestmark = pytest.mark.core
 
@@ -39,7 +39,7 @@ def scalars(out, tag):
 def clock(monkeypatch):
     now = SimpleNamespace(seconds=100.0)
     replacement = SimpleNamespace(perf_counter=lambda: now.seconds)
-    monkeypatch.setattr("tercet.train.run_log.time", replacement)
+    monkeypatch.setattr("tercet.train.learner.run_log.time", replacement)
     return now
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from support import tiny
 
 from tercet.core.config import RolloutConfig
+from tercet.core.data.vision import PromptEncoder
 from tercet.core.types import Anchor, Completion
-from tercet.core.vision import PromptEncoder
 from tercet.rollout.engine import Sampling
 from tercet.rollout.sampler import GroupSampler, NotEnoughGroups, TripletStream
 

@@ -12,14 +12,14 @@ import torch
 from support import tiny
 
 from tercet.core.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig
-from tercet.core.model import load_policy
-from tercet.train import saving
-from tercet.train.checkpoint import find_checkpoint, load_state
-from tercet.train.lora import add_lora
-from tercet.train.optim import build_optimizer
-from tercet.train.parallel import World
-from tercet.train.policy import Policy
-from tercet.train.saving import Saver
+from tercet.core.models import load_policy
+from tercet.train.learner import saving
+from tercet.train.learner.checkpoint import find_checkpoint, load_state
+from tercet.train.learner.lora import add_lora
+from tercet.train.learner.optim import build_optimizer
+from tercet.train.learner.policy import Policy
+from tercet.train.learner.ranks import Ranks
+from tercet.train.learner.saving import Saver
 
 pytestmark = pytest.mark.core
 
@@ -35,7 +35,7 @@ def trained(lora_rank: int = 0) -> SimpleNamespace:
         parts=parts,
         policy=policy,
         optimizer=optimizer,
-        world=World(torch.device("cpu"), ParallelConfig()),
+        ranks=Ranks(torch.device("cpu"), ParallelConfig()),
     )
     step(run)
     return run

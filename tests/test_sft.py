@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from support import tiny
 
 from tercet.core.config import ModelConfig, SftConfig
-from tercet.core.data import read_sft
-from tercet.core.model import load_policy
+from tercet.core.data.photos import read_sft
+from tercet.core.models import load_policy
 from tercet.train import sft
-from tercet.train.command_line import parse
-from tercet.train.policy import Policy
+from tercet.train.learner.command_line import parse
+from tercet.train.learner.policy import Policy
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
 

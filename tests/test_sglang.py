@@ -31,16 +31,16 @@ from sglang_support import (
 from support import LENGTH, tiny
 
 from tercet.core.config import RolloutConfig, TapoConfig
+from tercet.core.data.vision import PromptEncoder
 from tercet.core.prompts import chat_ids
 from tercet.core.types import Anchor, Request
-from tercet.core.vision import PromptEncoder
 from tercet.rollout.engine import Sampling
 from tercet.rollout.judge import Judge
 from tercet.rollout.launch import SAME_PIXELS
 from tercet.rollout.sampler import GroupSampler, TripletStream
 from tercet.rollout.server import ServerError
 from tercet.train import tapo
-from tercet.train.command_line import parse
+from tercet.train.learner.command_line import parse
 
 pytestmark = NEEDS_SERVER
 

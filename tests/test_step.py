@@ -11,12 +11,12 @@ from functools import partial
 import pytest
 import torch
 from matplotlib.figure import Figure
+from support import shape_of
 
 from tercet.bench import figures, measure, step
 from tercet.bench.step_case import Plan, build_policy, micro_batches, qwen_3b
 from tercet.bench.step_peers import METHODS, Method, flat, ours, unshared
-from tercet.core.costs import Shape
-from tercet.core.roofline import CARDS
+from tercet.train.fit.roofline import CARDS
 
 TINY = dict(hidden=128, layers=2, vision_layers=2, heads=8, vision_heads=2, vocabulary=96)
 SMALL = dict(n_anchor=2, n_positive=1, prompt=40, grid=(1, 12, 8), length=12)
@@ -83,7 +83,7 @@ def test_checkpointing_changes_no_gradient(policy):
 @pytest.mark.parametrize("update_on, ratio", [("anchor", 2.19), ("own", 2.06)])
 def test_the_3b_shape_promises_twice_the_speed(policy, update_on, ratio):
     """And 2.11 and 1.99 over one response a prompt that computes no logits of prompts."""
-    shape = Shape.of(qwen_3b())
+    shape = shape_of(qwen_3b())
     assert (shape.layers, shape.hidden, shape.vocabulary) == (36, 2048, 151_936)
     assert (shape.vision_layers, shape.full_layers, shape.head_dim) == (32, 4, 128)
     micros = micro_batches(Plan(update_on), policy)

@@ -22,10 +22,10 @@ from tercet.core.config import TapoConfig
 from tercet.rollout.judge import Judge, judged
 from tercet.rollout.server import free_ports
 from tercet.train import tapo
-from tercet.train.checkpoint import load_state
-from tercet.train.command_line import parse
-from tercet.train.interrupt import Interrupted, StopSignal
-from tercet.train.policy import Policy
+from tercet.train.learner.checkpoint import load_state
+from tercet.train.learner.command_line import parse
+from tercet.train.learner.interrupt import Interrupted, StopSignal
+from tercet.train.learner.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,9 +45,9 @@ def _parity(row: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def workspace(tmp_path_factory) -> Path:
     """Four sub-categories of five photos of different sizes, and a tiny policy."""
-    root = tmp_path_factory.mktemp("world")
+    root = tmp_path_factory.mktemp("workspace")
     rng = np.random.default_rng(0)
     for name in ("red_bird", "blue_bird", "grey_bird", "pink_bird"):
         (root / "photos" / "bird" / name).mkdir(parents=True)
@@ -58,10 +58,10 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
-def options(world: Path, out: Path, *more: str) -> list[str]:
+def options(workspace: Path, out: Path, *more: str) -> list[str]:
     return [
-        f"--data.path={world / 'photos'}",
-        f"--model.path={world / 'policy'}",
+        f"--data.path={workspace / 'photos'}",
+        f"--model.path={workspace / 'policy'}",
         f"--run.out={out}",
         "--data.shots=3",
         "--data.sft_shots=0",
@@ -98,13 +98,13 @@ def figures(out: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
-def test_a_run_changes_weights_and_writes_what_people_see(monkeypatch, world, tmp_path, preset):
-    argv = options(world, tmp_path, f"--run.preset={preset}", "--run.save_every=1")
+def test_a_run_changes_weights_and_writes_what_people_see(monkeypatch, workspace, tmp_path, preset):
+    argv = options(workspace, tmp_path, f"--run.preset={preset}", "--run.save_every=1")
     saved = train(monkeypatch, argv)
     rows = figures(tmp_path)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["grad_norm"] > 0 and row["response_length"] > 0 for row in rows)
-    start = weights(world / "policy")
+    start = weights(workspace / "policy")
     first = weights(tmp_path / "checkpoints" / "step_000001")
     last = weights(saved)
     moved = [not torch.equal(start[name], first[name]) for name in start]
@@ -138,14 +138,14 @@ def test_presets_set_every_option_that_differs():
 
 
 @pytest.mark.parametrize("surplus", ["carry", "drop"])
-def test_resuming_continues_bit_for_bit(monkeypatch, world, tmp_path, surplus):
+def test_resuming_continues_bit_for_bit(monkeypatch, workspace, tmp_path, surplus):
     more = ["--rollout.prompts_per_batch=3", f"--rollout.surplus={surplus}", "--run.steps=4"]
-    whole = train(monkeypatch, options(world, tmp_path / "whole", *more), by_parity)
+    whole = train(monkeypatch, options(workspace, tmp_path / "whole", *more), by_parity)
     more += ["--run.save_every=1", "--run.keep_last=9"]
-    train(monkeypatch, options(world, tmp_path / "parts", *more), by_parity)
+    train(monkeypatch, options(workspace, tmp_path / "parts", *more), by_parity)
     for late in ("step_000003", "step_000004"):
         (tmp_path / "parts" / "checkpoints" / late).rename(tmp_path / late)
-    resumed = train(monkeypatch, options(world, tmp_path / "parts", *more), by_parity, "auto")
+    resumed = train(monkeypatch, options(workspace, tmp_path / "parts", *more), by_parity, "auto")
     assert resumed.name == whole.name == "step_000004"
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
@@ -153,9 +153,9 @@ def test_resuming_continues_bit_for_bit(monkeypatch, world, tmp_path, surplus):
 
 
 def test_interrupted_between_mini_batches_goes_on_with_the_same_groups(
-    monkeypatch, world, tmp_path
+    monkeypatch, workspace, tmp_path
 ):
-    whole = train(monkeypatch, options(world, tmp_path / "whole"))
+    whole = train(monkeypatch, options(workspace, tmp_path / "whole"))
     update = tapo.TapoRun._update
     calls = []
 
@@ -167,16 +167,16 @@ def test_interrupted_between_mini_batches_goes_on_with_the_same_groups(
 
     monkeypatch.setattr(tapo.TapoRun, "_update", interrupted)
     with pytest.raises(Interrupted):
-        train(monkeypatch, options(world, tmp_path / "parts"))
+        train(monkeypatch, options(workspace, tmp_path / "parts"))
     monkeypatch.setattr(tapo.TapoRun, "_update", update)
     state = load_state(tmp_path / "parts" / "checkpoints" / "step_000001")
     assert (state["steps_done"], state["minibatches_done"], len(state["groups"])) == (1, 1, 4)
-    resumed = train(monkeypatch, options(world, tmp_path / "parts"), resume="auto")
+    resumed = train(monkeypatch, options(workspace, tmp_path / "parts"), resume="auto")
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
 
 
-def test_only_later_mini_batches_need_old_logprobs(monkeypatch, world, tmp_path):
+def test_only_later_mini_batches_need_old_logprobs(monkeypatch, workspace, tmp_path):
     scored = []
     logprobs = Policy.logprobs
 
@@ -185,29 +185,29 @@ def test_only_later_mini_batches_need_old_logprobs(monkeypatch, world, tmp_path)
         return logprobs(self, packed, labels)
 
     monkeypatch.setattr(Policy, "logprobs", counted)
-    train(monkeypatch, options(world, tmp_path / "one", "--optim.groups_per_minibatch=4"))
+    train(monkeypatch, options(workspace, tmp_path / "one", "--optim.groups_per_minibatch=4"))
     assert scored == []
-    train(monkeypatch, options(world, tmp_path / "two", "--run.steps=1"))
+    train(monkeypatch, options(workspace, tmp_path / "two", "--run.steps=1"))
     assert len(scored) == 1
 
 
 @pytest.mark.parametrize("size, preset", [(4, "paper"), (2, "paper"), (2, "released")])
-def test_sampler_and_trainer_agree(monkeypatch, world, tmp_path, size, preset):
+def test_sampler_and_trainer_agree(monkeypatch, workspace, tmp_path, size, preset):
     """Whether old log-probs were scored or came back from the update."""
     more = [f"--optim.groups_per_minibatch={size}", f"--run.preset={preset}"]
-    train(monkeypatch, options(world, tmp_path, *more))
+    train(monkeypatch, options(workspace, tmp_path, *more))
     rows = figures(tmp_path)
     assert all(0 < row["mismatch_mean"] <= row["mismatch_max"] < 1e-5 for row in rows)
     assert all(abs(row["mismatch_kl"]) < 1e-9 and row["mismatch_over"] == 0 for row in rows)
 
 
-def test_importance_weights_scale_the_policy_term(monkeypatch, world, tmp_path):
+def test_importance_weights_scale_the_policy_term(monkeypatch, workspace, tmp_path):
     """The sampler is exact here: a cap of 0.5 is the weight of every token."""
     found = {}
     for cap in ("null", "0.5"):
         out = tmp_path / cap
         more = ["--run.steps=1", "--loss.update_on=own", "--optim.groups_per_minibatch=4"]
-        train(monkeypatch, options(world, out, *more, f"--loss.is_cap={cap}"))
+        train(monkeypatch, options(workspace, out, *more, f"--loss.is_cap={cap}"))
         found[cap] = figures(out)[0]
     assert found["null"]["pg_loss"] != 0
     assert found["0.5"]["pg_loss"] == pytest.approx(0.5 * found["null"]["pg_loss"], abs=1e-6)
@@ -215,19 +215,19 @@ def test_importance_weights_scale_the_policy_term(monkeypatch, world, tmp_path):
 
 
 @pytest.mark.parametrize("mean_over", ["batch", "group", "response", "micro_batch"])
-def test_the_token_budget_does_not_change_the_step(monkeypatch, world, tmp_path, mean_over):
+def test_the_token_budget_does_not_change_the_step(monkeypatch, workspace, tmp_path, mean_over):
     more = ["--run.steps=1", f"--loss.mean_over={mean_over}", "--optim.lr=1e-4"]
     results = []
     for budget in (560, 16384):
         out = tmp_path / str(budget)
-        argv = options(world, out, *more, f"--parallel.micro_batch_tokens={budget}")
+        argv = options(workspace, out, *more, f"--parallel.micro_batch_tokens={budget}")
         train(monkeypatch, argv)
         results.append(figures(out)[0])
     for name, value in results[0].items():
         assert value == pytest.approx(results[1][name], rel=1e-4, abs=1e-6), name
 
 
-def test_failure_of_the_reward_saves_and_names_it(monkeypatch, world, tmp_path):
+def test_failure_of_the_reward_saves_and_names_it(monkeypatch, workspace, tmp_path):
     calls = []
 
     def breaks(rows):
@@ -237,20 +237,20 @@ def test_failure_of_the_reward_saves_and_names_it(monkeypatch, world, tmp_path):
         return by_length(rows)
 
     with pytest.raises(ValueError, match="judge is out"):
-        train(monkeypatch, options(world, tmp_path), breaks)
+        train(monkeypatch, options(workspace, tmp_path), breaks)
     state = load_state(tmp_path / "checkpoints" / "step_000001")
     assert state["steps_done"] == 1 and state["groups"] == []
-    saved = train(monkeypatch, options(world, tmp_path), resume="auto")
-    whole = train(monkeypatch, options(world, tmp_path / "whole"))
+    saved = train(monkeypatch, options(workspace, tmp_path), resume="auto")
+    whole = train(monkeypatch, options(workspace, tmp_path / "whole"))
     assert all(torch.equal(v, weights(saved)[n]) for n, v in weights(whole).items())
 
 
-def run_command(world: Path, out: Path, *more: str) -> subprocess.Popen:
+def run_command(workspace: Path, out: Path, *more: str) -> subprocess.Popen:
     reward = out.parent / "slow_reward.py"
     reward.write_text(
         "def length(rows):\n return [{'overall': r['response_length']} for r in rows]"
     )
-    argv = options(world, out, "--rollout.reward=slow_reward:length", *more)
+    argv = options(workspace, out, "--rollout.reward=slow_reward:length", *more)
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train" / "tapo.py"), *argv],
         cwd=out.parent,
@@ -261,7 +261,9 @@ def run_command(world: Path, out: Path, *more: str) -> subprocess.Popen:
     )
 
 
-def test_gradients_that_stay_not_finite_end_the_run_with_a_checkpoint(monkeypatch, world, tmp_path):
+def test_gradients_that_stay_not_finite_end_the_run_with_a_checkpoint(
+    monkeypatch, workspace, tmp_path
+):
     def broken(self, batch, branches):
         value, metrics = accumulate(self, batch, branches)
         next(self.parameters()).grad.fill_(float("nan"))
@@ -269,7 +271,7 @@ def test_gradients_that_stay_not_finite_end_the_run_with_a_checkpoint(monkeypatc
 
     accumulate = Policy.accumulate
     monkeypatch.setattr(Policy, "accumulate", broken)
-    argv = options(world, tmp_path, "--run.steps=9", "--optim.max_skipped=3")
+    argv = options(workspace, tmp_path, "--run.steps=9", "--optim.max_skipped=3")
     with pytest.raises(ValueError, match="step 2: the gradient was not finite 3 times in a row"):
         train(monkeypatch, argv)
     state = load_state(tmp_path / "checkpoints" / "step_000001")
@@ -292,15 +294,15 @@ def out_of_memory_above(monkeypatch, tokens: int) -> list[int]:
     return sizes
 
 
-def test_out_of_memory_begins_again_with_half_the_budget(monkeypatch, world, tmp_path, capsys):
+def test_out_of_memory_begins_again_with_half_the_budget(monkeypatch, workspace, tmp_path, capsys):
     """The step is that of a run whose memory sufficed, and a resumed run keeps the budget."""
     more = ["--run.steps=1", "--rollout.max_prompt_tokens=240", "--optim.lr=1e-4"]
     more += ["--optim.groups_per_minibatch=4", "--parallel.micro_batch_tokens=1024"]
     (tmp_path / "roomy").mkdir()
     (tmp_path / "roomy" / "micro_batch_tokens").write_text("1")  # another run's: not ours
-    train(monkeypatch, options(world, tmp_path / "roomy", *more))
+    train(monkeypatch, options(workspace, tmp_path / "roomy", *more))
     sizes = out_of_memory_above(monkeypatch, 300)
-    train(monkeypatch, options(world, tmp_path / "tight", *more))
+    train(monkeypatch, options(workspace, tmp_path / "tight", *more))
     assert max(sizes) <= 300 and len(sizes) > 1
     said = capsys.readouterr().out
     assert "out of memory with parallel.micro_batch_tokens = 1024: going on with 512" in said
@@ -310,23 +312,23 @@ def test_out_of_memory_begins_again_with_half_the_budget(monkeypatch, world, tmp
         assert value == pytest.approx(tight[name], rel=1e-4, abs=1e-6), name
 
 
-def test_memory_that_does_not_hold_one_response_is_named(monkeypatch, world, tmp_path):
+def test_memory_that_does_not_hold_one_response_is_named(monkeypatch, workspace, tmp_path):
     out_of_memory_above(monkeypatch, 10)
     more = ["--rollout.max_prompt_tokens=240", "--parallel.micro_batch_tokens=300"]
     with pytest.raises(ValueError, match="tokens = 300; half of it does not hold one sequence"):
-        train(monkeypatch, options(world, tmp_path, *more))
+        train(monkeypatch, options(workspace, tmp_path, *more))
 
 
-def test_a_judge_that_is_down_is_waited_for_then_named(monkeypatch, world, tmp_path):
+def test_a_judge_that_is_down_is_waited_for_then_named(monkeypatch, workspace, tmp_path):
     url = f"http://127.0.0.1:{free_ports(1)[0]}/v1"
     reward = judged(Judge(url, "m", patience_s=1.0), "{response}")
     with pytest.raises(ValueError, match=rf"judge {url}: no answer in 1 s"):
-        train(monkeypatch, options(world, tmp_path), reward)
+        train(monkeypatch, options(workspace, tmp_path), reward)
     assert load_state(tmp_path / "checkpoints" / "step_000000")["steps_done"] == 0
 
 
-def test_sigterm_checkpoints_and_stops(world, tmp_path):
-    process = run_command(world, tmp_path / "run", "--run.steps=100000")
+def test_sigterm_checkpoints_and_stops(workspace, tmp_path):
+    process = run_command(workspace, tmp_path / "run", "--run.steps=100000")
     deadline = time.monotonic() + 120
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
@@ -351,8 +353,8 @@ def test_sigterm_checkpoints_and_stops(world, tmp_path):
         ("--rollout.reward=nowhere:f", "nowhere"),
     ],
 )
-def test_bad_options_are_named(monkeypatch, world, tmp_path, option, named):
-    argv = options(world, tmp_path, *option.split())
+def test_bad_options_are_named(monkeypatch, workspace, tmp_path, option, named):
+    argv = options(workspace, tmp_path, *option.split())
     with pytest.raises(ValueError, match=named):
         config, _, resolved = parse(TapoConfig, argv, "")
         tapo.train(config, resolved)

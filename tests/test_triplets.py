@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 
 from tercet.core.config import DataConfig
-from tercet.core.manifest import Manifest
-from tercet.core.triplets import (
+from tercet.core.data.manifest import Manifest
+from tercet.core.data.triplets import (
+    draw_partitions,
     draw_triplet,
     eval_questions,
     prepare_manifest,
     rank_similar,
     seeded_int,
     seeded_order,
-    split_worlds,
 )
 from tercet.core.types import Anchor, Photo
 
@@ -79,20 +79,24 @@ def test_seeded_int_is_63_bits_of_blake2b():
 )
 def test_sixty_percent_are_seen_and_at_least_two(total, seen):
     names = [f"s{i}" for i in range(total)]
-    worlds = split_worlds([("bird", name) for name in names] + [("car", "x"), ("car", "y")], 0.6, 0)
-    assert len(worlds) == total + 2
-    assert sum(worlds["bird", name] == "seen" for name in names) == seen
-    assert worlds["car", "x"] == worlds["car", "y"] == "seen"
+    partitions = draw_partitions(
+        [("bird", name) for name in names] + [("car", "x"), ("car", "y")], 0.6, 0
+    )
+    assert len(partitions) == total + 2
+    assert sum(partitions["bird", name] == "seen" for name in names) == seen
+    assert partitions["car", "x"] == partitions["car", "y"] == "seen"
 
 
 def test_the_split_depends_on_seed_and_super_category_but_not_on_order():
     classes = [("bird", f"s{i}") for i in range(20)] + [("car", f"s{i}") for i in range(20)]
-    worlds = split_worlds(classes, 0.6, 0)
-    assert split_worlds(classes[::-1], 0.6, 0) == worlds
-    assert split_worlds(classes[:20], 0.6, 0) == {k: w for k, w in worlds.items() if k[0] == "bird"}
-    assert split_worlds(classes, 0.6, 1) != worlds
-    assert [worlds["bird", f"s{i}"] for i in range(20)] != [
-        worlds["car", f"s{i}"] for i in range(20)
+    partitions = draw_partitions(classes, 0.6, 0)
+    assert draw_partitions(classes[::-1], 0.6, 0) == partitions
+    assert draw_partitions(classes[:20], 0.6, 0) == {
+        k: w for k, w in partitions.items() if k[0] == "bird"
+    }
+    assert draw_partitions(classes, 0.6, 1) != partitions
+    assert [partitions["bird", f"s{i}"] for i in range(20)] != [
+        partitions["car", f"s{i}"] for i in range(20)
     ]
 
 
@@ -200,22 +204,22 @@ def test_questions_come_from_templates_or_from_the_photo(tmp_path):
 
 
 def give_split(folder, stage1=()):
-    worlds = {"a": "seen", "b": "seen", "c": "unseen"}
+    partitions = {"a": "seen", "b": "seen", "c": "unseen"}
     images = [
         {
             "path": f"bird/{name}/{i}.png",
             "super_category": "bird",
             "sub_category": name,
-            "world": world,
+            "partition": partition,
             "split": "train" if i < 4 else "test",
             "in_stage1": (name, i) in stage1,
         }
-        for name, world in worlds.items()
+        for name, partition in partitions.items()
         for i in range(7)
     ]
     classes = [
-        {"super_category": "bird", "sub_category": name, "world": world}
-        for name, world in worlds.items()
+        {"super_category": "bird", "sub_category": name, "partition": partition}
+        for name, partition in partitions.items()
     ]
     listing = {"classes": classes, "images": images}
     (Path(folder) / "manifest.json").write_text(json.dumps(listing))
@@ -369,7 +373,7 @@ def test_eval_questions_offer_the_truth_and_the_most_similar_others(tmp_path):
     for question in questions:
         photo = asked[question.image]
         assert (question.truth, question.question) == (photo.sub_category, photo.question)
-        assert (question.super_category, question.world) == (photo.super_category, "seen")
+        assert (question.super_category, question.partition) == (photo.super_category, "seen")
         others = NEAREST[photo.super_category][photo.sub_category][:3]
         assert sorted(question.options) == sorted(question.truth + others)
     birds = [q for q in questions if q.super_category == "bird"]
@@ -403,7 +407,7 @@ def test_eval_questions_about_unseen_names_draw_the_others():
     }
     with pytest.raises(ValueError, match="holds no test photos of seen sub-categories"):
         eval_questions(manifest, "seen")
-    with pytest.raises(ValueError, match="world must be 'seen' or 'unseen', got 'all'"):
+    with pytest.raises(ValueError, match="partition must be 'seen' or 'unseen', got 'all'"):
         eval_questions(manifest, "all")
 
 
@@ -418,7 +422,7 @@ def hue_grid(keys):
 def test_real_photos_become_triplets_of_similar_birds(real_photos):
     manifest = prepare_manifest(DataConfig(path=str(real_photos)), hue_grid)
     assert len(manifest.anchors) == 18 * 3 + 7 * 4 and len(manifest.sft) == 18
-    assert {world: len(photos) for world, photos in manifest.test.items()} == {
+    assert {partition: len(photos) for partition, photos in manifest.test.items()} == {
         "seen": 268,
         "unseen": 162,
     }

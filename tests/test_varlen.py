@@ -12,8 +12,8 @@ from support import tiny
 from test_prefix_attention import RAGGED, draw, explicit, layout, with_gradients
 from torch import Tensor
 
+from tercet.core.data.vision import PromptEncoder
 from tercet.core.types import to_device
-from tercet.core.vision import PromptEncoder
 from tercet.kernels.prefix_attention import prefix_attention
 from tercet.kernels.varlen import (
     CPU,

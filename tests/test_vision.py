@@ -14,10 +14,11 @@ from PIL import Image
 from support import tiny
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from tercet.core import vision
 from tercet.core.config import ModelConfig
-from tercet.core.model import load_policy
-from tercet.core.vision import EncodedPrompt, PromptEncoder, load_image
+from tercet.core.data import vision
+from tercet.core.data.vision import PromptEncoder, load_image
+from tercet.core.models import load_policy
+from tercet.core.types import EncodedPrompt
 
 pytestmark = pytest.mark.core
 

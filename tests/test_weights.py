@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from tercet.core.models import checkpoint_names
 from tercet.rollout import weights
-from tercet.rollout.weights import buckets, disk_names, open_sync, pickled, write_weights
+from tercet.rollout.weights import buckets, open_sync, pickled, write_weights
 
 pytestmark = pytest.mark.core
 
@@ -32,7 +33,9 @@ def test_buckets_keep_order_and_hold_one_dtype():
 
 
 def test_names_are_those_of_published_checkpoints(parts):
-    found = {name for name, _ in disk_names(parts.model.named_parameters())}
+    found = {
+        name for name, _ in checkpoint_names(parts.model.config, parts.model.named_parameters())
+    }
     assert "model.layers.0.self_attn.q_proj.weight" in found and "model.norm.weight" in found
     assert all(name.startswith(("model.", "visual.", "lm_head.")) for name in found)
     assert not any("language_model" in name or "model.visual" in name for name in found)

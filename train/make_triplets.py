@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from functools import cache
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
-import torch
-from jsonargparse import auto_cli, set_parsing_settings
+from jsonargparse import ArgumentParser
 from rich.progress import track
 
 from tercet.core.config import DataConfig, ModelConfig
-from tercet.core.embedders import embedder
-from tercet.core.manifest import Manifest
-from tercet.core.model import PolicyParts, load_policy
-from tercet.core.parquet import write_parquet
-from tercet.core.triplets import prepare_manifest
-from tercet.train.loop import command
+from tercet.train.learner.command_line import command
+
+if TYPE_CHECKING:
+    from tercet.core.data.manifest import Manifest
+    from tercet.core.types import PolicyParts
 
 
 def make_triplets(
@@ -38,6 +37,14 @@ def make_triplets(
         out: folder that gets triplets.json.
         parquet: file that gets the released Parquet columns; None: none is written.
     """
+    # Here, so that --help does not wait for torch and transformers.
+    import torch
+
+    from tercet.core.data.embedders import embedder
+    from tercet.core.data.parquet import write_parquet
+    from tercet.core.data.triplets import prepare_manifest
+    from tercet.core.models import family_of, load_policy
+
     if os.path.abspath(out) == os.path.abspath(data.path):
         raise ValueError(f"out must differ from data.path, got {out!r} for both")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +58,8 @@ def make_triplets(
     print(summary(manifest))
     if parquet is not None:
         rows = track(manifest.anchors, description="writing Parquet rows")
-        write_parquet(rows, parquet, policy().image_processor)
+        resized = partial(family_of(policy().model.config).resized, policy().image_processor)
+        write_parquet(rows, parquet, resized)
         print(f"wrote {parquet}: {len(manifest.anchors)} rows")
     return manifest
 
@@ -63,8 +71,8 @@ def summary(manifest: Manifest) -> str:
     lines = []
     for super_category, names in manifest.names.items():
         tests = [
-            sum(photo.super_category == super_category for photo in manifest.test[world])
-            for world in ("seen", "unseen")
+            sum(photo.super_category == super_category for photo in manifest.test[partition])
+            for partition in ("seen", "unseen")
         ]
         near = manifest.nearest.get(super_category, {})
         examples = [f"{name} ~ {others[0]}" for name, others in list(near.items())[:3]]
@@ -77,6 +85,15 @@ def summary(manifest: Manifest) -> str:
     return "\n".join([*lines, f"{len(manifest.skipped)} left out"])
 
 
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=DataConfig, default=DataConfig())
+    parser.add_argument("--model", type=ModelConfig, default=ModelConfig())
+    parser.add_argument("--out", type=str, required=True, help="folder that gets triplets.json")
+    parser.add_argument("--parquet", type=str | None, help="file for the released columns")
+    options = parser.instantiate(parser.parse_args())
+    make_triplets(options.data, options.model, options.out, options.parquet)
+
+
 if __name__ == "__main__":
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    command(lambda: auto_cli(make_triplets, as_positional=False))
+    command(main)

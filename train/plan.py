@@ -17,18 +17,19 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from tercet.core.config import TapoConfig
-from tercet.core.memory import Moment
-from tercet.core.roofline import CARDS, Lengths
-from tercet.train.command_line import RECIPES, parse
-from tercet.train.fit import GIB, Plan, remedies
-from tercet.train.loop import command
-from tercet.train.sizes import ModelSizes
+from tercet.train.fit.memory import GIB, Moment
+from tercet.train.fit.roofline import CARDS, Lengths
+from tercet.train.learner.command_line import RECIPES, command, parse
+
+if TYPE_CHECKING:
+    from tercet.train.fit.estimate import Plan
 
 LIKELY = 0.4
 """Share of the roofline that a run may reach."""
@@ -36,6 +37,8 @@ LIKELY = 0.4
 
 def show(plan: Plan, title: str, console: Console) -> None:
     """Print memory, numbers and phases of a plan, and what would make it fit."""
+    from tercet.train.fit.estimate import remedies
+
     card, model = plan.card, plan.model
     counted = model.parameters
     console.print(
@@ -176,6 +179,10 @@ def read(argv: Sequence[str]) -> tuple[Plan, str]:
             f"holds the photo, got {lengths.prompt}, {lengths.photo} and {lengths.response}"
         )
     config, _, _ = parse(TapoConfig, rest, "")
+    # Here, so that --help does not wait for torch and transformers.
+    from tercet.train.fit.estimate import Plan
+    from tercet.train.fit.sizes import ModelSizes
+
     plan = Plan(config, ModelSizes.of(config), options.gpus, CARDS[options.gpu], lengths)
     return plan, f"{options.recipe or 'options'} on {options.gpus} x {options.gpu}"
 

@@ -13,25 +13,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tercet.core.config import SftConfig
+from tercet.train.learner.command_line import command, parse, show_help
+
+if __name__ == "__main__":
+    show_help(SftConfig, __doc__)  # before torch and transformers are imported
+
 import numpy as np
 import torch
 
-from tercet.core.config import SftConfig
-from tercet.core.data import SftSample, read_sft
-from tercet.core.model import PolicyParts
+from tercet.core.data.photos import SftSample, read_sft
+from tercet.core.data.vision import PromptEncoder
 from tercet.core.packing import pack
 from tercet.core.prompts import chat_ids
-from tercet.core.vision import PromptEncoder
-from tercet.train.assemble import build_policy, open_parts
-from tercet.train.budget import TokenBudget
-from tercet.train.checkpoint import load_state
-from tercet.train.command_line import parse, set_up
-from tercet.train.figures import draw_curves
-from tercet.train.interrupt import StopSignal
-from tercet.train.loop import add_up, command, open_log, run, take_step
-from tercet.train.optim import build_optimizer, learning_rate
-from tercet.train.parallel import World, restarts
-from tercet.train.saving import Saver
+from tercet.core.types import PolicyParts
+from tercet.train.learner.assemble import build_policy, open_parts
+from tercet.train.learner.budget import TokenBudget
+from tercet.train.learner.checkpoint import load_state
+from tercet.train.learner.device import set_up
+from tercet.train.learner.figures import draw_curves
+from tercet.train.learner.interrupt import StopSignal
+from tercet.train.learner.loop import add_up, open_log, run, take_step
+from tercet.train.learner.optim import build_optimizer, learning_rate
+from tercet.train.learner.ranks import Ranks, restarts
+from tercet.train.learner.saving import Saver
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,12 @@ class SftRun:
     def __init__(self, config: SftConfig, resolved: str, stop: StopSignal, resume: Path | None):
         device = set_up(config.run)
         self.config, self.stop, self.out = config, stop, Path(config.run.out)
-        self.world = World(device, config.parallel)
-        self.parts = open_parts(config.model, self.world, resume)
+        self.ranks = Ranks(device, config.parallel)
+        self.parts = open_parts(config.model, self.ranks, resume)
         self.encoder = PromptEncoder(self.parts)
         self.samples, skipped = read_sft(config.data.path, config.data.on_bad_image)
         self.examples = [tokenize(s, self.parts, config.model.system_prompt) for s in self.samples]
-        self.policy = build_policy(self.parts, config, self.world)
+        self.policy = build_policy(self.parts, config, self.ranks)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         self.saver = Saver(self, config.run)
         per_epoch = len(self.samples) / config.optim.samples_per_step
@@ -76,7 +81,7 @@ class SftRun:
             self.saver.restore(resume, state)
         self.log = open_log(self, resolved)
         self._budget = TokenBudget(
-            config, self.world, config.optim.max_tokens, self.log.say, bool(resume)
+            config, self.ranks, config.optim.max_tokens, self.log.say, bool(resume)
         )
         for reason in skipped:
             self.log.say(f"left out: {reason}")
@@ -88,7 +93,7 @@ class SftRun:
         with self.log.phase("update", total=size, unit="samples") as phase:
             sums = self._budget.fit(lambda: self._accumulate(chosen, phase), self.policy.zero_grad)
         lr = learning_rate(self.steps_done, self.total_steps, self.config.optim, False)
-        figures = take_step(self, lr, self.world.add(sums))
+        figures = take_step(self, lr, self.ranks.add(sums))
         self.steps_done += 1
         return figures
 
@@ -110,21 +115,21 @@ class SftRun:
             )
             loss.backward()
             add_up(sums, metrics)
-            phase.advance(len(chunk) * self.world.size)
+            phase.advance(len(chunk) * self.ranks.size)
         return sums
 
     def check_stop(self) -> None:
         """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
-        self.world.check(self.stop)
+        self.ranks.check(self.stop)
 
     def close(self) -> None:
         """Leave the other ranks."""
         self.saver.close()
-        self.world.close()
+        self.ranks.close()
 
     def draw(self) -> None:
         """Write curves.png."""
-        if not self.world.is_first:
+        if not self.ranks.is_first:
             return
         draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
 
@@ -144,8 +149,8 @@ class SftRun:
 
     def _micro_batches(self, chosen: Sequence[int]) -> list[tuple[list[int], bool]]:
         """This rank's samples by micro-batch, and fillers (True) up to the most of any rank."""
-        mine = self.world.dealt(chosen, self._length)
-        return self.world.evened(list(self._split(mine)), [chosen[0]])
+        mine = self.ranks.dealt(chosen, self._length)
+        return self.ranks.evened(list(self._split(mine)), [chosen[0]])
 
     def _length(self, i: int) -> int:
         return len(self._prompt(i)) + len(self.examples[i].target_ids)

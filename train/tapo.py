@@ -20,39 +20,44 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import runpy
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tercet.core.config import TapoConfig
+from tercet.train.learner.command_line import command, parse, show_help
+
+if __name__ == "__main__":
+    show_help(TapoConfig, __doc__)  # before torch and transformers are imported
+
 import torch
 
 from tercet.core.advantages import group_advantages
-from tercet.core.config import TapoConfig
-from tercet.core.embedders import embedder
-from tercet.core.manifest import MANIFEST_NAME, Manifest
+from tercet.core.data.embedders import embedder
+from tercet.core.data.manifest import MANIFEST_NAME, Manifest
+from tercet.core.data.triplets import prepare_manifest
+from tercet.core.data.vision import PromptEncoder
 from tercet.core.mismatch import mismatch_figures
-from tercet.core.model import PolicyParts
 from tercet.core.packing import Piece, mini_batches
 from tercet.core.rewards import load_reward
-from tercet.core.triplets import prepare_manifest
-from tercet.core.types import Group
-from tercet.core.vision import PromptEncoder
+from tercet.core.types import Group, PolicyParts
 from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
-from tercet.train.assemble import build_policy, open_parts
-from tercet.train.budget import TokenBudget
-from tercet.train.checkpoint import load_state
-from tercet.train.command_line import parse, set_up
-from tercet.train.figures import draw_curves, draw_samples, sample_rows
-from tercet.train.interrupt import StopSignal
-from tercet.train.loop import command, open_log, run, take_step
-from tercet.train.optim import build_optimizer, learning_rate
-from tercet.train.parallel import World, restarts
-from tercet.train.saving import Saver
-from tercet.train.update import Updater
+from tercet.train.learner.assemble import build_policy, open_parts
+from tercet.train.learner.budget import TokenBudget
+from tercet.train.learner.checkpoint import load_state
+from tercet.train.learner.device import set_up
+from tercet.train.learner.figures import draw_curves, draw_samples, sample_rows
+from tercet.train.learner.interrupt import StopSignal
+from tercet.train.learner.loop import open_log, run, take_step
+from tercet.train.learner.optim import build_optimizer, learning_rate
+from tercet.train.learner.ranks import Ranks, restarts
+from tercet.train.learner.saving import Saver
+from tercet.train.learner.update import Updater
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
 
@@ -70,17 +75,17 @@ class TapoRun:
     def __init__(self, config: TapoConfig, resolved: str, stop: StopSignal, resume: Path | None):
         self.config, self.stop, self.out = config, stop, Path(config.run.out)
         device = set_up(config.run)
-        self.world = World(device, config.parallel)
-        self.parts = open_parts(config.model, self.world, resume)
+        self.ranks = Ranks(device, config.parallel)
+        self.parts = open_parts(config.model, self.ranks, resume)
         self.encoder = PromptEncoder(self.parts)
-        self.manifest = self.world.share(lambda: self._manifest(resume))
-        sampled, own = self.parts, self.world.mesh is None and not config.model.lora_rank
-        if not own and self.world.is_first and config.rollout.engine == "local":
+        self.manifest = self.ranks.share(lambda: self._manifest(resume))
+        sampled, own = self.parts, self.ranks.mesh is None and not config.model.lora_rank
+        if not own and self.ranks.is_first and config.rollout.engine == "local":
             sampled = replace(self.parts, model=copy.deepcopy(self.parts.model).to(device))
         self.engine: Engine | IdleEngine = IdleEngine()
-        self.world.share(lambda: self._open_engine(sampled))
+        self.ranks.share(lambda: self._open_engine(sampled))
         self.policy = build_policy(
-            self.parts, config, self.world, config.loss, config.rollout.temperature
+            self.parts, config, self.ranks, config.loss, config.rollout.temperature
         )
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         self.saver = Saver(self, config.run)
@@ -110,9 +115,9 @@ class TapoRun:
         self._sync(self.steps_done)
         self.log = open_log(self, resolved)
         longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-        budget = TokenBudget(config, self.world, longest, self.log.say, bool(resume))
+        budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
         self.updater = Updater(
-            config, self.policy, self.encoder, self.world, budget, self.check_stop
+            config, self.policy, self.encoder, self.ranks, budget, self.check_stop
         )
         if sampled is not self.parts:
             self.log.say("rank 0 samples on a whole copy of the policy")
@@ -127,21 +132,21 @@ class TapoRun:
 
     def _weights_again(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights as they are, once more, while the other ranks wait for what rank 0 shares."""
-        self.world.ask_for_help()
+        self.ranks.ask_for_help()
         return self.policy.named_weights()
 
     def _sync(self, version: int) -> None:
         """Send the weights to what samples."""
-        if not self.world.is_first:
+        if not self.ranks.is_first:
             self.policy.gather_weights()
-        self.world.share(
+        self.ranks.share(
             lambda: self.engine.update_weights(self.policy.named_weights(), version),
             self.policy.gather_weights,
         )
 
     def check_stop(self) -> None:
         """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
-        self.world.check(self.stop)
+        self.ranks.check(self.stop)
 
     def _manifest(self, resume: Path | None) -> Manifest:
         """The run's own manifest when it goes on, else a new one, written beside the run."""
@@ -149,8 +154,8 @@ class TapoRun:
             return Manifest.read(self.out)
         visual = self.parts.model.model.visual
         home = visual.device
-        embed = embedder(self.config.data.embedder, lambda: self.parts, self.world.device)
-        visual.to(self.world.device)
+        embed = embedder(self.config.data.embedder, lambda: self.parts, self.ranks.device)
+        visual.to(self.ranks.device)
         manifest = prepare_manifest(self.config.data, embed)
         visual.to(home)
         manifest.write(self.out)
@@ -163,7 +168,7 @@ class TapoRun:
         if not self.groups:
             figures = self._sample()
         if config.rollout.colocated:
-            self.world.share(self.engine.sleep)
+            self.ranks.share(self.engine.sleep)
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
         batches = mini_batches(self.groups, size, config.optim.minibatch_by)
         # The first mini-batch is updated at the very weights that old log-probs are those of: only
@@ -180,8 +185,8 @@ class TapoRun:
         figures |= self._mismatch()
         with self.log.phase("sync", total=1, unit="update"):
             if config.rollout.colocated:
-                self.world.release_memory()
-                self.world.share(self.engine.wake)
+                self.ranks.release_memory()
+                self.ranks.share(self.engine.wake)
             self._sync(self.steps_done + 1)
         self.steps_done += 1
         self.shown, self.groups, self.minibatches_done = self.groups[:SAMPLES_SHOWN], [], 0
@@ -191,7 +196,7 @@ class TapoRun:
         """Fill self.groups, on all ranks, with rewarded responses and their advantages."""
         config = self.config.rollout
         if config.colocated:
-            self.world.release_memory()
+            self.ranks.release_memory()
         responses = config.groups_per_step * (config.n_anchor + config.n_positive)
 
         def sample() -> tuple[list[Group], dict[str, float]]:
@@ -208,7 +213,7 @@ class TapoRun:
             _set_advantages(sampled.groups)
             return sampled.groups, _sampling_figures(sampled, seconds)
 
-        self.groups, figures = self.world.share(sample, self.policy.gather_weights)
+        self.groups, figures = self.ranks.share(sample, self.policy.gather_weights)
         return figures
 
     def _score(self, phase_name: str, field: str, batches: Sequence[Sequence[Piece]]) -> None:
@@ -248,11 +253,11 @@ class TapoRun:
         """Stop the servers that sample, and leave the other ranks."""
         self.engine.close()
         self.saver.close()
-        self.world.close()
+        self.ranks.close()
 
     def draw(self) -> None:
         """Write curves.png and samples.png."""
-        if not self.world.is_first:
+        if not self.ranks.is_first:
             return
         draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
         if self.shown:
@@ -335,9 +340,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, resume, resolved = parse(TapoConfig, argv, __doc__)
     resume = "auto" if restarts() else resume
     if not config.data.path and not config.model.path:
-        from tercet.train.demo import demo
-
-        demo(argv)
+        # Not imported: the demo imports this file.
+        runpy.run_module("tercet.train.demo", run_name="__main__", alter_sys=True)
         return
     saved = train(config, resolved, resume)
     if os.environ.get("RANK", "0") == "0":

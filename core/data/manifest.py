@@ -1,0 +1,140 @@
+"""The manifest: every choice made between the photos and the first step, in one readable file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import get_args
+
+from tercet.core.data.photos import OnBadImage, check_images
+from tercet.core.types import Anchor, Partition, Photo
+
+MANIFEST_NAME = "triplets.json"
+
+
+@dataclass
+class Manifest:
+    """Anchors with the photos their triplets are made of, stage-1 and test photos, and names."""
+
+    anchors: list[Anchor]
+    sft: list[Photo]
+    """Photos of seen sub-categories set aside for stage 1."""
+    test: dict[Partition, list[Photo]]
+    """Held-out photos; both partitions are present."""
+    names: dict[str, list[str]]
+    """All sub-categories, seen and unseen, of each super-category."""
+    nearest: dict[str, dict[str, list[str]]]
+    """Per super-category and seen sub-category, the most similar others, nearest first."""
+    settings: dict[str, object]
+    """The data options that the choices were made with."""
+    skipped: list[str] = field(default_factory=list)
+    """Bad photos that were left out, with the reason."""
+
+    def write(self, folder: str | Path) -> Path:
+        """Write `folder`/triplets.json, whole or not at all.
+
+        Image keys are stored relative to the photos' common folder, and that one (`root`) relative
+        to `folder`: when photos move, that one line is to be edited.
+
+        Returns:
+            The path of the file.
+        """
+        folder = Path(os.path.abspath(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        root = self.common_folder()
+        stored = asdict(self.with_keys(lambda key: os.path.relpath(key, root)))
+        stored = {"root": os.path.relpath(root, folder)} | stored
+        unfinished = folder / f".{MANIFEST_NAME}.unfinished"
+        unfinished.write_text(json.dumps(stored, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(unfinished, folder / MANIFEST_NAME)
+        return folder / MANIFEST_NAME
+
+    @classmethod
+    def read(cls, path: str | Path) -> Manifest:
+        """Read triplets.json back, from its path or its folder; image keys become absolute.
+
+        Raises:
+            ValueError: naming the file, and the line or field, at fault.
+        """
+        path = Path(os.path.abspath(path))
+        path = path / MANIFEST_NAME if path.is_dir() else path
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            root = path.parent / stored.pop("root")
+            stored["anchors"] = [_anchor(record) for record in stored["anchors"]]
+            stored["sft"] = [Photo(**record) for record in stored["sft"]]
+            stored["test"] = {
+                w: [Photo(**p) for p in stored["test"][w]] for w in get_args(Partition)
+            }
+            return cls(**stored).with_keys(lambda key: os.path.normpath(root / key))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a manifest of triplets: {error!r}") from error
+
+    def with_keys(self, convert: Callable[[str], str]) -> Manifest:
+        """Copy in which every image key is converted."""
+
+        def photos(old: list[Photo]) -> list[Photo]:
+            return [replace(photo, image=convert(photo.image)) for photo in old]
+
+        anchors = [
+            replace(
+                anchor,
+                image=convert(anchor.image),
+                positives=tuple(map(convert, anchor.positives)),
+                negatives=tuple(map(convert, anchor.negatives)),
+            )
+            for anchor in self.anchors
+        ]
+        test = {partition: photos(self.test[partition]) for partition in self.test}
+        return replace(self, anchors=anchors, sft=photos(self.sft), test=test)
+
+    def image_keys(self) -> list[str]:
+        """Every image key once, in the order of use."""
+        keys = [key for a in self.anchors for key in (a.image, *a.positives, *a.negatives)]
+        photos = [*self.sft, *self.test["seen"], *self.test["unseen"]]
+        return list(dict.fromkeys(keys + [photo.image for photo in photos]))
+
+    def common_folder(self) -> str:
+        """The deepest folder that holds every photo (of a Parquet cell: its file)."""
+        folders = {
+            os.path.dirname(os.path.abspath(key.rpartition(".parquet#")[0] or key))
+            for key in self.image_keys()
+        }
+        return os.path.commonpath(folders) if folders else os.sep
+
+    def without_bad(self, on_bad_image: OnBadImage) -> Manifest:
+        """Check every photo and leave out the bad ones, with the anchors that cannot do without.
+
+        Raises:
+            ValueError: naming a bad photo, with on_bad_image "error"; or when no anchor is left.
+        """
+        bad = check_images(self.image_keys(), on_bad_image)
+        if not bad:
+            return self
+        anchors, skipped = [], [*self.skipped, *bad.values()]
+        for anchor in self.anchors:
+            positives = tuple(key for key in anchor.positives if key not in bad)
+            negatives = tuple(key for key in anchor.negatives if key not in bad)
+            if anchor.image not in bad and positives and negatives:
+                anchors.append(replace(anchor, positives=positives, negatives=negatives))
+            elif anchor.image not in bad:
+                skipped.append(f"anchor {anchor.id}: no good positive or no good negative is left")
+        if not anchors:
+            raise ValueError(
+                f"no anchor has its photos; {len(bad)} are bad: {next(iter(bad.values()))}"
+            )
+        sft = [photo for photo in self.sft if photo.image not in bad]
+        test = {w: [photo for photo in self.test[w] if photo.image not in bad] for w in self.test}
+        return replace(self, anchors=anchors, sft=sft, test=test, skipped=skipped)
+
+
+def _anchor(record: dict) -> Anchor:
+    photos = {name: tuple(record[name]) for name in ("positives", "negatives")}
+    return Anchor(**(record | photos))

@@ -1,0 +1,163 @@
+"""Triplets in the released Parquet columns: problem, images, answer, image_noisy, image_aug.
+
+`image_noisy` is the positive and `image_aug` the negative. The released trainer expands the
+anchor's image tokens and reuses those ids for both, so the three photos of a written row have one
+size; it adds the stage-2 instruction itself, so `problem` is written without. Reading needs
+neither.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from tercet.core.data.vision import load_image
+from tercet.core.prompts import IMAGE_MARKER, STAGE2_INSTRUCTION
+from tercet.core.types import Anchor
+
+IMAGE_COLUMNS = ("images", "image_noisy", "image_aug")
+TEXT_COLUMNS = ("problem", "answer")
+ROWS_AT_ONCE = 64
+Resized = Callable[[int, int], tuple[int, int]]
+
+_PHOTOS = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+_SCHEMA = pa.schema(
+    [
+        ("problem", pa.string()),
+        ("images", _PHOTOS),
+        ("answer", pa.string()),
+        ("image_noisy", _PHOTOS),
+        ("image_aug", _PHOTOS),
+    ]
+)
+
+
+def read_parquet(path: str | Path) -> list[Anchor]:
+    """Read triplets from Parquet, one anchor a row; the photos themselves are not looked at.
+
+    A photo cell is a list of, or one, struct of bytes and path, bytes, or path. `<image>` and the
+    stage-2 instruction are taken off `problem`; the super-category is not known and stays empty.
+
+    Args:
+        path: a Parquet file, or a folder of them.
+
+    Returns:
+        Anchors with image keys `file.parquet#row/column/index`, in the order of the rows.
+
+    Raises:
+        ValueError: naming file and column, or file, row and column, at fault.
+    """
+    path = Path(os.path.abspath(path))
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    anchors = [anchor for file in files for anchor in _read_file(file)]
+    if not anchors:
+        raise ValueError(f"{path} holds no Parquet rows")
+    return anchors
+
+
+def write_parquet(anchors: Iterable[Anchor], path: str | Path, resized: Resized) -> None:
+    """Write each anchor with its fixed positive and negative, the three photos in one size.
+
+    The size is the one that the image processor would give the anchor, so a policy with the same
+    pixel limits does not resize it again. Photos are stored as JPEG, quality 95, full chroma.
+
+    Args:
+        anchors: at least one, each with a positive and a negative.
+        path: the file, which appears only when it is whole.
+        resized: height and width, in pixels, that the policy's image processor gives a photo.
+
+    Raises:
+        ValueError: naming the photo that cannot be read.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with pq.ParquetWriter(unfinished, _SCHEMA) as writer:
+            rows: list[dict] = []
+            for anchor in anchors:
+                rows.append(_row(anchor, resized))
+                if len(rows) == ROWS_AT_ONCE:
+                    writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+                    rows = []
+            if rows:
+                writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _row(anchor: Anchor, resized: Resized) -> dict:
+    photo = load_image(anchor.image)
+    height, width = resized(photo.height, photo.width)
+    keys = (anchor.image, anchor.positives[0], anchor.negatives[0])
+    cells = {
+        column: [{"bytes": _jpeg(load_image(key), (width, height)), "path": Path(key).name}]
+        for column, key in zip(IMAGE_COLUMNS, keys, strict=True)
+    }
+    return {"problem": IMAGE_MARKER + anchor.question, "answer": anchor.sub_category, **cells}
+
+
+def _jpeg(photo: Image.Image, size: tuple[int, int]) -> bytes:
+    stored = BytesIO()
+    photo.resize(size, Image.Resampling.BICUBIC).save(stored, "JPEG", quality=95, subsampling=0)
+    return stored.getvalue()
+
+
+def _read_file(path: Path) -> Iterator[Anchor]:
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+    needed = [*TEXT_COLUMNS, *IMAGE_COLUMNS]
+    with file:
+        for column in needed:
+            if column not in file.schema_arrow.names:
+                raise ValueError(f"{path} has no column {column!r}; needed: {', '.join(needed)}")
+        row = 0
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=needed):
+            for index in range(batch.num_rows):
+                cells = {name: batch.column(name)[index] for name in needed}
+                yield _anchor(cells, path, row)
+                row += 1
+
+
+def _anchor(cells: dict[str, pa.Scalar], path: Path, row: int) -> Anchor:
+    where = f"{path}#{row}"
+    texts = {name: cells[name].as_py() for name in TEXT_COLUMNS}
+    for name, text in texts.items():
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}: column {name!r} must hold a text, got {text!r}")
+    keys = {}
+    for name in IMAGE_COLUMNS:
+        keys[name] = tuple(f"{where}/{name}/{i}" for i in range(_num_photos(cells[name])))
+        if not keys[name]:
+            raise ValueError(f"{where}: column {name!r} holds no photo")
+    problem = texts["problem"]
+    if len(keys["images"]) > 1 or problem.count(IMAGE_MARKER) > 1:
+        raise ValueError(
+            f"{where}: a row has one photo and one {IMAGE_MARKER}, got {len(keys['images'])} "
+            f"photos and {problem.count(IMAGE_MARKER)} {IMAGE_MARKER}"
+        )
+    question = problem.replace(IMAGE_MARKER, "").strip().removesuffix(STAGE2_INSTRUCTION).strip()
+    return Anchor(
+        id=f"{path.name}#{row}",
+        image=keys["images"][0],
+        positives=keys["image_noisy"],
+        negatives=keys["image_aug"],
+        question=question,
+        super_category="",
+        sub_category=texts["answer"],
+    )
+
+
+def _num_photos(cell: pa.Scalar) -> int:
+    if not cell.is_valid:
+        return 0
+    return len(cell) if isinstance(cell, pa.ListScalar | pa.LargeListScalar) else 1

@@ -1,0 +1,345 @@
+"""Photos to triplets: who is seen, which photos train, and who is the most similar other one.
+
+Every choice ranks its candidates by blake2b(seed, purpose, candidate), so it depends on the seed
+and on names alone: not on the order of files, on the folder they lie in, or on Python's salted
+hash().
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tercet.core.config import DataConfig
+from tercet.core.data.manifest import MANIFEST_NAME, Manifest
+from tercet.core.data.parquet import read_parquet
+from tercet.core.data.photos import PhotoSet, read_photos
+from tercet.core.data.questions import questions_for, read_questions
+from tercet.core.types import Anchor, EvalQuestion, Partition, Photo, Triplet
+
+MAX_OPTIONS = 4
+
+Embed = Callable[[list[str]], Tensor]
+"""Image keys to [N, D] embeddings."""
+SubCategory = tuple[str, str]
+"""(super-category, sub-category)."""
+
+
+def prepare_manifest(config: DataConfig, embed: Embed) -> Manifest:
+    """Read or make the triplets that `config.path` stands for.
+
+    A triplets.json (or its folder) is read back, and its choices hold whatever the other options
+    say; a Parquet file (or a folder of them) gives its rows as they are; from a folder of photos
+    or a JSON Lines file everything is chosen here. A choice that falls short warns.
+
+    Args:
+        config: path, split, shots, question templates, seed.
+        embed: image keys to [N, D] embeddings; called once, and only where choices are made.
+
+    Raises:
+        ValueError: naming the file, photo, sub-category or option at fault.
+    """
+    if not config.path:
+        raise ValueError("data.path is empty: give a manifest, folder, .jsonl or .parquet file")
+    path = Path(config.path)
+    if path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file():
+        return Manifest.read(path).without_bad(config.on_bad_image)
+    if path.suffix == ".parquet" or any(path.glob("*.parquet")):
+        anchors = read_parquet(path)
+        names = {"": sorted({anchor.sub_category for anchor in anchors})}
+        manifest = Manifest(anchors, [], {"seen": [], "unseen": []}, names, {}, asdict(config))
+        return manifest.without_bad(config.on_bad_image)
+    if not 0 < config.seen_fraction <= 1:
+        raise ValueError(f"data.seen_fraction must lie in (0, 1], got {config.seen_fraction}")
+    if config.shots < 2 or config.sft_shots < 0:
+        raise ValueError(
+            "data.shots must be at least 2 (a photo and its positive) and data.sft_shots at "
+            f"least 0, got {config.shots} and {config.sft_shots}"
+        )
+    return _choose(read_photos(path, config.on_bad_image), config, embed)
+
+
+def draw_triplet(
+    anchor: Anchor, epoch: int, seed: int, positive: Literal["redraw", "fixed"] = "redraw"
+) -> Triplet:
+    """The triplet of an anchor in an epoch.
+
+    Args:
+        anchor: with at least one positive and one negative.
+        epoch: from 0.
+        seed: decides with epoch and anchor.id what is drawn.
+        positive: "redraw" draws positive and negative anew every epoch, "fixed" takes the first.
+
+    Raises:
+        ValueError: when `positive` is something else, or there is nothing to draw from.
+    """
+    if positive not in ("redraw", "fixed"):
+        raise ValueError(f"data.positive must be 'redraw' or 'fixed', got {positive!r}")
+    if not anchor.positives or not anchor.negatives:
+        raise ValueError(f"anchor {anchor.id!r} needs at least one positive and one negative")
+
+    def draw(name: str, keys: tuple[str, ...]) -> str:
+        fixed = positive == "fixed"
+        return keys[0 if fixed else seeded_int(seed, epoch, anchor.id, name) % len(keys)]
+
+    return Triplet(
+        id=anchor.id,
+        anchor=anchor.image,
+        positive=draw("positive", anchor.positives),
+        negative=draw("negative", anchor.negatives),
+        question=anchor.question,
+        super_category=anchor.super_category,
+        sub_category=anchor.sub_category,
+    )
+
+
+def eval_questions(
+    manifest: Manifest, partition: Partition, per_class: int | None = None, seed: int = 0
+) -> list[EvalQuestion]:
+    """Questions about held-out photos, each with the truth and up to three other names.
+
+    The others are of the same super-category: the most similar ones where they are known, then
+    drawn ones.
+
+    Args:
+        manifest: its `test` photos are asked about.
+        partition: seen or unseen.
+        per_class: photos of each sub-category, drawn; None: all.
+        seed: of the drawn photos and names, and of the order of the options.
+
+    Raises:
+        ValueError: when there are no test photos of that partition.
+    """
+    if partition not in get_args(Partition):
+        raise ValueError(f"partition must be 'seen' or 'unseen', got {partition!r}")
+    if not manifest.test[partition]:
+        raise ValueError(f"the manifest holds no test photos of {partition} sub-categories")
+    root = manifest.common_folder()
+    questions = []
+    for (super_category, truth), photos in sorted(_by_class(manifest.test[partition]).items()):
+        ids = {os.path.relpath(photo.image, root): photo for photo in photos}
+        others = [name for name in manifest.names[super_category] if name != truth]
+        near = manifest.nearest.get(super_category, {}).get(truth, [])
+        for photo_id in seeded_order(ids, seed, "test")[:per_class]:
+            drawn = seeded_order(others, seed, "others", photo_id)
+            wrong = list(dict.fromkeys([*near, *drawn]))[: MAX_OPTIONS - 1]
+            options = tuple(seeded_order([truth, *wrong], seed, "options", photo_id))
+            image, question = ids[photo_id].image, ids[photo_id].question
+            questions.append(
+                EvalQuestion(image, question, options, truth, super_category, partition)
+            )
+    return questions
+
+
+def seeded_int(*parts: int | str) -> int:
+    """First 63 bits of blake2b over the parts: the same on every machine and in every process."""
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def seeded_order(items: Iterable[str], *parts: int | str) -> list[str]:
+    """The items shuffled by a seed, whatever order they come in."""
+    return sorted(items, key=lambda item: (seeded_int(*parts, item), item))
+
+
+def draw_partitions(
+    classes: Iterable[SubCategory], seen_fraction: float, seed: int
+) -> dict[SubCategory, Partition]:
+    """Draw which sub-categories are seen.
+
+    Args:
+        classes: (super-category, sub-category) pairs.
+        seen_fraction: share of each super-category that is seen, rounded to whole sub-categories;
+            at least 2 are where there are 2.
+        seed: of the draw.
+    """
+    subs = defaultdict(list)
+    for super_category, sub_category in classes:
+        subs[super_category].append(sub_category)
+    partitions: dict[SubCategory, Partition] = {}
+    for super_category, names in subs.items():
+        num_seen = max(2, round(seen_fraction * len(names)))
+        for rank, name in enumerate(seeded_order(names, seed, "seen", super_category)):
+            partitions[super_category, name] = "seen" if rank < num_seen else "unseen"
+    return partitions
+
+
+def rank_similar(embeddings: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Rank, for each sub-category, the others by the cosine of mean image embeddings.
+
+    Args:
+        embeddings: [photos, D] float of each sub-category, all of one super-category.
+
+    Returns:
+        The other names of each name, most similar first, equal ones by name.
+    """
+    names = sorted(embeddings)
+    means = torch.stack([embeddings[name].double().mean(dim=0) for name in names])
+    means = torch.nn.functional.normalize(means, dim=1)
+    ranked = {}
+    for name, cosines in zip(names, (means @ means.T).tolist(), strict=True):
+        others = [(-cosine, other) for cosine, other in zip(cosines, names, strict=True)]
+        ranked[name] = [other for _, other in sorted(others) if other != name]
+    return ranked
+
+
+@dataclass(frozen=True)
+class _Shots:
+    """What each photo of the seen sub-categories, and of the tests, is for."""
+
+    tapo: dict[SubCategory, list[Photo]]
+    sft: list[Photo]
+    test: dict[Partition, list[Photo]]
+
+
+def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
+    # Inside, a photo's key is its name below the root, so that nothing drawn depends on the root.
+    root = photo_set.root
+    templates = read_questions(config.questions)
+    photos = [_local(photo, root, templates, config.seed) for photo in photo_set.photos]
+    splits = photo_set.splits and {os.path.relpath(k, root): s for k, s in photo_set.splits.items()}
+    classes = _by_class(photos)
+    partitions = photo_set.partitions or draw_partitions(classes, config.seen_fraction, config.seed)
+    shots = _choose_shots(classes, partitions, splits, config)
+    _check_shots(shots, config)
+    nearest = _rank_all(shots.tapo, lambda keys: embed([os.path.join(root, k) for k in keys]))
+    names = defaultdict(list)
+    for super_category, sub_category in sorted(partitions):
+        names[super_category].append(sub_category)
+    manifest = Manifest(
+        anchors=_anchors(shots.tapo, nearest, config.seed),
+        sft=shots.sft,
+        test=shots.test,
+        names=dict(names),
+        nearest={
+            super_category: {name: near[: MAX_OPTIONS - 1] for name, near in ranked.items()}
+            for super_category, ranked in nearest.items()
+        },
+        settings=asdict(config),
+        skipped=photo_set.skipped,
+    )
+    return manifest.with_keys(lambda key: os.path.normpath(os.path.join(root, key)))
+
+
+def _local(photo: Photo, root: str, templates: dict[str, tuple[str, ...]], seed: int) -> Photo:
+    name, question = os.path.relpath(photo.image, root), photo.question
+    if not question:
+        asked = questions_for(photo.super_category, templates)
+        question = asked[seeded_int(seed, "question", name) % len(asked)]
+    return replace(photo, image=name, question=question)
+
+
+def _by_class(photos: Iterable[Photo]) -> dict[SubCategory, list[Photo]]:
+    classes = defaultdict(list)
+    for photo in photos:
+        classes[photo.super_category, photo.sub_category].append(photo)
+    return dict(classes)
+
+
+def _choose_shots(
+    classes: dict[SubCategory, list[Photo]],
+    partitions: dict[SubCategory, Partition],
+    splits: Mapping[str, str] | None,
+    config: DataConfig,
+) -> _Shots:
+    shots = _Shots({}, [], {"seen": [], "unseen": []})
+    for labels in sorted(partitions):
+        photos = {photo.image: photo for photo in classes.get(labels, [])}
+        order = [photos[key] for key in seeded_order(photos, config.seed, "shots")]
+        if splits is not None:
+            train, stage1, test = (
+                [photo for photo in order if splits[photo.image] == split]
+                for split in ("train", "stage1", "test")
+            )
+        elif partitions[labels] == "seen":
+            train, stage1, test = order, [], order[config.shots + config.sft_shots :]
+        else:
+            train, stage1, test = [], [], order
+        shots.test[partitions[labels]].extend(test)
+        if partitions[labels] == "seen":
+            # Where photos are few TAPO comes first: stage 1 can do without some sub-categories.
+            shots.tapo[labels] = train[: config.shots]
+            shots.sft.extend([*stage1, *train[config.shots :]][: config.sft_shots])
+    return shots
+
+
+def _check_shots(shots: _Shots, config: DataConfig) -> None:
+    seen = defaultdict(list)
+    for (super_category, name), photos in shots.tapo.items():
+        seen[super_category].append(name)
+        if len(photos) < 2:
+            raise ValueError(
+                f"sub-category {name!r} of {super_category!r} has {len(photos)} training photo(s), "
+                "so no positive can be drawn: add photos or leave it out"
+            )
+    for super_category, names in seen.items():
+        if len(names) < 2:
+            raise ValueError(
+                f"super-category {super_category!r} has one seen sub-category, {names[0]!r}, so no "
+                "negative can be drawn: add sub-categories (or mark more as seen) or leave it out"
+            )
+    if not seen:
+        raise ValueError("no sub-category is marked as seen: nothing can be trained on")
+    few = [f"{k[1]} ({len(v)})" for k, v in shots.tapo.items() if len(v) < config.shots]
+    if few:
+        warnings.warn(
+            f"{len(few)} of {len(shots.tapo)} seen sub-categories have fewer training photos than "
+            f"data.shots = {config.shots}: {', '.join(few[:5])}{', ...' if few[5:] else ''}",
+            stacklevel=4,
+        )
+    if len(shots.sft) < config.sft_shots * len(shots.tapo):
+        warnings.warn(
+            f"{len(shots.sft)} photos are left for stage 1, fewer than data.sft_shots = "
+            f"{config.sft_shots} for each of {len(shots.tapo)} seen sub-categories",
+            stacklevel=4,
+        )
+
+
+def _rank_all(
+    tapo: dict[SubCategory, list[Photo]], embed: Embed
+) -> dict[str, dict[str, list[str]]]:
+    keys = [photo.image for photos in tapo.values() for photo in photos]
+    rows = embed(keys)
+    if rows.ndim != 2 or len(rows) != len(keys) or not rows.isfinite().all():
+        raise ValueError(
+            f"the embedder must give {len(keys)} rows of finite numbers, got {tuple(rows.shape)} "
+            f"with {int((~rows.isfinite()).sum())} that are not finite"
+        )
+    of_class = rows.split([len(photos) for photos in tapo.values()])
+    by_super: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for (super_category, name), embedded in zip(tapo, of_class, strict=True):
+        by_super[super_category][name] = embedded
+    return {super_category: rank_similar(of) for super_category, of in by_super.items()}
+
+
+def _anchors(
+    tapo: dict[SubCategory, list[Photo]], nearest: dict[str, dict[str, list[str]]], seed: int
+) -> list[Anchor]:
+    anchors = []
+    for (super_category, name), photos in tapo.items():
+        neighbours = tapo[super_category, nearest[super_category][name][0]]
+        for photo in photos:
+            same = [other.image for other in photos if other is not photo]
+            near = [other.image for other in neighbours]
+            anchors.append(
+                Anchor(
+                    id=photo.image,
+                    image=photo.image,
+                    positives=tuple(seeded_order(same, seed, "positive", photo.image)),
+                    negatives=tuple(seeded_order(near, seed, "negative", photo.image)),
+                    question=photo.question,
+                    super_category=super_category,
+                    sub_category=name,
+                )
+            )
+    return anchors

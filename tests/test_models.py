@@ -1,0 +1,350 @@
+"""Policies: what is built, saved and loaded is what plain transformers reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import TEXTS, tiny
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlamaConfig,
+    Qwen2Config,
+)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from tercet.core.config import ModelConfig
+from tercet.core.data.vision import PromptEncoder
+from tercet.core.models import build_tiny, freeze, load_policy
+from tercet.core.types import PolicyParts
+
+pytestmark = pytest.mark.core
+
+TEXT = "What bird is this?"
+RENDERED = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>" + TEXT + "<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+ASKED = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TEXT}]}
+
+
+@pytest.fixture
+def folder(parts, tmp_path) -> Path:
+    """The tiny policy of `parts`, saved."""
+    parts.save(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+@pytest.fixture
+def one_folder(tmp_path) -> Path:
+    tiny().save(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+def load(folder: Path, **options) -> PolicyParts:
+    return load_policy(ModelConfig(path=str(folder), **options))
+
+
+def assert_equal_weights(one, other) -> None:
+    names = dict(one.named_parameters())
+    assert names.keys() == dict(other.named_parameters()).keys() and len(names) > 50
+    for name, parameter in other.named_parameters():
+        assert parameter.dtype == names[name].dtype and torch.equal(parameter, names[name]), name
+
+
+def head_is_tied(model) -> bool:
+    return model.lm_head.weight is model.get_input_embeddings().weight
+
+
+# building, saving, loading
+
+
+def test_saved_policy_loads_bit_equal(parts, folder):
+    loaded = load(folder)
+    assert_equal_weights(parts.model, loaded.model)
+    assert not loaded.model.training and head_is_tied(loaded.model)
+    assert loaded.tokenizer.get_vocab() == parts.tokenizer.get_vocab()
+    assert dict(loaded.image_processor.size) == {"shortest_edge": 6272, "longest_edge": 12544}
+    assert loaded.stop_ids == parts.stop_ids == (2, 0)
+    assert loaded.tokenizer.convert_ids_to_tokens(loaded.stop_ids) == [
+        "<|im_end|>",
+        "<|endoftext|>",
+    ]
+    pads = ["<|image_pad|>", "<|video_pad|>"]
+    assert loaded.tokenizer.convert_ids_to_tokens(loaded.banned_ids) == pads
+
+
+def test_saved_policy_loads_by_plain_transformers(parts, folder, photos):
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert type(model) is type(parts.model) and head_is_tied(model)
+    assert_equal_weights(parts.model, model)
+    text = tokenizer.apply_chat_template([ASKED], add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text).input_ids
+    prompt = PromptEncoder(parts)(tuple(ids), (photos[0],))
+    photo = processor(images=[photos[0]], return_tensors="pt")
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    pads = int(photo["image_grid_thw"].prod()) // 4
+    inputs = torch.tensor([[i for token in ids for i in [token] * (pads if token == pad else 1)]])
+    with torch.no_grad():
+        plain = model(input_ids=inputs, mm_token_type_ids=(inputs == pad).int(), **photo).logits
+        ours = parts.model(
+            input_ids=prompt.input_ids[None],
+            position_ids=prompt.position_ids[:, None],
+            pixel_values=prompt.images[0].pixel_values,
+            image_grid_thw=prompt.images[0].grid_thw,
+        ).logits
+    assert torch.equal(plain, ours) and plain.std() > 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
+def test_dtype_and_tied_head(tmp_path, tied, dtype):
+    parts = tiny(tie_word_embeddings=tied)
+    parts.save(tmp_path / "policy")
+    loaded = load(tmp_path / "policy", dtype=dtype).model
+    stored = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    for name, parameter in parts.model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter.to(stored))
+        assert loaded.get_parameter(name).dtype == stored
+    assert head_is_tied(loaded) == tied == head_is_tied(parts.model)
+    assert ("lm_head.weight" in dict(loaded.named_parameters())) != tied
+    with torch.no_grad():
+        loaded.get_input_embeddings().weight.zero_()
+    assert (loaded.lm_head.weight == 0).all() == tied
+
+
+def test_auto_dtype_keeps_what_is_stored(tmp_path):
+    parts = tiny()
+    parts.model.to(torch.bfloat16)
+    parts.save(tmp_path / "policy")
+    loaded = load(tmp_path / "policy", dtype="auto").model
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert_equal_weights(parts.model, loaded)
+
+
+def test_seed_alone_decides_the_weights():
+    state = torch.random.get_rng_state()
+    first, second, other = (build_tiny(TEXTS, hidden_size=64, seed=s) for s in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert_equal_weights(first.model, second.model)
+    embeddings = [p.model.get_input_embeddings().weight for p in (first, other)]
+    assert not torch.equal(*embeddings)
+    assert embeddings[0].std().item() == pytest.approx(0.08, rel=0.05)
+
+
+@pytest.mark.parametrize("vision", [True, False])
+@pytest.mark.parametrize("merger", [True, False])
+def test_frozen_parts(parts, folder, vision, merger):
+    loaded = load(folder, freeze_vision=vision, freeze_merger=merger).model
+    groups = {"tower": [], "merger": [], "language": []}
+    for name, parameter in loaded.named_parameters():
+        tower = name.startswith("model.visual.")
+        group = "merger" if ".merger." in name else "tower" if tower else "language"
+        groups[group].append(parameter.requires_grad)
+    assert set(groups["tower"]) == {not vision}
+    assert set(groups["merger"]) == {not merger} and len(groups["merger"]) >= 5
+    assert set(groups["language"]) == {True}
+    freeze(loaded, vision=False, merger=False)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_processor_config_with_bare_pixel_limits(one_folder):
+    """The released models' preprocessor_config.json has min_pixels and max_pixels, no size."""
+    config = json.loads((one_folder / "preprocessor_config.json").read_text())
+    del config["size"]
+    config |= {"min_pixels": 3136, "max_pixels": 12845056}
+    (one_folder / "preprocessor_config.json").write_text(json.dumps(config))
+    assert load(one_folder).image_processor.size == {
+        "shortest_edge": 3136,
+        "longest_edge": 12845056,
+    }
+    limited = load(one_folder, max_pixels=1003520).image_processor.size
+    assert limited == {"shortest_edge": 3136, "longest_edge": 1003520}
+
+
+# the tokenizer
+
+
+def test_chat_template_is_qwens(parts, folder):
+    for tokenizer in (parts.tokenizer, AutoTokenizer.from_pretrained(folder)):
+
+        def render(*messages, prompt=True, tokenizer=tokenizer):
+            return tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=prompt, tokenize=False
+            )
+
+        assert render(ASKED) == RENDERED
+        plain = {"role": "user", "content": TEXT}
+        images = "<|vision_start|><|image_pad|><|vision_end|>"
+        assert render(plain) == RENDERED.replace(images, "")
+        system = {"role": "system", "content": "Be brief."}
+        brief = RENDERED.replace("You are a helpful assistant.", "Be brief.")
+        assert render(system, ASKED) == brief
+        said = {"role": "assistant", "content": "A wren."}
+        assert render(ASKED, said, prompt=False) == RENDERED + "A wren.<|im_end|>\n"
+        assert render(ASKED, said, plain) == (
+            RENDERED + f"A wren.<|im_end|>\n<|im_start|>user\n{TEXT}<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+
+
+def test_special_tokens_are_single_ids(parts):
+    ids = parts.tokenizer(RENDERED).input_ids
+    special = {
+        name: parts.tokenizer.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>")
+    }
+    config = parts.model.config
+    assert [ids.count(i) for i in special.values()] == [3, 2]
+    assert ids.count(config.image_token_id) == ids.count(config.vision_start_token_id) == 1
+    start = ids.index(config.vision_start_token_id)
+    expected = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
+    assert ids[start : start + 3] == expected
+    assert parts.tokenizer.decode(ids) == RENDERED
+    bare = parts.tokenizer.decode(ids, skip_special_tokens=True)
+    assert bare == f"system\nYou are a helpful assistant.\nuser\n{TEXT}\nassistant\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "  two  spaces ,\n\n\ttab . don't stop !  ",
+        "naïve café, cafe\u0301, ﬁ, \u00a0, \u200b, \u0000, \u2028, \ufeff, \ufffd",
+        "灰头绿啄木鸟 ヤマガラ 참새 птица عصفور ציפור 🐦\u200d⬛ 👩🏽\u200d🔬 \U0010ffff",
+        "<think>\nred\n</think>\n\n<answer>least auklet</answer>",
+        "".join(map(chr, range(1, 0x250))),
+    ],
+)
+def test_tokenizer_round_trip(one_folder, text):
+    for tokenizer in (tiny().tokenizer, AutoTokenizer.from_pretrained(one_folder)):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert ids == tiny().tokenizer(text).input_ids
+
+
+def test_tokenizer_keeps_to_its_size_and_learns():
+    small, large = (build_tiny(TEXTS, hidden_size=64, vocabulary_size=n) for n in (263, 300))
+    assert len(small.tokenizer) == 263 and len(large.tokenizer) == 300  # 256 bytes, 7 special
+    assert large.model.get_input_embeddings().weight.shape == (300, 64)
+    assert len(small.tokenizer("What bird").input_ids) == 9
+    assert len(large.tokenizer("What bird").input_ids) < 9
+
+
+# what is refused
+
+
+def test_empty_path_is_refused():
+    with pytest.raises(ValueError, match="model.path is empty"):
+        load_policy(ModelConfig())
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=rf"model.path '{tmp_path}/gone' .*: no such folder"):
+        load(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(("kind", "config"), [("llama", LlamaConfig), ("qwen2", Qwen2Config)])
+def test_other_architecture_is_named(tmp_path, kind, config):
+    config(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
+    match = rf"model.path '{tmp_path}' is a '{kind}' model; supported: qwen2_5_vl, qwen2_vl"
+    with pytest.raises(ValueError, match=match):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=rf"architecture must be .* got '{kind}'"):
+        build_tiny(TEXTS, architecture=kind)
+
+
+def test_sliding_window_is_refused(parts, folder):
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    text.pop("layer_types")
+    text |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"'{folder}' uses sliding-window attention"):
+        load(folder)
+    text["max_window_layers"] = 2  # both layers are below it
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_equal_weights(load(folder).model, parts.model)
+
+
+def drop_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights[next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))
+    weights[name] = weights[name][1:].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_the_file(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def drop_the_tokenizer(folder: Path) -> None:
+    for file in (*folder.glob("tokenizer*"), folder / "chat_template.jinja"):
+        file.unlink()
+
+
+def change_the_tokenizer(folder: Path) -> None:
+    drop_the_tokenizer(folder)
+    plain = json.loads(
+        tiny().tokenizer.backend_tokenizer.to_str().replace("image_pad", "other_pad")
+    )
+    (folder / "tokenizer.json").write_text(json.dumps(plain))
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be loaded"),
+        (
+            drop_a_weight,
+            r"lacks the weights model\.language_model\.layers\.1\.mlp\.up_proj\.weight",
+        ),
+        (cut_a_weight, "cannot be loaded"),
+        (cut_the_file, "cannot be loaded"),
+        (drop_the_tokenizer, r"<\|image_pad\|> must be token 5 of the tokenizer, got None"),
+        (change_the_tokenizer, r"<\|image_pad\|> must be token 5 of the tokenizer, got None"),
+    ],
+)
+def test_damaged_folder_is_named(one_folder, damage, complaint):
+    whole = one_folder.with_name("whole")
+    shutil.copytree(one_folder, whole)
+    damage(one_folder)
+    with pytest.raises(ValueError, match=rf"model\.path '{one_folder}'.*{complaint}"):
+        load(one_folder)
+    assert_equal_weights(load(whole).model, tiny().model)
+
+
+@pytest.mark.parametrize(
+    ("limits", "got"),
+    [
+        ({"min_pixels": 0}, "0, 12544"),
+        ({"min_pixels": -1}, "-1, 12544"),
+        ({"max_pixels": 0}, "6272, 0"),
+        ({"min_pixels": 12545}, "12545, 12544"),
+        ({"min_pixels": 900, "max_pixels": 800}, "900, 800"),
+    ],
+)
+def test_impossible_pixel_limits_are_named(one_folder, limits, got):
+    match = f"model.min_pixels and model.max_pixels must be 0 < min <= max, got {got}"
+    with pytest.raises(ValueError, match=match):
+        load(one_folder, **limits)

@@ -1,0 +1,116 @@
+"""Sizes of a model without its weights: from a configuration, on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import Module
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from tercet.core.config import TapoConfig
+from tercet.core.costs import Shape
+from tercet.core.models import family_of, freeze, published
+from tercet.train.fit.memory import STEP_BYTES, STEP_BYTES_WIDE, Numbers, Parameters
+from tercet.train.learner.lora import add_lora, is_added
+
+
+def model_config(path: str) -> PretrainedConfig:
+    """Configuration of a local folder or of one of the published models.
+
+    Raises:
+        ValueError: naming the path, where it is neither, or another architecture.
+    """
+    if (Path(path) / "config.json").exists():
+        try:
+            config = AutoConfig.from_pretrained(path)
+        except Exception as error:  # transformers raises many kinds on a damaged file
+            raise ValueError(f"model.path {path!r}: config.json cannot be read: {error}") from error
+        family_of(config, path)
+        return config
+    known = published()
+    if path not in known:
+        raise ValueError(
+            f"model.path {path!r} is no folder with a config.json; without a download the sizes "
+            f"are known of {', '.join(known)}"
+        )
+    return known[path]
+
+
+def count(model: PreTrainedModel) -> Parameters:
+    """A model's parameters, tied ones once; on the meta device as well."""
+    body, head = model.model, model.lm_head.weight
+    layers, blocks = list(body.language_model.layers), list(body.visual.blocks)
+    of_blocks = [_numbers(block) for block in layers + blocks]
+    trained_blocks = [_numbers(block, trained=True) for block in layers + blocks]
+    total, trained = _numbers(model), _numbers(model, trained=True)
+    added = [p for name, p in layers[0].named_parameters() if is_added(f".{name}")]
+    return Parameters(
+        total=total,
+        root=total - sum(of_blocks),
+        block=max(of_blocks),
+        tensor=max(parameter.numel() for parameter in model.parameters()),
+        trained=trained,
+        trained_root=trained - sum(trained_blocks),
+        trained_block=max(trained_blocks),
+        trained_head=head.numel() * head.requires_grad,
+        trains_vision=any(trained_blocks[len(layers) :]),
+        ranks=sum(min(parameter.shape) for parameter in added) // 2,
+    )
+
+
+def _numbers(module: Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def numbers(dtype: torch.dtype, states: str = "bfloat16", mixed: bool = False) -> Numbers:
+    """Bytes a number in training: KahanAdamW for bfloat16 parameters, AdamW for float32 ones.
+
+    Args:
+        dtype: of the parameters.
+        states: optim.states, of bfloat16 parameters.
+        mixed: whether float32 parameters are computed with in bfloat16.
+
+    Raises:
+        ValueError: another dtype, or mixed with bfloat16 parameters.
+    """
+    if dtype == torch.bfloat16 and not mixed:
+        if states == "float32":
+            return Numbers(weight=2, gradient=2, states=12, compute=2, temporary=STEP_BYTES_WIDE)
+        return Numbers(weight=2, gradient=2, states=6, compute=2, temporary=STEP_BYTES)
+    if dtype == torch.float32:
+        return Numbers(weight=4, gradient=4, states=8, compute=2 if mixed else 4)
+    needed = "float32 with parallel.mixed_precision" if mixed else "float32 or bfloat16"
+    raise ValueError(f"model.dtype must be {needed}, got {dtype}")
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What is known of a model without its weights."""
+
+    shape: Shape
+    parameters: Parameters
+    numbers: Numbers
+    """Bytes of each kind of number in training."""
+
+    @classmethod
+    def of(cls, config: TapoConfig) -> ModelSizes:
+        """Sizes of the model that a run trains: with LoRA, with the parts frozen that it freezes.
+
+        Raises:
+            ValueError: sizes that are not known, another architecture, or options that do not fit.
+        """
+        options = config.model
+        found = model_config(options.path)
+        family = family_of(found)
+        with torch.device("meta"):
+            model = family.MODEL._from_config(found)
+            freeze(model, vision=options.freeze_vision, merger=options.freeze_merger)
+            if options.lora_rank:
+                add_lora(model, options)
+        dtype = found.dtype or torch.float32
+        if options.dtype != "auto":
+            dtype = getattr(torch, options.dtype)
+        bytes_of = numbers(dtype, config.optim.states, config.parallel.mixed_precision)
+        return cls(family.shape(found), count(model), bytes_of)

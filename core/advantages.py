@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tercet.core.types import Group
+
 
 def group_advantages(
     rewards: Tensor, group_ids: Sequence[Hashable] | Tensor, eps: float = 1e-6
@@ -113,3 +115,12 @@ def row_weights(
     for n, unit in zip(counted, units[mean_over], strict=True):
         weights[n] = 1.0 / tokens[unit]
     return weights
+
+
+def set_advantages(groups: Sequence[Group]) -> None:
+    """Set every response's advantage from its group's rewards, anchor and positive pooled."""
+    pooled = [(n, r) for n, group in enumerate(groups) for r in group.responses]
+    rewards = torch.tensor([r.reward for _, r in pooled], dtype=torch.float64)
+    advantages = group_advantages(rewards, [n for n, _ in pooled])
+    for (_, response), advantage in zip(pooled, advantages.tolist(), strict=True):
+        response.advantage = advantage

@@ -208,6 +208,11 @@ class LossConfig:
     def needs_negative(self) -> bool:
         return self.kl_coef != 0 or self.neg_entropy_coef != 0
 
+    @property
+    def negative_now(self) -> bool:
+        """Whether the negative is scored beside the update, at the same weights."""
+        return self.needs_negative and self.neg_at == "now"
+
 
 @dataclass
 class OptimConfig:

@@ -11,25 +11,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tercet.core.types import Response
+from tercet.core.types import Group, Response
 
 BOUND = 0.1
 """Differences of log-probs over this are counted."""
 
 
-def mismatch_figures(responses: Sequence[Response]) -> dict[str, float]:
+def mismatch_figures(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
     """Differences between old (trainer) and rollout (sampler) log-probs, over all tokens.
 
     Args:
-        responses: those with old_logprobs are used; they must come from the weights and the image
-            that they were scored with.
+        groups: their anchor responses with old_logprobs are used: under `update_on: own` and
+            `anchor` alike both log-probs are those on the anchor.
+        weight_version: that old log-probs were computed at; responses of other weights are left
+            out.
 
     Returns:
         mismatch_mean and mismatch_max of |old - rollout|; mismatch_kl, the k3 estimate
         E[e^d - 1 - d] of KL(sampler || trainer) with d = old - rollout; mismatch_over, the share
         of tokens with |d| > BOUND. Nothing where there is no token.
     """
-    scored = [r for r in responses if r.old_logprobs is not None and r.token_ids]
+    scored = [
+        r
+        for group in groups
+        for r in group.responses
+        if r.role == "anchor" and r.weight_version == weight_version
+        if r.old_logprobs is not None and r.token_ids
+    ]
     if not scored:
         return {}
     difference = torch.cat([r.old_logprobs.double() - _sampled(r).double() for r in scored])

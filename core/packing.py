@@ -1,21 +1,24 @@
-"""Groups to PackedBatches: shared prefixes, a token budget, rows in one order for both branches."""
+"""Groups to mini-batches, pieces and packs: shared prefixes, rows in one order for both photos."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tercet.core.advantages import row_weights
+from tercet.core.config import LossConfig
 from tercet.core.costs import Hung
 from tercet.core.mismatch import importance_weights
 from tercet.core.types import EncodedPrompt, Group, MicroBatch, PackedBatch, Response, Segments
 
 Encode = Callable[[tuple[int, ...], tuple[str, ...]], EncodedPrompt]
 Prompts = Sequence[tuple[EncodedPrompt, Sequence[tuple[int, ...]]]]
-"""Prompts, and the responses that hang on each."""
+"""Prompts, each with the token ids of its responses."""
 
 
 def pack(prompts: Prompts) -> PackedBatch:
@@ -27,12 +30,8 @@ def pack(prompts: Prompts) -> PackedBatch:
     Returns:
         A pack whose rows stand in the order of prompts, responses, tokens.
     """
-    ids: list[Tensor] = []
-    positions: list[Tensor] = []
-    bounds, bounds_q, bounds_k = [0], [0], [0]
-    response_index: list[Tensor] = []
-    prompt_index: list[Tensor] = []
-    hidden_index: list[Tensor] = []
+    ids, positions, bounds, bounds_q, bounds_k = [], [], [0], [0], [0]
+    response_index, prompt_index, hidden_index = [], [], []
     for prompt, responses in prompts:
         start = bounds[-1]
         ids.append(prompt.input_ids)
@@ -54,24 +53,21 @@ def pack(prompts: Prompts) -> PackedBatch:
                 bounds.append(begin + fed)
         bounds_q.append(bounds_q[-1] + bounds[-1] - last - 1)
         bounds_k.append(bounds_k[-1] + len(prompt))
-    images = [image for prompt, _ in prompts for image in prompt.images]
-    return PackedBatch(
-        input_ids=torch.cat(ids),
-        position_ids=torch.cat(positions, dim=1),
-        pixel_values=torch.cat([i.pixel_values for i in images]) if images else None,
-        image_grid_thw=torch.cat([i.grid_thw for i in images]) if images else None,
-        segments=Segments(
-            cu_seqlens=_int32(bounds),
-            max_seqlen=_longest(bounds),
-            response_index=_cat(response_index),
-            cu_seqlens_q=_int32(bounds_q),
-            max_seqlen_q=_longest(bounds_q),
-            prompt_index=_cat(prompt_index),
-            cu_seqlens_k=_int32(bounds_k),
-            max_seqlen_k=_longest(bounds_k),
-        ),
-        hidden_index=_cat(hidden_index),
+    segments = Segments(
+        cu_seqlens=_int32(bounds),
+        max_seqlen=_longest(bounds),
+        response_index=_cat(response_index),
+        cu_seqlens_q=_int32(bounds_q),
+        max_seqlen_q=_longest(bounds_q),
+        prompt_index=_cat(prompt_index),
+        cu_seqlens_k=_int32(bounds_k),
+        max_seqlen_k=_longest(bounds_k),
     )
+    images = [image for prompt, _ in prompts for image in prompt.images]
+    pixels = torch.cat([i.pixel_values for i in images]) if images else None
+    grids = torch.cat([i.grid_thw for i in images]) if images else None
+    position_ids = torch.cat(positions, dim=1)
+    return PackedBatch(torch.cat(ids), position_ids, pixels, grids, segments, _cat(hidden_index))
 
 
 def _int32(bounds: list[int]) -> Tensor:
@@ -97,40 +93,56 @@ class Piece:
     def chosen(self) -> list[Response]:
         return [self.group.responses[i] for i in self.responses]
 
+    def halves(self) -> list[Piece]:
+        """Two pieces of half the responses each; none where there is only one response."""
+        half = len(self.responses) // 2
+        parts = (self.responses[:half], self.responses[half:])
+        return [Piece(self.group, part) for part in parts] if half else []
 
-def branch_prompts(piece: Piece, branch: str, encode: Encode) -> Prompts:
-    """The prompts of a piece in one branch, with the responses that hang on each.
+    def prompts(self, photo: str, encode: Encode) -> Prompts:
+        """The prompts of the piece on one photo of its triplet, with the responses on each.
 
-    Args:
-        piece: responses of a group.
-        branch: `anchor` (all on x), `own` (x's on x, x_pos's on x_pos) or `negative` (all on
-            x_neg).
-        encode: prompt ids and image keys to an EncodedPrompt.
+        Args:
+            photo: `anchor` (all responses on x), `own` (x's on x, x_pos's on x_pos) or `negative`
+                (all on x_neg).
+            encode: prompt ids and image keys to an EncodedPrompt.
 
-    Raises:
-        ValueError: another branch.
-    """
-    triplet, responses = piece.group.triplet, piece.chosen()
-    if branch == "own":
-        images = {"anchor": triplet.anchor, "positive": triplet.positive}
-        hung = {role: [r.token_ids for r in responses if r.role == role] for role in images}
-        return [
-            (encode(piece.group.prompt_ids, (images[role],)), tokens)
-            for role, tokens in hung.items()
-            if tokens
-        ]
-    image = {"anchor": triplet.anchor, "negative": triplet.negative}.get(branch)
-    if image is None:
-        raise ValueError(f"branch must be anchor, own or negative, got {branch!r}")
-    return [(encode(piece.group.prompt_ids, (image,)), [r.token_ids for r in responses])]
+        Raises:
+            ValueError: another photo.
+        """
+        triplet, responses = self.group.triplet, self.chosen()
+        if photo == "own":
+            keys = {"anchor": triplet.anchor, "positive": triplet.positive}
+            by_role = {role: [r.token_ids for r in responses if r.role == role] for role in keys}
+            return [
+                (encode(self.group.prompt_ids, (keys[role],)), tokens)
+                for role, tokens in by_role.items()
+                if tokens
+            ]
+        key = {"anchor": triplet.anchor, "negative": triplet.negative}.get(photo)
+        if key is None:
+            raise ValueError(f"photo must be anchor, own or negative, got {photo!r}")
+        return [(encode(self.group.prompt_ids, (key,)), [r.token_ids for r in responses])]
 
-
-def pack_branch(pieces: Sequence[Piece], branch: str, encode: Encode) -> PackedBatch:
-    """One branch of several pieces as a pack; see branch_prompts."""
-    return pack([prompt for piece in pieces for prompt in branch_prompts(piece, branch, encode)])
+    def __str__(self) -> str:
+        return f"group {self.group.id!r}: one response and its prompt"
 
 
-def _tokens(prompts: Prompts) -> int:
+class Item(Protocol):
+    """What micro-batches are made of: pieces, or stage 1's examples."""
+
+    def prompts(self, photo: str, encode: Encode) -> Prompts: ...
+
+    def halves(self) -> Sequence[Item]: ...
+
+
+def prompts_of(items: Iterable[Item], photo: str, encode: Encode) -> Prompts:
+    """The prompts of several items on one photo, in order."""
+    return [prompt for item in items for prompt in item.prompts(photo, encode)]
+
+
+def packed_tokens(prompts: Prompts) -> int:
+    """Tokens of a pack of these prompts."""
     return sum(len(p) + sum(max(0, len(t) - 1) for t in tokens) for p, tokens in prompts)
 
 
@@ -146,39 +158,28 @@ def hung_on(prompts: Prompts) -> list[Hung]:
     ]
 
 
-def split_by_budget(
-    pieces: Sequence[Piece], branches: Sequence[str], encode: Encode, budget: int
-) -> Iterator[list[Piece]]:
-    """Cut pieces into micro-batches of at most `budget` packed tokens in every branch.
+def weigh_rows(pieces: Sequence[Piece], loss: LossConfig, cut_off: str) -> float:
+    """Set the row weights of a mini-batch's responses.
 
-    A piece that is too long by itself is halved by responses, its prompt repeated.
+    Args:
+        pieces: the mini-batch, in its order.
+        loss: mean_over and mean_over_size are used.
+        cut_off: `mask` leaves out responses that hit the length limit.
 
-    Raises:
-        ValueError: naming the group, when one response and its prompt exceed the budget.
+    Returns:
+        num_loss_tokens: the sum of the weights of all rows.
     """
-    batch: list[Piece] = []
-    used = dict.fromkeys(branches, 0)
-    queue = list(pieces)[::-1]
-    while queue:
-        piece = queue.pop()
-        cost = {b: _tokens(branch_prompts(piece, b, encode)) for b in branches}
-        if max(cost.values()) > budget:
-            half = len(piece.responses) // 2
-            if not half:
-                raise ValueError(
-                    f"group {piece.group.id!r}: one response and its prompt take "
-                    f"{max(cost.values())} tokens; parallel.micro_batch_tokens is {budget}"
-                )
-            queue.append(Piece(piece.group, piece.responses[half:]))
-            queue.append(Piece(piece.group, piece.responses[:half]))
-            continue
-        if batch and any(used[b] + cost[b] > budget for b in branches):
-            yield batch
-            batch, used = [], dict.fromkeys(branches, 0)
-        batch.append(piece)
-        used = {b: used[b] + cost[b] for b in branches}
-    if batch:
-        yield batch
+    responses = [r for piece in pieces for r in piece.chosen()]
+    weights = row_weights(
+        [len(r.token_ids) for r in responses],
+        [piece.group.id for piece in pieces for _ in piece.responses],
+        [cut_off == "mask" and r.finish_reason == "length" for r in responses],
+        loss.mean_over,
+        loss.mean_over_size,
+    )
+    for response, weight in zip(responses, weights, strict=True):
+        response.row_weight = weight
+    return sum(r.row_weight * len(r.token_ids) for r in responses)
 
 
 def rows(responses: Sequence[Response], value: Callable[[Response], object]) -> Tensor:
@@ -189,33 +190,47 @@ def rows(responses: Sequence[Response], value: Callable[[Response], object]) -> 
     return torch.cat(parts) if parts else torch.empty(0)
 
 
-def labels_of(responses: Sequence[Response]) -> Tensor:
-    """[R] int64: the responses' tokens, in order."""
-    return torch.tensor([t for r in responses for t in r.token_ids], dtype=torch.int64)
+def by_response(
+    pieces: Sequence[Piece], values: Tensor, *, weighted: bool = False
+) -> dict[tuple[str, int], Tensor]:
+    """[R] rows as one tensor a response, by group id and index in the group.
+
+    Args:
+        pieces: whose rows they are; none: no rows are taken.
+        values: [R], on any device.
+        weighted: leave out responses of row weight 0.
+    """
+    places = [(piece.group, i) for piece in pieces for i in piece.responses]
+    if not places:
+        return {}
+    parts = values.cpu().split([len(group.responses[i].token_ids) for group, i in places])
+    return {
+        (group.id, i): part.clone()
+        for (group, i), part in zip(places, parts, strict=True)
+        if group.responses[i].row_weight or not weighted
+    }
+
+
+def plain_batch(prompts: Prompts, num_loss_tokens: float) -> MicroBatch:
+    """Prompts with their responses as a MicroBatch without advantages; every row has weight 1."""
+    tokens = [token for _, responses in prompts for ids in responses for token in ids]
+    labels = torch.tensor(tokens, dtype=torch.int64)
+    ones = torch.ones(len(labels))
+    return MicroBatch(pack(prompts), None, labels, torch.zeros_like(ones), ones, num_loss_tokens)
 
 
 def micro_batch(
-    pieces: Sequence[Piece],
-    encode: Encode,
-    weights: dict[int, float],
-    *,
-    update_on: str,
-    negative: bool,
-    num_loss_tokens: float,
-    is_cap: float | None = None,
+    pieces: Sequence[Piece], encode: Encode, loss: LossConfig, num_loss_tokens: float
 ) -> MicroBatch:
     """Pack pieces for one forward and backward pass.
 
     Args:
-        pieces: what the micro-batch holds.
+        pieces: their responses have row weights (see `weigh_rows`).
         encode: prompt ids and image keys to an EncodedPrompt.
-        weights: loss weight of a token of each response, by id(response) (see
-            core.advantages.row_weights).
-        update_on: `anchor` or `own`.
-        negative: whether the negative branch is computed.
+        loss: update_on, whether the negative is scored now, and is_cap, the bound of the
+            importance weights against the sampler (None: no such weights). Under `anchor` they
+            are 1 for responses sampled on the positive: another image is scored.
         num_loss_tokens: sum of the weights of all rows of the mini-batch, over all ranks.
-        is_cap: bound of the importance weights against the sampler; None: no such weights. Under
-            `anchor` they are 1 for responses sampled on the positive: another image is scored.
 
     Returns:
         A MicroBatch on the CPU; old_logprobs and neg_logprobs are None where no response has them.
@@ -228,20 +243,20 @@ def micro_batch(
         return None if any(unscored) else rows(responses, lambda r: getattr(r, name))
 
     def importance(response: Response) -> Tensor | float:
-        if update_on == "anchor" and response.role == "positive":
+        if loss.update_on == "anchor" and response.role == "positive":
             return 1.0
-        return importance_weights(response, is_cap)
+        return importance_weights(response, loss.is_cap)
 
-    return MicroBatch(
-        update=pack_branch(pieces, update_on, encode),
-        negative=pack_branch(pieces, "negative", encode) if negative else None,
-        labels=labels_of(responses),
+    batch = plain_batch(prompts_of(pieces, loss.update_on, encode), num_loss_tokens)
+    negative = pack(prompts_of(pieces, "negative", encode)) if loss.negative_now else None
+    return replace(
+        batch,
+        negative=negative,
         advantages=rows(responses, lambda r: r.advantage),
-        loss_mask=rows(responses, lambda r: weights[id(r)]),
-        num_loss_tokens=num_loss_tokens,
+        loss_mask=rows(responses, lambda r: r.row_weight),
         old_logprobs=scored("old_logprobs"),
         neg_logprobs=scored("neg_logprobs"),
-        is_weights=None if is_cap is None else rows(responses, importance),
+        is_weights=None if loss.is_cap is None else rows(responses, importance),
     )
 
 

@@ -9,6 +9,7 @@ Images are carried by *key* (a path, or a cell of a Parquet file) and loaded whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -109,6 +110,8 @@ class Response:
     """[len(token_ids)] float32; None until scored."""
     neg_logprobs: Tensor | None = None
     """[len(token_ids)] float32; None until scored."""
+    row_weight: float = 0.0
+    """Loss weight of each of its tokens in the mini-batch that it belongs to."""
 
 
 @dataclass
@@ -123,12 +126,16 @@ class Group:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One photo as the vision tower takes it."""
+    """One photo as the vision tower takes it; its pixels are decoded when they are asked for."""
 
-    pixel_values: Tensor
-    """[P, channels * temporal_patch * patch * patch] float32."""
+    decode: Callable[[], Tensor]
     grid_thw: Tensor
-    """[1, 3] int64."""
+    """[1, 3] int64: patches in time, height and width."""
+
+    @property
+    def pixel_values(self) -> Tensor:
+        """[P, channels * temporal_patch * patch * patch] float32."""
+        return self.decode()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ as they are unless `--model.freeze_vision false --model.freeze_merger false`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,23 +20,23 @@ from tercet.train.learner.command_line import command, parse, show_help
 if __name__ == "__main__":
     show_help(SftConfig, __doc__)  # before torch and transformers are imported
 
-import numpy as np
 import torch
 
 from tercet.core.data.photos import SftSample, read_sft
 from tercet.core.data.vision import PromptEncoder
-from tercet.core.packing import pack
+from tercet.core.draws import EndlessOrder
+from tercet.core.packing import Encode, Prompts, packed_tokens, plain_batch, prompts_of
 from tercet.core.prompts import chat_ids
-from tercet.core.types import PolicyParts
+from tercet.core.types import MicroBatch, PolicyParts
 from tercet.train.learner.assemble import build_policy, open_parts
-from tercet.train.learner.budget import TokenBudget
-from tercet.train.learner.checkpoint import load_state
+from tercet.train.learner.checkpoint import find_checkpoint, load_state
 from tercet.train.learner.device import set_up
 from tercet.train.learner.figures import draw_curves
 from tercet.train.learner.interrupt import StopSignal
-from tercet.train.learner.loop import add_up, open_log, run, take_step
+from tercet.train.learner.micro_batches import TokenBudget, micro_batches
 from tercet.train.learner.optim import build_optimizer, learning_rate
 from tercet.train.learner.ranks import Ranks, restarts
+from tercet.train.learner.run import add_up, clip_and_step, finish_step, open_log, saved_on_error
 from tercet.train.learner.saving import Saver
 
 
@@ -43,9 +44,21 @@ from tercet.train.learner.saving import Saver
 class Example:
     """A tokenised sample."""
 
+    id: str
     prompt_ids: tuple[int, ...]
     images: tuple[str, ...]
     target_ids: tuple[int, ...]
+
+    def prompts(self, photo: str, encode: Encode) -> Prompts:
+        """The prompt with its one target; the photos are always its own."""
+        return [(encode(self.prompt_ids, self.images), [self.target_ids])]
+
+    def halves(self) -> tuple:
+        """Samples are never cut."""
+        return ()
+
+    def __str__(self) -> str:
+        return f"sample {self.id!r}: prompt and target"
 
 
 def tokenize(sample: SftSample, parts: PolicyParts, system_prompt: str | None) -> Example:
@@ -55,24 +68,24 @@ def tokenize(sample: SftSample, parts: PolicyParts, system_prompt: str | None) -
         parts.tokenizer, messages[:-1], len(sample.images), system_prompt=system_prompt
     )
     target = parts.tokenizer.encode(messages[-1]["content"], add_special_tokens=False)
-    return Example(tuple(prompt), sample.images, (*target, parts.stop_ids[0]))
+    return Example(sample.id, tuple(prompt), sample.images, (*target, parts.stop_ids[0]))
 
 
 class SftRun:
     """A stage-1 run's parts and its state; `step` is one optimiser step."""
 
     def __init__(self, config: SftConfig, resolved: str, stop: StopSignal, resume: Path | None):
-        device = set_up(config.run)
         self.config, self.stop, self.out = config, stop, Path(config.run.out)
-        self.ranks = Ranks(device, config.parallel)
+        self.ranks = Ranks(set_up(config.run), config.parallel)
         self.parts = open_parts(config.model, self.ranks, resume)
         self.encoder = PromptEncoder(self.parts)
-        self.samples, skipped = read_sft(config.data.path, config.data.on_bad_image)
-        self.examples = [tokenize(s, self.parts, config.model.system_prompt) for s in self.samples]
+        samples, skipped = read_sft(config.data.path, config.data.on_bad_image)
+        self.examples = [tokenize(s, self.parts, config.model.system_prompt) for s in samples]
+        self.order = EndlessOrder(len(samples), config.run.seed)
         self.policy = build_policy(self.parts, config, self.ranks)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         self.saver = Saver(self, config.run)
-        per_epoch = len(self.samples) / config.optim.samples_per_step
+        per_epoch = len(samples) / config.optim.samples_per_step
         self.total_steps = config.run.steps or max(1, round(config.run.epochs * per_epoch))
         self.steps_done = self.skipped = 0
         if resume:
@@ -80,98 +93,68 @@ class SftRun:
             self.steps_done = state["steps_done"]
             self.saver.restore(resume, state)
         self.log = open_log(self, resolved)
-        self._budget = TokenBudget(
-            config, self.ranks, config.optim.max_tokens, self.log.say, bool(resume)
-        )
+        longest = config.optim.max_tokens
+        self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
         for reason in skipped:
             self.log.say(f"left out: {reason}")
 
     def step(self) -> dict[str, float]:
         """One optimiser step on the next samples of the epoch's order; returns its figures."""
         size = self.config.optim.samples_per_step
-        chosen = [self._order(self.steps_done * size + i) for i in range(size)]
+        chosen = [self.examples[self.order[self.steps_done * size + i]] for i in range(size)]
         with self.log.phase("update", total=size, unit="samples") as phase:
-            sums = self._budget.fit(lambda: self._accumulate(chosen, phase), self.policy.zero_grad)
+            for attempt in self.budget.attempts(self.policy.zero_grad):
+                with attempt:
+                    sums: dict[str, torch.Tensor] = {}
+                    for examples, micro in self._micro_batches(chosen):
+                        self.check_stop()
+                        loss, metrics = self.policy(micro, "cross_entropy")
+                        loss.backward()
+                        add_up(sums, metrics)
+                        phase.advance(len(examples) * self.ranks.size)
         lr = learning_rate(self.steps_done, self.total_steps, self.config.optim, False)
-        figures = take_step(self, lr, self.ranks.add(sums))
+        figures = clip_and_step(self, lr, sums)
         self.steps_done += 1
         return figures
 
-    def _accumulate(self, chosen: Sequence[int], phase) -> dict[str, torch.Tensor]:
-        """Add the samples' gradients up; returns sums over this rank's."""
-        total = sum(len(self.examples[i].target_ids) for i in chosen)
-        sums: dict[str, torch.Tensor] = {}
+    def _micro_batches(self, chosen: Sequence[Example]):
+        """This rank's micro-batches of an optimiser step."""
+        limit = self.config.optim.max_tokens
+        for example in chosen:
+            tokens = packed_tokens(example.prompts("own", self.encoder)) + 1
+            if tokens > limit:
+                raise ValueError(
+                    f"sample {example.id!r} has {tokens} tokens; optim.max_tokens is {limit} "
+                    "(samples are never cut)"
+                )
+        num_loss_tokens = sum(len(example.target_ids) for example in chosen)
+
+        def pack(examples: Sequence[Example]) -> MicroBatch:
+            return plain_batch(prompts_of(examples, "own", self.encoder), num_loss_tokens)
+
         self.policy.train()
-        for chunk, is_filler in self._micro_batches(chosen):
-            self.check_stop()
-            packed = pack([(self._prompt(i), [self.examples[i].target_ids]) for i in chunk])
-            labels = torch.tensor([t for i in chunk for t in self.examples[i].target_ids])
-            loss, metrics = self.policy(
-                packed,
-                "cross_entropy",
-                labels=labels,
-                loss_mask=torch.full((len(labels),), float(not is_filler)),
-                num_loss_tokens=total,
-            )
-            loss.backward()
-            add_up(sums, metrics)
-            phase.advance(len(chunk) * self.ranks.size)
-        return sums
+        return micro_batches(
+            chosen,
+            ["own"],
+            pack,
+            encode=self.encoder,
+            shape=self.policy.shape,
+            ranks=self.ranks,
+            budget=self.budget,
+        )
 
     def check_stop(self) -> None:
         """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
         self.ranks.check(self.stop)
 
-    def close(self) -> None:
-        """Leave the other ranks."""
-        self.saver.close()
-        self.ranks.close()
-
-    def draw(self) -> None:
-        """Write curves.png."""
-        if not self.ranks.is_first:
-            return
-        draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
-
     def save(self) -> Path:
         """Write a checkpoint of the state between two steps."""
         return self.saver.save(self.steps_done, {"steps_done": self.steps_done})
 
-    def _order(self, position: int) -> int:
-        """Sample at a position of the endless stream: every epoch a fresh permutation."""
-        epoch, place = divmod(position, len(self.examples))
-        order = np.random.default_rng([self.config.run.seed, epoch])
-        return int(order.permutation(len(self.examples))[place])
-
-    def _prompt(self, i: int):
-        example = self.examples[i]
-        return self.encoder(example.prompt_ids, example.images)
-
-    def _micro_batches(self, chosen: Sequence[int]) -> list[tuple[list[int], bool]]:
-        """This rank's samples by micro-batch, and fillers (True) up to the most of any rank."""
-        mine = self.ranks.dealt(chosen, self._length)
-        return self.ranks.evened(list(self._split(mine)), [chosen[0]])
-
-    def _length(self, i: int) -> int:
-        return len(self._prompt(i)) + len(self.examples[i].target_ids)
-
-    def _split(self, chosen: Sequence[int]) -> Iterator[list[int]]:
-        budget, limit = self._budget.tokens, self.config.optim.max_tokens
-        batch, used = [], 0
-        for i in chosen:
-            length = self._length(i)
-            if length > min(budget, limit):
-                raise ValueError(
-                    f"sample {self.samples[i].id!r} has {length} tokens; optim.max_tokens is "
-                    f"{limit} and parallel.micro_batch_tokens {budget} (samples are never cut)"
-                )
-            if batch and used + length > budget:
-                yield batch
-                batch, used = [], 0
-            batch.append(i)
-            used += length
-        if batch:
-            yield batch
+    def close(self) -> None:
+        """Leave the other ranks."""
+        self.saver.close()
+        self.ranks.close()
 
 
 def train(config: SftConfig, resolved: str, resume: str | None = None) -> Path:
@@ -182,7 +165,17 @@ def train(config: SftConfig, resolved: str, resume: str | None = None) -> Path:
         resolved: the same as YAML, kept beside the run.
         resume: checkpoint folder, `auto`, or None for a new run.
     """
-    return run(SftRun, config, resolved, resume)
+    saved = find_checkpoint(config.run.out, resume) if resume else None
+    with StopSignal() as stop:
+        run = SftRun(config, resolved, stop, saved)
+        with closing(run), run.log, saved_on_error(run):
+            while run.steps_done < run.total_steps:
+                run.check_stop()
+                saved = finish_step(run, run.step()) or saved
+            run.saver.wait()
+        if run.ranks.is_first:
+            draw_curves(run.out / "metrics.jsonl", run.out / "curves.png")
+    return saved
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,13 +18,13 @@ KL(pi || pi_neg) and lowering the entropies of both. `--rollout.n_positive 0 --l
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
 import runpy
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from tercet.core.config import TapoConfig
@@ -33,33 +33,50 @@ from tercet.train.learner.command_line import command, parse, show_help
 if __name__ == "__main__":
     show_help(TapoConfig, __doc__)  # before torch and transformers are imported
 
-import torch
+from torch import Tensor
 
-from tercet.core.advantages import group_advantages
-from tercet.core.data.embedders import embedder
-from tercet.core.data.manifest import MANIFEST_NAME, Manifest
-from tercet.core.data.triplets import prepare_manifest
+from tercet.core.advantages import set_advantages
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.mismatch import mismatch_figures
-from tercet.core.packing import Piece, mini_batches
+from tercet.core.packing import (
+    Piece,
+    by_response,
+    micro_batch,
+    mini_batches,
+    plain_batch,
+    prompts_of,
+    weigh_rows,
+)
 from tercet.core.rewards import load_reward
-from tercet.core.types import Group, PolicyParts
+from tercet.core.types import Group, MicroBatch, PolicyParts
 from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
-from tercet.train.learner.assemble import build_policy, open_parts
-from tercet.train.learner.budget import TokenBudget
-from tercet.train.learner.checkpoint import load_state
+from tercet.train.learner.assemble import (
+    build_policy,
+    open_manifest,
+    open_parts,
+    sampled_parts,
+)
+from tercet.train.learner.checkpoint import find_checkpoint, load_state
 from tercet.train.learner.device import set_up
 from tercet.train.learner.figures import draw_curves, draw_samples, sample_rows
 from tercet.train.learner.interrupt import StopSignal
-from tercet.train.learner.loop import open_log, run, take_step
+from tercet.train.learner.micro_batches import TokenBudget, micro_batches
 from tercet.train.learner.optim import build_optimizer, learning_rate
 from tercet.train.learner.ranks import Ranks, restarts
+from tercet.train.learner.run import (
+    add_up,
+    clip_and_step,
+    finish_step,
+    mean_figures,
+    open_log,
+    saved_on_error,
+)
 from tercet.train.learner.saving import Saver
-from tercet.train.learner.update import Updater
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
+STATE = ("steps_done", "optimizer_steps", "groups", "minibatches_done")  # saved as they are
 
 
 class TapoRun:
@@ -74,123 +91,85 @@ class TapoRun:
 
     def __init__(self, config: TapoConfig, resolved: str, stop: StopSignal, resume: Path | None):
         self.config, self.stop, self.out = config, stop, Path(config.run.out)
-        device = set_up(config.run)
-        self.ranks = Ranks(device, config.parallel)
+        self.ranks = Ranks(set_up(config.run), config.parallel)
         self.parts = open_parts(config.model, self.ranks, resume)
         self.encoder = PromptEncoder(self.parts)
-        self.manifest = self.ranks.share(lambda: self._manifest(resume))
-        sampled, own = self.parts, self.ranks.mesh is None and not config.model.lora_rank
-        if not own and self.ranks.is_first and config.rollout.engine == "local":
-            sampled = replace(self.parts, model=copy.deepcopy(self.parts.model).to(device))
-        self.engine: Engine | IdleEngine = IdleEngine()
-        self.ranks.share(lambda: self._open_engine(sampled))
-        self.policy = build_policy(
-            self.parts, config, self.ranks, config.loss, config.rollout.temperature
-        )
+        self.manifest = open_manifest(config.data, self.parts, self.ranks, self.out, bool(resume))
+        sampled = sampled_parts(self.parts, config, self.ranks)
+        self.engine = self.ranks.on_first(lambda: self._open_engine(sampled)) or IdleEngine()
+        temperature = config.rollout.temperature
+        self.policy = build_policy(self.parts, config, self.ranks, config.loss, temperature)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         self.saver = Saver(self, config.run)
-        self.stream = TripletStream(
-            self.manifest.anchors, positive=config.data.positive, seed=config.run.seed
-        )
-        self.sampler = GroupSampler(
-            self.engine,
-            self.stream,
-            self.parts.tokenizer,
-            self.encoder,
-            config.rollout,
-            reward=load_reward(config.rollout.reward),
-            names=self.manifest.names,
-            system_prompt=config.model.system_prompt,
-            seed=config.run.seed,
-        )
+        self.sampler = self._open_sampler()
         per_epoch = len(self.manifest.anchors) / config.rollout.groups_per_step
         self.total_steps = config.run.steps or max(1, int(config.run.epochs * per_epoch))
-        self.steps_done = self.skipped = 0
+        self.steps_done = self.minibatches_done = self.optimizer_steps = self.skipped = 0
         self.groups: list[Group] = []
         """Groups of a step that has begun; empty between steps."""
-        self.minibatches_done = 0
-        self.optimizer_steps = 0
+        self.shown: list[Group] = []
         if resume:
             self._restore(resume)
         self._sync(self.steps_done)
         self.log = open_log(self, resolved)
         longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-        budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
-        self.updater = Updater(
-            config, self.policy, self.encoder, self.ranks, budget, self.check_stop
+        self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
+        self.micro_batches = partial(
+            micro_batches,
+            encode=self.encoder,
+            shape=self.policy.shape,
+            ranks=self.ranks,
+            budget=self.budget,
         )
         if sampled is not self.parts:
             self.log.say("rank 0 samples on a whole copy of the policy")
         if not self.engine.full_vocabulary:
             self.log.say("the sampler's log-probs are renormalised after top_p and top_k")
-        self.shown: list[Group] = []
-
-    def _open_engine(self, parts: PolicyParts) -> None:
-        self.engine = open_engine(
-            parts, self.encoder, self.config.rollout, self.out / "sglang", self._weights_again
-        )
-
-    def _weights_again(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights as they are, once more, while the other ranks wait for what rank 0 shares."""
-        self.ranks.ask_for_help()
-        return self.policy.named_weights()
-
-    def _sync(self, version: int) -> None:
-        """Send the weights to what samples."""
-        if not self.ranks.is_first:
-            self.policy.gather_weights()
-        self.ranks.share(
-            lambda: self.engine.update_weights(self.policy.named_weights(), version),
-            self.policy.gather_weights,
-        )
-
-    def check_stop(self) -> None:
-        """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
-        self.ranks.check(self.stop)
-
-    def _manifest(self, resume: Path | None) -> Manifest:
-        """The run's own manifest when it goes on, else a new one, written beside the run."""
-        if resume and (self.out / MANIFEST_NAME).exists():
-            return Manifest.read(self.out)
-        visual = self.parts.model.model.visual
-        home = visual.device
-        embed = embedder(self.config.data.embedder, lambda: self.parts, self.ranks.device)
-        visual.to(self.ranks.device)
-        manifest = prepare_manifest(self.config.data, embed)
-        visual.to(home)
-        manifest.write(self.out)
-        return manifest
 
     def step(self) -> dict[str, float]:
-        """Sample, reward, score, update and sync once; returns the step's figures."""
-        config = self.config
-        figures = {}
-        if not self.groups:
-            figures = self._sample()
+        """One rollout step; returns its figures.
+
+        An exception leaves a state that can be saved: the step goes on where it was.
+        """
+        config, loss, policy = self.config, self.config.loss, self.policy
+        figures = {} if self.groups else self._sample()  # rollout, rewards, advantages
         if config.rollout.colocated:
             self.ranks.share(self.engine.sleep)
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
         batches = mini_batches(self.groups, size, config.optim.minibatch_by)
-        # The first mini-batch is updated at the very weights that old log-probs are those of: only
-        # importance weights need them before the update.
-        unscored = batches if config.loss.is_cap is not None else batches[1:]
-        self._score("old", "old_logprobs", unscored)
-        if config.loss.needs_negative and config.loss.neg_at == "step_start":
-            self._score("negative", "neg_logprobs", batches)
+        # The first mini-batch's old log-probs are those of its own update, at the same weights;
+        # importance weights need them before it.
+        self._score("old_logprobs", loss.update_on, batches[loss.is_cap is None :])
+        if loss.needs_negative and not loss.negative_now:
+            self._score("neg_logprobs", "negative", batches)
         updates = []
         with self.log.phase("update", total=len(self.groups), unit="groups") as phase:
             for batch in batches[self.minibatches_done :]:
-                updates.append(self._update(batch, len(batches), phase))
+                for attempt in self.budget.attempts(policy.zero_grad):
+                    with attempt:
+                        sums, found = {}, {}
+                        for pieces, micro in self._micro_batches(batch):
+                            self.check_stop()
+                            value, metrics = policy.accumulate(micro, config.parallel.branches)
+                            logprobs = metrics.pop("logprobs")
+                            add_up(sums, {"loss": value} | metrics)
+                            found |= by_response(pieces, logprobs, weighted=True)
+                            phase.advance(len(pieces) * self.ranks.size / len(batches))
+                if sums:  # else no row of the mini-batch counts
+                    steps = self.total_steps * len(batches)
+                    is_first = self.steps_done == 0
+                    lr = learning_rate(self.optimizer_steps, steps, config.optim, is_first)
+                    updates.append(clip_and_step(self, lr, sums))
+                    self.optimizer_steps += 1
+                    if self.minibatches_done == 0 and loss.is_cap is None:
+                        self._set("old_logprobs", found)
                 self.minibatches_done += 1
-        figures |= self._mismatch()
+        figures |= mismatch_figures(self.groups, self.steps_done)
         with self.log.phase("sync", total=1, unit="update"):
-            if config.rollout.colocated:
-                self.ranks.release_memory()
-                self.ranks.share(self.engine.wake)
             self._sync(self.steps_done + 1)
         self.steps_done += 1
         self.shown, self.groups, self.minibatches_done = self.groups[:SAMPLES_SHOWN], [], 0
-        return figures | _mean(updates)
+        return figures | mean_figures(updates)
 
     def _sample(self) -> dict[str, float]:
         """Fill self.groups, on all ranks, with rewarded responses and their advantages."""
@@ -210,43 +189,98 @@ class TapoRun:
                 sampled = asyncio.run(self.sampler.collect(self.steps_done, progress))
                 seconds = time.perf_counter() - started
                 self.log.add_time("reward", sampled.reward_seconds)
-            _set_advantages(sampled.groups)
+            set_advantages(sampled.groups)
             return sampled.groups, _sampling_figures(sampled, seconds)
 
         self.groups, figures = self.ranks.share(sample, self.policy.gather_weights)
         return figures
 
-    def _score(self, phase_name: str, field: str, batches: Sequence[Sequence[Piece]]) -> None:
-        """Set a field of all responses that lack it, at these weights."""
+    def _score(self, field: str, photo: str, batches: Sequence[Sequence[Piece]]) -> None:
+        """Set old_logprobs or neg_logprobs of all responses that lack it, at these weights."""
         pieces = [piece for batch in batches for piece in batch]
         pieces = [p for p in pieces if any(getattr(r, field) is None for r in p.chosen())]
-        if pieces:
-            with self.log.phase(phase_name, total=len(pieces), unit="groups") as phase:
-                self.updater.score(field, pieces, phase.advance)
+        if not pieces:
+            return
 
-    def _update(self, pieces: Sequence[Piece], minibatches: int, phase) -> dict[str, float]:
-        """One optimiser step on a mini-batch; returns its figures."""
-        done = self.updater.accumulate(pieces, lambda n: phase.advance(n / minibatches))
-        if done is None:
-            return {}
-        sums, keep_logprobs = done
-        steps, config = self.total_steps * minibatches, self.config
-        lr = learning_rate(self.optimizer_steps, steps, config.optim, self.steps_done == 0)
-        figures = take_step(self, lr, sums)
-        self.optimizer_steps += 1
-        if self.minibatches_done == 0 and config.loss.is_cap is None:
-            keep_logprobs()  # they are those of the step's first weights
-        return figures
+        def pack(some: Sequence[Piece]) -> MicroBatch:
+            return plain_batch(prompts_of(some, photo, self.encoder), 1.0)
 
-    def _mismatch(self) -> dict[str, float]:
-        """Sampler against trainer on anchor responses of this step's weights."""
-        return mismatch_figures(
-            [
-                response
-                for group in self.groups
-                for response in group.responses
-                if response.role == "anchor" and response.weight_version == self.steps_done
-            ]
+        phase_name = {"old_logprobs": "old", "neg_logprobs": "negative"}[field]
+        self.policy.eval()
+        with self.log.phase(phase_name, total=len(pieces), unit="groups") as phase:
+            for attempt in self.budget.attempts(self.policy.zero_grad):
+                with attempt:
+                    found = {}
+                    for some, micro in self.micro_batches(pieces, [photo], pack):
+                        self.check_stop()
+                        with torch.no_grad():
+                            logprobs = self.policy(micro.update, "logprobs", labels=micro.labels)
+                        found |= by_response(some, logprobs)
+                        phase.advance(len(some) * self.ranks.size)
+        self._set(field, found)
+
+    def _micro_batches(self, batch: Sequence[Piece]) -> Iterator[tuple[list[Piece], MicroBatch]]:
+        """This rank's micro-batches of an update; none where no row of the mini-batch counts."""
+        loss = self.config.loss
+        num_loss_tokens = weigh_rows(batch, loss, self.config.rollout.cut_off)
+        if not num_loss_tokens:
+            return
+
+        def pack(pieces: Sequence[Piece]) -> MicroBatch:
+            return micro_batch(pieces, self.encoder, loss, num_loss_tokens)
+
+        photos = [loss.update_on, "negative"] if loss.negative_now else [loss.update_on]
+        self.policy.train()
+        yield from self.micro_batches(batch, photos, pack)
+
+    def _set(self, field: str, found: dict[tuple[str, int], Tensor]) -> None:
+        """Set a field of responses, found on one rank or another, on all ranks."""
+        groups = {group.id: group for group in self.groups}
+        for part in self.ranks.exchange(found):
+            for (group_id, index), logprobs in part.items():
+                setattr(groups[group_id].responses[index], field, logprobs)
+
+    def _sync(self, version: int) -> None:
+        """Send the weights to what samples; servers that sleep are woken."""
+        if self.config.rollout.colocated and self.steps_done < version:
+            self.ranks.release_memory()
+            self.ranks.share(self.engine.wake)
+        if not self.ranks.is_first:
+            self.policy.gather_weights()
+        self.ranks.share(
+            lambda: self.engine.update_weights(self.policy.named_weights(), version),
+            self.policy.gather_weights,
+        )
+
+    def check_stop(self) -> None:
+        """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
+        self.ranks.check(self.stop)
+
+    def _open_engine(self, parts: PolicyParts) -> Engine:
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            # A server was restarted while rank 0 samples: the other ranks, which wait in `share`
+            # for what it sampled, must put sharded weights together with it.
+            self.ranks.ask_for_help()
+            return self.policy.named_weights()
+
+        rollout, work_dir = self.config.rollout, self.out / "sglang"
+        return open_engine(parts, self.encoder, rollout, work_dir, weights)
+
+    def _open_sampler(self) -> GroupSampler:
+        config = self.config
+        self.stream = TripletStream(
+            self.manifest.anchors, positive=config.data.positive, seed=config.run.seed
+        )
+        return GroupSampler(
+            self.engine,
+            self.stream,
+            self.parts.tokenizer,
+            self.encoder,
+            config.rollout,
+            reward=load_reward(config.rollout.reward),
+            names=self.manifest.names,
+            system_prompt=config.model.system_prompt,
+            seed=config.run.seed,
         )
 
     def close(self) -> None:
@@ -265,34 +299,17 @@ class TapoRun:
 
     def save(self) -> Path:
         """Write a checkpoint of the state as it is: between steps, or between mini-batches."""
-        state = {
-            "steps_done": self.steps_done,
-            "optimizer_steps": self.optimizer_steps,
-            "groups": self.groups,
-            "minibatches_done": self.minibatches_done,
-            "carried": self.sampler.carried,
-            "stream": self.stream.state(),
-        }
+        state = {name: getattr(self, name) for name in STATE}
+        state |= {"carried": self.sampler.carried, "stream": self.stream.state()}
         return self.saver.save(self.steps_done, state)
 
     def _restore(self, folder: Path) -> None:
         state = load_state(folder)
-        self.steps_done = state["steps_done"]
-        self.optimizer_steps = state["optimizer_steps"]
-        self.groups = state["groups"]
-        self.minibatches_done = state["minibatches_done"]
+        for name in STATE:
+            setattr(self, name, state[name])
         self.sampler.carried = state["carried"]
         self.stream.restore(state["stream"])
         self.saver.restore(folder, state)
-
-
-def _set_advantages(groups: Sequence[Group]) -> None:
-    """A = (R - mean) / (std + 1e-6), pooled over a group's anchor and positive responses."""
-    pooled = [(n, r) for n, group in enumerate(groups) for r in group.responses]
-    rewards = torch.tensor([r.reward for _, r in pooled], dtype=torch.float64)
-    advantages = group_advantages(rewards, [n for n, _ in pooled])
-    for (_, response), advantage in zip(pooled, advantages.tolist(), strict=True):
-        response.advantage = advantage
 
 
 def _sampling_figures(sampled: StepGroups, seconds: float) -> dict[str, float]:
@@ -314,13 +331,6 @@ def _sampling_figures(sampled: StepGroups, seconds: float) -> dict[str, float]:
     return figures
 
 
-def _mean(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean over the mini-batches that have a figure."""
-    names = dict.fromkeys(name for update in updates for name in update)
-    values = {name: [u[name] for u in updates if name in u] for name in names}
-    return {name: sum(found) / len(found) for name, found in values.items()}
-
-
 def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
     """Run TAPO to its last step.
 
@@ -332,7 +342,16 @@ def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
     Returns:
         The folder of the last checkpoint.
     """
-    return run(TapoRun, config, resolved, resume)
+    saved = find_checkpoint(config.run.out, resume) if resume else None
+    with StopSignal() as stop:
+        run = TapoRun(config, resolved, stop, saved)
+        with closing(run), run.log, saved_on_error(run):
+            while run.steps_done < run.total_steps:
+                run.check_stop()
+                saved = finish_step(run, run.step()) or saved
+            run.saver.wait()
+        run.draw()
+    return saved
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,14 +1,14 @@
 """Photos to model inputs: pixel_values, image_grid_thw, expanded image pads, M-RoPE positions.
 
-Every number comes from transformers' own image processor and `get_rope_index`; this file only
-calls them one prompt at a time, so that a prompt's arrays are the same wherever it is packed.
+Every number comes from transformers' own image processor and `get_rope_index`, which are called one
+prompt at a time, so that a prompt's arrays are the same wherever it is packed.
 """
 
 from __future__ import annotations
 
 import base64
 from collections import OrderedDict
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from tercet.core.models import family_of
 from tercet.core.types import EncodedImage, EncodedPrompt, PolicyParts
 
 MAX_ASPECT = 200
@@ -53,6 +54,25 @@ def load_image(key: str) -> Image.Image:
             f"image {key!r}: aspect ratio of {image.width} x {image.height} is over {MAX_ASPECT}:1"
         )
     return image
+
+
+def image_size(key: str) -> tuple[int, int]:
+    """Width and height of what `load_image` gives; a JPEG is not decoded for them.
+
+    Raises:
+        ValueError: as `load_image`, as far as a JPEG's header tells.
+    """
+    if ".parquet#" not in key:
+        try:
+            with Image.open(key) as opened:
+                width, height = opened.size
+                sideways = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+                too_long = max(width, height) > MAX_ASPECT * min(width, height)
+                if opened.format == "JPEG" and not too_long:
+                    return (height, width) if sideways else (width, height)
+        except Exception:  # load_image says what is wrong
+            pass
+    return load_image(key).size
 
 
 @lru_cache(maxsize=128)
@@ -96,32 +116,26 @@ def _column(path: str, column: str) -> pa.ChunkedArray:
 
 
 class PromptEncoder:
-    """Turns prompt ids with one pad per image into EncodedPrompts; keeps recent photos encoded."""
+    """Turns prompt ids with one pad per image into EncodedPrompts.
+
+    A prompt's ids, positions and grids are computed once, from its photos' sizes, and kept. Photos
+    are decoded when their pixels are asked for; the most recent ones are kept.
+
+    Args:
+        parts: the policy.
+        cache_bytes: most bytes of pixels that are kept.
+    """
 
     def __init__(self, parts: PolicyParts, cache_bytes: int = CACHE_BYTES):
         self._body = parts.model.model
+        self._family = family_of(parts.model.config)
         self._processor = parts.image_processor
         self._image_token_id = parts.model.config.image_token_id
-        self._merge_area = parts.image_processor.merge_size**2
-        self._cache: OrderedDict[str, EncodedImage] = OrderedDict()
+        self._prompts: dict[tuple, EncodedPrompt] = {}
+        self._grids: dict[str, Tensor] = {}
+        self._pixels: OrderedDict[str, Tensor] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._used_bytes = 0
-
-    def image(self, key: str) -> EncodedImage:
-        """The photo `key` resized, normalised and cut in patches; ValueError if it is bad."""
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        # A photo 1 or 3 pixels high would otherwise be taken for a channels-first array.
-        arrays = self._processor(
-            images=load_image(key), return_tensors="pt", input_data_format="channels_last"
-        )
-        image = EncodedImage(arrays["pixel_values"], arrays["image_grid_thw"])
-        self._cache[key] = image
-        self._used_bytes += image.pixel_values.nbytes
-        while self._used_bytes > self._cache_bytes and len(self._cache) > 1:
-            self._used_bytes -= self._cache.popitem(last=False)[1].pixel_values.nbytes
-        return image
 
     def __call__(self, prompt_ids: tuple[int, ...], keys: tuple[str, ...]) -> EncodedPrompt:
         """Expand each image pad to its photo's merged patches and number the positions.
@@ -133,22 +147,62 @@ class PromptEncoder:
         Raises:
             ValueError: when pads and photos differ in number, or a photo is bad.
         """
+        known = (tuple(prompt_ids), tuple(keys))
+        if known not in self._prompts:
+            self._prompts[known] = self._encode(*known)
+        return self._prompts[known]
+
+    def image(self, key: str) -> EncodedImage:
+        """The photo `key`, resized, normalised and cut in patches; ValueError if it is bad."""
+        if key not in self._grids:
+            self._grids[key] = self.grid(key)
+        return EncodedImage(partial(self._kept_pixels, key), self._grids[key])
+
+    def grid(self, key: str) -> Tensor:
+        """[1, 3] int64: patches of a photo in time, height and width, from its size alone."""
+        width, height = image_size(key)
+        resized = self._family.resized(self._processor, height, width)
+        return torch.tensor([[1, *(side // self._processor.patch_size for side in resized)]])
+
+    def pixels(self, key: str) -> tuple[Tensor, Tensor]:
+        """A photo's patches, as EncodedImage has them, and their grid [1, 3]."""
+        # A photo 1 or 3 pixels high would otherwise be taken for a channels-first array.
+        arrays = self._processor(
+            images=load_image(key), return_tensors="pt", input_data_format="channels_last"
+        )
+        return arrays["pixel_values"], arrays["image_grid_thw"]
+
+    def _kept_pixels(self, key: str) -> Tensor:
+        if key in self._pixels:
+            self._pixels.move_to_end(key)
+            return self._pixels[key]
+        pixels, grid = self.pixels(key)
+        if not torch.equal(grid, self._grids[key]):
+            raise ValueError(
+                f"image {key!r} has {grid.tolist()} patches, at first {self._grids[key].tolist()}: "
+                "the file was changed during the run"
+            )
+        self._pixels[key] = pixels
+        self._used_bytes += pixels.nbytes
+        while self._used_bytes > self._cache_bytes and len(self._pixels) > 1:
+            self._used_bytes -= self._pixels.popitem(last=False)[1].nbytes
+        return pixels
+
+    def _encode(self, prompt_ids: tuple[int, ...], keys: tuple[str, ...]) -> EncodedPrompt:
         pads = sum(token == self._image_token_id for token in prompt_ids)
         if pads != len(keys):
             raise ValueError(f"a prompt with {pads} image pads got {len(keys)} images: {keys}")
         images = tuple(self.image(key) for key in keys)
-        counts = iter([int(i.grid_thw.prod()) // self._merge_area for i in images])
+        merged = self._body.config.vision_config.spatial_merge_size**2
+        counts = iter([int(i.grid_thw.prod()) // merged for i in images])
         ids: list[int] = []
         for token in prompt_ids:
             ids.extend([token] * next(counts) if token == self._image_token_id else [token])
         input_ids = torch.tensor(ids, dtype=torch.int64)
-        positions, next_position = self._positions(input_ids, images)
-        return EncodedPrompt(input_ids, positions, next_position, images)
-
-    def _positions(self, ids: Tensor, images: tuple[EncodedImage, ...]) -> tuple[Tensor, int]:
-        is_image = (ids == self._image_token_id).to(torch.int32)
-        grids = torch.cat([i.grid_thw for i in images]) if images else None
+        is_image = (input_ids == self._image_token_id).to(torch.int32)
         positions, delta = self._body.get_rope_index(
-            ids[None], mm_token_type_ids=is_image[None], image_grid_thw=grids
+            input_ids[None],
+            mm_token_type_ids=is_image[None],
+            image_grid_thw=torch.cat([i.grid_thw for i in images]) if images else None,
         )
-        return positions[:, 0], int(delta) + ids.numel()
+        return EncodedPrompt(input_ids, positions[:, 0], int(delta) + len(ids), images)

@@ -1,7 +1,8 @@
-"""From options to a policy that can be trained: loaded, with LoRA, compiled, sharded."""
+"""From options to triplets and to a policy that can be trained: with LoRA, compiled, sharded."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
@@ -9,7 +10,10 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from tercet.core.config import LossConfig, ModelConfig, SftConfig, TapoConfig
+from tercet.core.config import DataConfig, LossConfig, ModelConfig, SftConfig, TapoConfig
+from tercet.core.data.embedders import embedder
+from tercet.core.data.manifest import MANIFEST_NAME, Manifest
+from tercet.core.data.triplets import prepare_manifest
 from tercet.core.models import load_policy
 from tercet.core.types import PolicyParts
 from tercet.train.learner.lora import add_lora
@@ -30,14 +34,44 @@ def open_parts(config: ModelConfig, ranks: Ranks, resume: Path | None) -> Policy
     """
     if resume and not config.lora_rank:
         config = replace(config, path=str(resume))
-    loaded: list[PolicyParts] = []
+    device = ranks.device if ranks.mesh is None else torch.device("cpu")
+    parts = ranks.on_first(lambda: load_policy(config, device))
+    dtype = ranks.share(lambda: str(parts.model.dtype).removeprefix("torch."))
+    return parts or load_policy(replace(config, dtype=dtype), "meta")
 
-    def load() -> str:
-        loaded.append(load_policy(config, ranks.device if ranks.mesh is None else "cpu"))
-        return str(loaded[0].model.dtype).removeprefix("torch.")
 
-    dtype = ranks.share(load)
-    return loaded[0] if loaded else load_policy(replace(config, dtype=dtype), "meta")
+def open_manifest(
+    config: DataConfig, parts: PolicyParts, ranks: Ranks, out: Path, resumed: bool
+) -> Manifest:
+    """A run's triplets on all ranks: its own when it goes on, else new ones, written into `out`.
+
+    The vision tower tells what looks alike; it is on this rank's device for that long.
+
+    Raises:
+        ValueError: as `prepare_manifest`, on all ranks.
+    """
+
+    def make() -> Manifest:
+        if resumed and (out / MANIFEST_NAME).exists():
+            return Manifest.read(out)
+        visual = parts.model.model.visual
+        home = visual.device
+        embed = embedder(config.embedder, lambda: parts, ranks.device)
+        visual.to(ranks.device)
+        manifest = prepare_manifest(config, embed)
+        visual.to(home)
+        manifest.write(out)
+        return manifest
+
+    return ranks.share(make)
+
+
+def sampled_parts(parts: PolicyParts, config: TapoConfig, ranks: Ranks) -> PolicyParts:
+    """What the in-process engine samples from: a copy where the policy is sharded or merged."""
+    is_own = ranks.mesh is None and not config.model.lora_rank
+    if is_own or not ranks.is_first or config.rollout.engine != "local":
+        return parts
+    return replace(parts, model=copy.deepcopy(parts.model).to(ranks.device))
 
 
 def build_policy(

@@ -24,7 +24,7 @@ from tercet.kernels.tapo_loss import fused_linear_cross_entropy, fused_linear_ta
 from tercet.kernels.varlen import VISION_NAME, backend_of
 from tercet.train.learner.lora import whole_weights
 
-Branch = Literal["joint", "update", "negative", "logprobs", "cross_entropy"]
+Task = Literal["update", "negative", "logprobs", "cross_entropy"]
 Metrics = dict[str, Tensor]
 
 
@@ -53,6 +53,8 @@ class Policy(nn.Module):
         super().__init__()
         self.model = parts.model
         self.family = family_of(parts.model.config)
+        self.shape = self.family.shape(parts.model.config)
+        """Sizes, for counting operations."""
         self.device = device or self.model.device
         like = torch.empty(0, device=self.device, dtype=dtype or self.model.dtype)
         backend = backend_of(like)
@@ -65,45 +67,53 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.chunk_rows = chunk_rows
 
-    def forward(self, batch: MicroBatch | PackedBatch, branch: Branch = "joint", **given):
-        """Score a batch; which way is said by `branch`.
+    def forward(self, batch: MicroBatch | PackedBatch, task: Task, **given):
+        """The language model on a batch's packs, then the head, and what the task makes of it.
 
         Args:
-            batch: a MicroBatch for `joint` and `update`, a PackedBatch for the others.
-            branch: `joint`: TAPO loss, the negative scored too; `update`: TAPO loss with
-                batch.neg_logprobs (or none); `negative`: a loss with the gradient that `joint` has
-                through the negative image alone, given logprobs [R] of the update's, and with
-                batch.neg_logprobs; `logprobs`: given labels [R]; `cross_entropy`: given labels
-                [R], loss_mask [R] and num_loss_tokens.
-            given: what the branch needs besides; `joint` and `update` take return_logprobs, `joint`
-                takes apart.
+            batch: a PackedBatch for `logprobs`, else a MicroBatch.
+            task: `update`: the TAPO loss, with batch.negative scored too where there is one.
+                `negative`: a loss with the gradient that `update` has through the negative image
+                alone, given logprobs [R] of the update's, and with batch.neg_logprobs.
+                `logprobs`: given labels [R]. `cross_entropy`: the loss of stage 1.
+            given: what the task needs besides; `update` takes return_logprobs and apart.
 
         Returns:
             `logprobs`: [R] float32. Otherwise (loss, metrics): a 0-d tensor, already divided by
             num_loss_tokens, and 0-d detached tensors that add up over micro-batches and ranks
             (with return_logprobs also `logprobs` [R], and `neg_logprobs` [R] where they are). With
-            apart the loss ends at the hidden states: `hidden` lists each branch's and the leaf that
+            apart the loss ends at the hidden states: `hidden` lists each pack's and the leaf that
             stands for it.
-        """
-        batch = to_device(batch, self.device)
-        if branch == "joint":
-            return self._tapo(batch, batch.negative, **given)
-        if branch == "update":
-            return self._tapo(batch, None, **given)
-        if branch == "negative":
-            return self._negative(batch, given["logprobs"])
-        if branch == "logprobs":
-            labels = given["labels"].to(self.device)
-            return linear_logprobs(self._hidden(batch), labels=labels, **self._head())[0]
-        if branch == "cross_entropy":
-            given |= {name: given[name].to(self.device) for name in ("labels", "loss_mask")}
-            return fused_linear_cross_entropy(self._hidden(batch), **self._head(), **given)
-        raise ValueError(f"branch must be one of {get_args(Branch)}, got {branch!r}")
 
-    @torch.no_grad()
-    def logprobs(self, packed: PackedBatch, labels: Tensor) -> Tensor:
-        """Log-probs [R] float32 of `labels` [R], without gradient."""
-        return self(packed, "logprobs", labels=labels)
+        Raises:
+            ValueError: another task.
+        """
+        if task not in get_args(Task):
+            raise ValueError(f"task must be one of {get_args(Task)}, got {task!r}")
+        batch = to_device(batch, self.device)
+        sides = {"update": ("negative", "update"), "negative": ("negative",)}.get(task, ("update",))
+        hidden: dict[str, Tensor] = {}
+        for side in sides:
+            pack = batch if task == "logprobs" else getattr(batch, side)
+            if pack is None:
+                continue
+            constant = len(sides) == 2 and side == "negative" and self.loss.neg_grad == "detach"
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
+                inputs = self.family.text_inputs(self.model, pack)
+                output = self.model.model.language_model(
+                    **inputs, use_cache=False, segments=pack.segments
+                )
+                hidden[side] = output.last_hidden_state[0][pack.hidden_index]
+        if task == "logprobs":
+            labels = given["labels"].to(self.device)
+            return linear_logprobs(hidden["update"], labels=labels, **self._head())[0]
+        if task == "cross_entropy":
+            rows = {"loss_mask": batch.loss_mask, "num_loss_tokens": batch.num_loss_tokens}
+            hidden, labels = hidden["update"], batch.labels
+            return fused_linear_cross_entropy(hidden, labels=labels, **rows, **self._head())
+        if task == "negative":
+            return self._negative(batch, hidden["negative"], **given)
+        return self._tapo(batch, hidden["update"], hidden.get("negative"), **given)
 
     def accumulate(
         self, batch: MicroBatch, branches: Literal["joint", "one_at_a_time"] = "joint"
@@ -121,24 +131,23 @@ class Policy(nn.Module):
         Returns:
             The loss and its metrics, detached; `logprobs` [R] among them.
         """
-        if batch.negative is None:
-            value, metrics = self(batch, "update", return_logprobs=True)
-            value.backward()
-            return value.detach(), metrics
-        if branches == "joint":
-            value, metrics = self(batch, "joint", return_logprobs=True, apart=True)
-            value.backward()
-            # In one pass a parameter's gradient would wait, whole, for both branches' shares.
-            for hidden, leaf in metrics.pop("hidden"):
-                if leaf.grad is not None:
-                    hidden.backward(leaf.grad)
-            return value.detach(), metrics
-        neg_logprobs = self.logprobs(batch.negative, batch.labels)
-        batch = replace(batch, neg_logprobs=neg_logprobs)
-        value, metrics = self(batch, "update", return_logprobs=True)
+        if batch.negative is not None and branches == "one_at_a_time":
+            with torch.no_grad():
+                neg_logprobs = self(batch.negative, "logprobs", labels=batch.labels)
+            negative_apart = replace(batch, neg_logprobs=neg_logprobs)
+            batch = replace(negative_apart, negative=None)
+        else:
+            negative_apart = None
+        # In one pass a parameter's gradient would wait, whole, for both images' shares.
+        apart = batch.negative is not None
+        value, metrics = self(batch, "update", return_logprobs=True, apart=apart)
         value.backward()
-        if self.loss.neg_grad == "flow":
-            self(batch, "negative", logprobs=metrics["logprobs"])[0].backward()
+        for hidden, leaf in metrics.pop("hidden", ()):
+            if leaf.grad is not None:
+                hidden.backward(leaf.grad)
+        if negative_apart and self.loss.neg_grad == "flow":
+            self(negative_apart, "negative", logprobs=metrics["logprobs"])[0].backward()
+        metrics.pop("neg_logprobs", None)
         return value.detach(), metrics
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -149,13 +158,6 @@ class Policy(nn.Module):
     def gather_weights(self) -> None:
         """Take part where another rank iterates named_weights."""
         deque(self.named_weights(), maxlen=0)
-
-    def _hidden(self, packed: PackedBatch) -> Tensor:
-        """[R, D]: the hidden states that predict the pack's response tokens."""
-        output = self.model.model.language_model(
-            **self.family.text_inputs(self.model, packed), use_cache=False, segments=packed.segments
-        )
-        return output.last_hidden_state[0][packed.hidden_index]
 
     def _head(self) -> dict:
         return {
@@ -189,18 +191,16 @@ class Policy(nn.Module):
     def _tapo(
         self,
         batch: MicroBatch,
-        negative: PackedBatch | None,
+        hidden: Tensor,
+        neg_hidden: Tensor | None,
         return_logprobs: bool = False,
         apart: bool = False,
     ) -> tuple[Tensor, Metrics]:
-        neg_hidden = None
-        if negative is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss.neg_grad == "flow"):
-                neg_hidden = self._hidden(negative)
-        hidden = [self._hidden(batch.update), neg_hidden]
-        leaves = [h.detach().requires_grad_(h.requires_grad) for h in hidden] if apart else hidden
+        ends = [x for x in (hidden, neg_hidden) if x is not None]
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in ends] if apart else ends
         value, metrics = fused_linear_tapo_loss(
-            *leaves,
+            leaves[0],
+            leaves[1] if len(leaves) == 2 else None,
             **self._head(),
             **self._loss(batch),
             labels=batch.labels,
@@ -208,16 +208,18 @@ class Policy(nn.Module):
             return_logprobs=return_logprobs,
         )
         if apart:
-            metrics["hidden"] = list(zip(hidden, leaves, strict=True))
+            metrics["hidden"] = list(zip(ends, leaves, strict=True))
         return value, metrics
 
-    def _negative(self, batch: MicroBatch, logprobs: Tensor) -> tuple[Tensor, Metrics]:
+    def _negative(
+        self, batch: MicroBatch, neg_hidden: Tensor, logprobs: Tensor
+    ) -> tuple[Tensor, Metrics]:
         neg_logprobs = batch.neg_logprobs.detach().requires_grad_()
         with torch.enable_grad():
             value, _ = tapo_loss_reference(logprobs, neg_logprobs=neg_logprobs, **self._loss(batch))
             (coefficients,) = torch.autograd.grad(value, neg_logprobs)
         return fused_linear_tapo_loss(
-            self._hidden(batch.negative),
+            neg_hidden,
             None,
             **self._head(),
             labels=batch.labels,

@@ -14,7 +14,7 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,8 @@ class Ranks:
             raise ValueError(
                 f"parallel.replicas is {config.replicas}; it must divide the {self.size} processes"
             )
+        self.raised_on_all: Exception | None = None
+        """The last exception that came to every rank at the same place."""
         self.mesh: DeviceMesh | None = None
         """What parameters are sharded over; None: they are plain tensors."""
         self.files_group: dist.ProcessGroup | None = None
@@ -101,8 +103,22 @@ class Ranks:
             help_out()
             dist.broadcast_object_list(held, src=0)
         if held[1] is not None:
-            raise on_all_ranks(held[1])
+            self.raise_on_all(held[1])
         return held[0]
+
+    def on_first(self, make: Callable[[], Value]) -> Value | None:
+        """What `make` gives on rank 0, there alone; an exception of its comes to all ranks."""
+        made = []
+        self.share(lambda: made.append(make()))
+        return made[0] if made else None
+
+    def raise_on_all(self, error: Exception) -> NoReturn:
+        """Raise an exception that every rank raises at the same place.
+
+        Only after such a one do all ranks get to what follows, a last checkpoint for instance.
+        """
+        self.raised_on_all = error
+        raise error
 
     def ask_for_help(self) -> None:
         """Let the ranks that wait in `share` do their part of a collective."""
@@ -123,11 +139,6 @@ class Ranks:
             return list(items)
         places = self.share(lambda: deal([cost(item) for item in items], self.size))
         return [items[place] for place in places[self.rank]]
-
-    def evened(self, batches: list[Value], filler: Value) -> list[tuple[Value, bool]]:
-        """This rank's micro-batches, and fillers (True) up to the largest number of any rank."""
-        missing = self.most(len(batches)) - len(batches)
-        return [(batch, False) for batch in batches] + [(filler, True)] * missing
 
     def most(self, number: int) -> int:
         """The largest of the ranks' numbers."""
@@ -151,10 +162,10 @@ class Ranks:
     def check(self, stop: StopSignal) -> None:
         """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
         if signum := self.most(stop.signum):
-            raise on_all_ranks(Interrupted(signum))
+            self.raise_on_all(Interrupted(signum))
 
     def close(self) -> None:
-        """Leave the others; gloo's threads end with the process (see train.loop.command)."""
+        """Leave the others; gloo's threads end with the process (see command_line.command)."""
         if self.mesh is not None and self.device.type == "cuda":
             dist.destroy_process_group()
 
@@ -262,13 +273,3 @@ def picklable(error: Exception) -> Exception:
         return error
     except Exception:  # its class takes other arguments than it keeps
         return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def on_all_ranks(error: Exception) -> Exception:
-    """Mark an exception as one that all ranks raise at the same place."""
-    error.on_all_ranks = True
-    return error
-
-
-def is_on_all_ranks(error: BaseException) -> bool:
-    return getattr(error, "on_all_ranks", False)

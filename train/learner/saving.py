@@ -31,7 +31,7 @@ from tercet.train.learner.checkpoint import (
 )
 from tercet.train.learner.lora import is_added
 from tercet.train.learner.policy import Policy
-from tercet.train.learner.ranks import Ranks, on_all_ranks, picklable
+from tercet.train.learner.ranks import Ranks, picklable
 
 SHARDS = "sharded"  # folder of a checkpoint
 FILE_BYTES = 4 << 30  # of optimiser states, written at once
@@ -75,7 +75,7 @@ class Saver:
             return
         if name not in figures:
             known = ", ".join(sorted(figures))
-            raise on_all_ranks(ValueError(f"run.keep_best is {name!r}; figures are {known}"))
+            self._ranks.raise_on_all(ValueError(f"run.keep_best is {name!r}; figures are {known}"))
         self._values.append(figures[name])
 
     def save(self, step: int, state: dict) -> Path:
@@ -129,7 +129,7 @@ class Saver:
         error, self._pending = self._pending.exception(), None
         failed = [e for e in self._ranks.exchange(error and picklable(error)) if e is not None]
         if failed:
-            raise on_all_ranks(failed[0])
+            self._ranks.raise_on_all(failed[0])
 
     def restore(self, folder: Path, state: dict) -> None:
         """Take over a checkpoint's optimiser states and random numbers, sharded as they are here.

@@ -94,6 +94,24 @@ class StepGroups:
     def tokens(self) -> int:
         return sum(len(response.token_ids) for response in self.seen)
 
+    def figures(self, seconds: float) -> dict[str, float]:
+        """Figures over every response that was sampled in `seconds`, kept or not."""
+        seen = self.seen
+        if not seen:
+            return {}
+        figures = {
+            "reward": sum(r.reward for r in seen) / len(seen),
+            "response_length": self.tokens / len(seen),
+            "cut_off": sum(r.finish_reason == "length" for r in seen) / len(seen),
+            "acceptance": self.acceptance,
+            "groups": float(len(self.groups)),
+            "filled_up": float(self.filled_up),
+            "tokens_per_s": self.tokens / seconds,
+        }
+        for name in sorted({name for r in seen for name in r.metrics}):
+            figures[name] = sum(r.metrics.get(name, 0.0) for r in seen) / len(seen)
+        return figures
+
 
 async def _beat(progress: Progress) -> None:
     while True:

@@ -33,6 +33,7 @@ from tercet.train.learner.command_line import command, parse, show_help
 if __name__ == "__main__":
     show_help(TapoConfig, __doc__)  # before torch and transformers are imported
 
+import torch
 from torch import Tensor
 
 from tercet.core.advantages import set_advantages
@@ -51,7 +52,7 @@ from tercet.core.rewards import load_reward
 from tercet.core.types import Group, MicroBatch, PolicyParts
 from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
-from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
+from tercet.rollout.sampler import GroupSampler, TripletStream
 from tercet.train.learner.assemble import (
     build_policy,
     open_manifest,
@@ -166,7 +167,7 @@ class TapoRun:
                 self.minibatches_done += 1
         figures |= mismatch_figures(self.groups, self.steps_done)
         with self.log.phase("sync", total=1, unit="update"):
-            self._sync(self.steps_done + 1)
+            self._sync(self.steps_done + 1, wake=config.rollout.colocated)
         self.steps_done += 1
         self.shown, self.groups, self.minibatches_done = self.groups[:SAMPLES_SHOWN], [], 0
         return figures | mean_figures(updates)
@@ -190,7 +191,7 @@ class TapoRun:
                 seconds = time.perf_counter() - started
                 self.log.add_time("reward", sampled.reward_seconds)
             set_advantages(sampled.groups)
-            return sampled.groups, _sampling_figures(sampled, seconds)
+            return sampled.groups, sampled.figures(seconds)
 
         self.groups, figures = self.ranks.share(sample, self.policy.gather_weights)
         return figures
@@ -240,9 +241,9 @@ class TapoRun:
             for (group_id, index), logprobs in part.items():
                 setattr(groups[group_id].responses[index], field, logprobs)
 
-    def _sync(self, version: int) -> None:
-        """Send the weights to what samples; servers that sleep are woken."""
-        if self.config.rollout.colocated and self.steps_done < version:
+    def _sync(self, version: int, wake: bool = False) -> None:
+        """Send the weights to what samples, after waking it where it sleeps."""
+        if wake:
             self.ranks.release_memory()
             self.ranks.share(self.engine.wake)
         if not self.ranks.is_first:
@@ -310,25 +311,6 @@ class TapoRun:
         self.sampler.carried = state["carried"]
         self.stream.restore(state["stream"])
         self.saver.restore(folder, state)
-
-
-def _sampling_figures(sampled: StepGroups, seconds: float) -> dict[str, float]:
-    """Figures over every response that was sampled in the step, kept or not."""
-    seen = sampled.seen
-    if not seen:
-        return {}
-    figures = {
-        "reward": sum(r.reward for r in seen) / len(seen),
-        "response_length": sum(len(r.token_ids) for r in seen) / len(seen),
-        "cut_off": sum(r.finish_reason == "length" for r in seen) / len(seen),
-        "acceptance": sampled.acceptance,
-        "groups": float(len(sampled.groups)),
-        "filled_up": float(sampled.filled_up),
-        "tokens_per_s": sampled.tokens / seconds,
-    }
-    for name in sorted({name for r in seen for name in r.metrics}):
-        figures[name] = sum(r.metrics.get(name, 0.0) for r in seen) / len(seen)
-    return figures
 
 
 def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from tercet.core.config import ModelConfig, ParallelConfig, SftConfig
 from tercet.core.models import load_policy
-from tercet.core.packing import pack
+from tercet.core.packing import plain_batch
 from tercet.core.types import EncodedPrompt
 from tercet.train.learner.assemble import build_policy, use_liger
 from tercet.train.learner.ranks import Ranks
@@ -27,10 +27,8 @@ def loss_and_gradients(config: SftConfig, device: str = "cpu", change=lambda mod
     change(parts.model.to(device))
     policy = build_policy(parts, config, ranks).train()
     prompt = EncodedPrompt(torch.arange(9, 20), torch.arange(11).expand(3, 11), 11, ())
-    packed = pack([(prompt, [ROWS[:4].tolist(), ROWS[4:].tolist()])])
-    loss, _ = policy(
-        packed, "cross_entropy", labels=ROWS, loss_mask=torch.ones(10), num_loss_tokens=10
-    )
+    batch = plain_batch([(prompt, [ROWS[:4].tolist(), ROWS[4:].tolist()])], 10.0)
+    loss, _ = policy(batch, "cross_entropy")
     loss.backward()
     grads = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
     return loss.detach(), grads

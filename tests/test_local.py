@@ -13,7 +13,7 @@ from PIL import Image
 from support import tiny
 
 from tercet.core.data.vision import PromptEncoder
-from tercet.core.packing import pack
+from tercet.core.packing import pack, plain_batch
 from tercet.core.prompts import chat_ids
 from tercet.core.types import Completion, PolicyParts, Request
 from tercet.rollout import local
@@ -211,18 +211,15 @@ def namer(request, colour_photos) -> PolicyParts:
     parts = tiny(request.param)
     encoder, policy = PromptEncoder(parts), Policy(parts)
     answers = {name: [*parts.tokenizer.encode(name), parts.stop_ids[0]] for name in COLOURS}
-    packed = pack(
-        [
-            (encoder(prompt_ids(parts, question), (photo,)), [answers[name]])
-            for name, photo in colour_photos.items()
-            for question in QUESTIONS
-        ]
-    )
-    labels = torch.tensor([t for name in COLOURS for _ in QUESTIONS for t in answers[name]])
+    prompts = [
+        (encoder(prompt_ids(parts, question), (photo,)), [answers[name]])
+        for name, photo in colour_photos.items()
+        for question in QUESTIONS
+    ]
+    batch = plain_batch(prompts, float(sum(len(of) for _, answer in prompts for of in answer)))
     optimizer = torch.optim.AdamW(parts.model.parameters(), lr=3e-3)
-    given = {"labels": labels, "loss_mask": torch.ones(len(labels))}
     for _ in range(200):
-        loss, _ = policy(packed, "cross_entropy", **given, num_loss_tokens=float(len(labels)))
+        loss, _ = policy(batch, "cross_entropy")
         if loss.item() < 0.02:
             break
         optimizer.zero_grad()
@@ -344,7 +341,9 @@ def test_rollout_logprobs_are_the_trainers(parts, photos, temperature):
         responses = [before[request.id, j] for j in range(3)]
         prompt = encoder(request.prompt_ids, request.images)
         labels = torch.tensor([t for r in responses for t in r.token_ids])
-        expected = policy.logprobs(pack([(prompt, [r.token_ids for r in responses])]), labels)
+        expected = policy(
+            pack([(prompt, [r.token_ids for r in responses])]), "logprobs", labels=labels
+        )
         ours = torch.tensor([value for r in responses for value in r.rollout_logprobs])
         assert (ours - expected).abs().max() < 1e-4
         assert ours.std() > 0.1
@@ -365,7 +364,7 @@ def test_growth_of_the_buffers(photos):
             [(encoder(request.prompt_ids, request.images), [r.token_ids for r in responses])]
         )
         ours = torch.tensor([value for r in responses for value in r.rollout_logprobs])
-        assert (ours - policy.logprobs(packed, labels)).abs().max() < 1e-4
+        assert (ours - policy(packed, "logprobs", labels=labels)).abs().max() < 1e-4
 
 
 def test_a_sample_does_not_depend_on_what_is_beside_it(parts, photos):

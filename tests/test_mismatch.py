@@ -9,7 +9,7 @@ import torch
 
 from tercet.core.config import LossConfig, TapoConfig
 from tercet.core.mismatch import importance_weights, mismatch_figures
-from tercet.core.types import Response
+from tercet.core.types import Group, Response, Triplet
 
 pytestmark = pytest.mark.core
 
@@ -20,10 +20,16 @@ def response(rollout: list[float], old: list[float] | None) -> Response:
     return Response("anchor", tokens, tuple(rollout), "stop", 0, old_logprobs=logprobs)
 
 
+def group(responses: list[Response]) -> Group:
+    return Group("g", Triplet("t", "a", "p", "n", "What?", "bird", "wren"), (1,), responses)
+
+
 def test_figures_by_hand():
-    found = mismatch_figures(
-        [response([-1.0, -2.0], [-1.0, -1.5]), response([-3.0], [-3.2]), response([-1.0], None)]
-    )
+    first = [response([-1.0, -2.0], [-1.0, -1.5]), response([-9.0], [-8.0])]
+    first[1].role = "positive"
+    second = [response([-3.0], [-3.2]), response([-1.0], None), response([-9.0], [-8.0])]
+    second[2].weight_version = 1
+    found = mismatch_figures([group(first), group(second)], weight_version=0)
     d = [0.0, 0.5, -0.2]
     assert found["mismatch_mean"] == pytest.approx(0.7 / 3, abs=1e-6)
     assert found["mismatch_max"] == pytest.approx(0.5, abs=1e-6)
@@ -33,7 +39,7 @@ def test_figures_by_hand():
 
 
 def test_nothing_scored_gives_no_figures():
-    assert mismatch_figures([]) == {} == mismatch_figures([response([-1.0], None)])
+    assert mismatch_figures([], 0) == {} == mismatch_figures([group([response([-1.0], None)])], 0)
 
 
 def test_importance_weights_are_truncated_ratios():

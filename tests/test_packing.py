@@ -9,18 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from tercet.core.config import LossConfig
 from tercet.core.costs import Hung
 from tercet.core.packing import (
     Piece,
-    branch_prompts,
+    by_response,
     hung_on,
-    labels_of,
     micro_batch,
     mini_batches,
     pack,
-    pack_branch,
+    packed_tokens,
+    plain_batch,
+    prompts_of,
     rows,
-    split_by_budget,
+    weigh_rows,
 )
 from tercet.core.types import EncodedImage, EncodedPrompt, Group, PackedBatch, Response, Triplet
 
@@ -41,7 +43,8 @@ def encode(prompt_ids: tuple[int, ...], images: tuple[str, ...]) -> EncodedPromp
     (key,) = images
     length, number = PROMPT_LENGTHS[key[0]], int(key[1:] or 0)
     mark = 1000 * (1 + "xpn".index(key[0])) + 20 * number
-    photo = EncodedImage(torch.full((4, 2), float(mark)), torch.tensor([[1, 2, 2 + 2 * number]]))
+    pixels = torch.full((4, 2), float(mark))
+    photo = EncodedImage(lambda: pixels, torch.tensor([[1, 2, 2 + 2 * number]]))
     return encoded(length, mark, following=length + 10, images=[photo])
 
 
@@ -159,7 +162,7 @@ def test_every_row_sees_its_prompt_and_its_own_response_only(seed):
 
 def test_images_stand_in_the_order_of_prompts_once_each():
     group, other = make_group([3, 2, 2], positives=1, number=1), make_group([1], number=2)
-    packed = pack_branch([whole(group), whole(other)], "own", encode)
+    packed = pack(prompts_of([whole(group), whole(other)], "own", encode))
     assert packed.pixel_values[:, 0].tolist() == [1020.0] * 4 + [2020.0] * 4 + [1040.0] * 4
     assert packed.image_grid_thw.tolist() == [[1, 2, 4], [1, 2, 4], [1, 2, 6]]
 
@@ -178,7 +181,7 @@ def test_images_stand_in_the_order_of_prompts_once_each():
 def test_branch_prompts(branch, expected):
     group = make_group([3, 0, 1, 4], positives=2)
     tokens = [r.token_ids for r in group.responses]
-    prompts = branch_prompts(whole(group), branch, encode)
+    prompts = whole(group).prompts(branch, encode)
     assert [(len(p), hung) for p, hung in prompts] == [
         (PROMPT_LENGTHS[letter], [tokens[i] for i in chosen]) for letter, chosen in expected
     ]
@@ -187,7 +190,7 @@ def test_branch_prompts(branch, expected):
 @pytest.mark.parametrize(("chosen", "letters"), [((0, 1), "x"), ((2,), "p"), ((1, 3), "xp")])
 def test_own_branch_leaves_out_an_image_without_responses(chosen, letters):
     piece = Piece(make_group([3, 2, 1, 4], positives=2), chosen)
-    prompts = branch_prompts(piece, "own", encode)
+    prompts = piece.prompts("own", encode)
     assert [len(p) for p, _ in prompts] == [PROMPT_LENGTHS[letter] for letter in letters]
     assert [t for _, hung in prompts for t in hung] == [r.token_ids for r in piece.chosen()]
 
@@ -195,14 +198,14 @@ def test_own_branch_leaves_out_an_image_without_responses(chosen, letters):
 def test_what_is_counted_of_a_branch():
     """A group's own branch: each photo once, of the size that the encoder gives it."""
     piece = whole(make_group([3, 0, 1, 4], positives=2, number=1))
-    anchor, positive = hung_on(branch_prompts(piece, "own", encode))
+    anchor, positive = hung_on(piece.prompts("own", encode))
     assert anchor == Hung(PROMPT_LENGTHS["x"], [(1, 2, 4)], [3, 0])
     assert positive == Hung(PROMPT_LENGTHS["p"], [(1, 2, 4)], [1, 4])
 
 
 def test_unknown_branch_is_named():
     with pytest.raises(ValueError, match="got 'Anchor'"):
-        branch_prompts(whole(make_group([1])), "Anchor", encode)
+        whole(make_group([1])).prompts("Anchor", encode)
 
 
 def test_rows_stand_in_one_order_in_all_branches():
@@ -212,89 +215,16 @@ def test_rows_stand_in_one_order_in_all_branches():
         whole(make_group([2, 5], 1, number=1)),
     ]
     responses = [r for piece in pieces for r in piece.chosen()]
-    labels = labels_of(responses).tolist()
+    labels = [token for r in responses for token in r.token_ids]
     assert labels == [*range(10_000, 10_010), *range(20_000, 20_007)]
     lasts = {"anchor": [1004, 1004, 1024, 1024], "own": [1004, 2007, 1024, 2027]}
     lasts["negative"] = [3002, 3002, 3022, 3022]
     for branch, last in lasts.items():
-        packed = pack_branch(pieces, branch, encode)
+        packed = pack(prompts_of(pieces, branch, encode))
         before = packed.input_ids[packed.hidden_index].tolist()
         starts = {10_000: 0, 10_004: 0, 10_006: 1, 10_007: 1, 20_000: 2, 20_002: 3}
         expected = [last[starts[t]] if t in starts else t - 1 for t in labels]
         assert before == expected
-
-
-# split_by_budget
-
-
-def tokens_in(pieces: list[Piece], branch: str) -> int:
-    return pack_branch(pieces, branch, encode).num_tokens
-
-
-@pytest.mark.parametrize("branches", [["anchor", "negative"], ["own", "negative"], ["negative"]])
-@pytest.mark.parametrize("budget", [26, 40, 75, 1000])
-def test_split_keeps_budget_and_responses(branches, budget):
-    generator = random.Random(budget)
-    lengths = [[generator.choice([0, 1, 2, 9, 18]) for _ in range(6)] for _ in range(9)]
-    pieces = [whole(make_group(of, positives=3, number=n)) for n, of in enumerate(lengths)]
-    batches = list(split_by_budget(pieces, branches, encode, budget))
-    placed = [(p.group.id, i) for batch in batches for p in batch for i in p.responses]
-    assert placed == [(p.group.id, i) for p in pieces for i in p.responses]
-    assert (len(batches) == 1) == (budget == 1000)
-    for batch in batches:
-        assert all(tokens_in(batch, branch) <= budget for branch in branches)
-    for batch, after in zip(batches[:-1], batches[1:], strict=True):  # no cut without need
-        assert any(tokens_in([*batch, after[0]], branch) > budget for branch in branches)
-
-
-def test_split_counts_to_the_token():
-    pieces = [whole(make_group([4, 3], number=n)) for n in range(2)]  # 5 + 3 + 2 tokens each
-    ids = [[p.group.id for p in b] for b in split_by_budget(pieces, ["anchor"], encode, 20)]
-    assert ids == [["g0", "g1"]]
-    ids = [[p.group.id for p in b] for b in split_by_budget(pieces, ["anchor"], encode, 19)]
-    assert ids == [["g0"], ["g1"]]
-
-
-def test_split_halves_a_long_piece():
-    group = make_group([11, 11, 11, 11, 1])  # 5 + 40 tokens on the anchor
-    chosen = [
-        [piece.responses for piece in batch]
-        for batch in split_by_budget([whole(group)], ["anchor"], encode, 30)
-    ]
-    assert chosen == [[(0, 1)], [(2, 3, 4)]]  # 25 and 25
-    chosen = [
-        [piece.responses for piece in batch]
-        for batch in split_by_budget([whole(group)], ["anchor"], encode, 20)
-    ]
-    assert chosen == [[(0,)], [(1,)], [(2,)], [(3, 4)]]  # 15 each
-
-
-def test_halves_share_a_micro_batch_with_their_neighbours():
-    pieces = [whole(make_group([21, 1])), whole(make_group([3], number=1))]  # 25 and 7 tokens
-    chosen = [
-        [(piece.group.id, piece.responses) for piece in batch]
-        for batch in split_by_budget(pieces, ["own", "negative"], encode, 25)
-    ]
-    assert chosen == [[("g0", (0, 1))], [("g1", (0,))]]
-    pieces = [whole(make_group([21, 2])), whole(make_group([3], number=1))]  # 26: one too many
-    chosen = [
-        [(piece.group.id, piece.responses) for piece in batch]
-        for batch in split_by_budget(pieces, ["own", "negative"], encode, 25)
-    ]
-    assert chosen == [[("g0", (0,))], [("g0", (1,)), ("g1", (0,))]]
-
-
-def test_response_over_the_budget_names_its_group():
-    fits, long = make_group([3], number=1), make_group([2, 30, 2], positives=2, number=7)
-    split = split_by_budget([whole(fits), whole(long)], ["own", "negative"], encode, 36)
-    with pytest.raises(ValueError, match="'g7'.* take 37 tokens; .*micro_batch_tokens is 36"):
-        list(split)
-    batches = split_by_budget([whole(long)], ["own", "negative"], encode, 37)
-    assert [[p.responses for p in batch] for batch in batches] == [[(0,)], [(1,)], [(2,)]]
-
-
-def test_nothing_to_split():
-    assert list(split_by_budget([], ["anchor"], encode, 10)) == []
 
 
 # mini_batches
@@ -376,18 +306,15 @@ def test_rows_repeat_numbers_and_lay_out_tensors():
     empty = rows(responses[1:2], lambda r: r.advantage)
     assert empty.shape == rows([], lambda r: r.advantage).shape == (0,)
     assert empty.dtype == rows([], lambda r: r.advantage).dtype == torch.float32
-    assert labels_of([]).dtype == torch.int64 and labels_of([]).shape == (0,)
 
 
 @pytest.mark.parametrize("update_on", ["anchor", "own"])
 def test_micro_batch_rows(update_on):
     first, second = scored_group(), scored_group(1)
     pieces = [Piece(first, (0, 2, 3)), Piece(second, (1, 3))]
-    everyone = [*first.responses, *second.responses]
-    weights = {id(r): 0.25 * n for n, r in enumerate(everyone)}
-    batch = micro_batch(
-        pieces, encode, weights, update_on=update_on, negative=True, num_loss_tokens=6.5
-    )
+    for n, response in enumerate([*first.responses, *second.responses]):
+        response.row_weight = 0.25 * n
+    batch = micro_batch(pieces, encode, LossConfig(update_on=update_on), 6.5)
     assert batch.labels.tolist() == [10_000, 10_001, 10_002, 10_003, 10_004, 10_005, 20_004, 20_005]
     assert batch.advantages.tolist() == [0, 0, 0, 2, 3, 3, 13, 13]
     assert batch.loss_mask.tolist() == [0, 0, 0, 0.5, 0.75, 0.75, 1.75, 1.75]
@@ -410,38 +337,71 @@ def test_importance_weights_of_micro_batch_rows(update_on):
     for n, each in enumerate(group.responses):
         each.rollout_logprobs = (-1.0,) * len(each.token_ids)
         each.old_logprobs = torch.full((len(each.token_ids),), -1.0 + math.log(4 - n))
-    batch = micro_batch(
-        [whole(group)],
-        encode,
-        {id(r): 1.0 for r in group.responses},
-        update_on=update_on,
-        negative=False,
-        num_loss_tokens=3.0,
-        is_cap=3.5,
-    )
+    loss = LossConfig(update_on=update_on, is_cap=3.5)
+    batch = micro_batch([whole(group)], encode, loss, 3.0)
     positive = 3.0 if update_on == "own" else 1.0
     torch.testing.assert_close(batch.is_weights, torch.tensor([3.5, 3.5, positive]))
 
 
 def test_micro_batch_without_scores_or_negative():
-    group = make_group([2, 3])
-    weights = {id(r): 1.0 for r in group.responses}
-    options = {"update_on": "anchor", "negative": False, "num_loss_tokens": 5.0}
-    batch = micro_batch([whole(group)], encode, weights, **options)
+    group, loss = make_group([2, 3]), LossConfig(kl_coef=0, neg_entropy_coef=0)
+    batch = micro_batch([whole(group)], encode, loss, 5.0)
     assert batch.negative is batch.old_logprobs is batch.neg_logprobs is None
     assert batch.is_weights is None
     group.responses[0].old_logprobs = torch.zeros(2)
     with pytest.raises(AssertionError, match="old_logprobs of some responses, not of all"):
-        micro_batch([whole(group)], encode, weights, **options)
+        micro_batch([whole(group)], encode, loss, 5.0)
 
 
 def test_micro_batch_of_empty_responses():
     group = make_group([0, 0], positives=1)
-    weights = {id(r): 0.0 for r in group.responses}
-    batch = micro_batch(
-        [whole(group)], encode, weights, update_on="own", negative=True, num_loss_tokens=1.0
-    )
+    batch = micro_batch([whole(group)], encode, LossConfig(update_on="own"), 1.0)
     assert (
         batch.labels.numel() == batch.advantages.numel() == batch.update.hidden_index.numel() == 0
     )
     assert (batch.update.num_tokens, batch.negative.num_tokens) == (5 + 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("mean_over", "cut_off", "weights", "total"),
+    [
+        ("batch", "keep", [1, 0, 1, 1], 6),
+        ("batch", "mask", [1, 0, 0, 1], 5),
+        ("response", "keep", [1 / 3, 0, 1, 1 / 2], 3),
+        ("group", "mask", [1 / 3, 0, 0, 1 / 2], 2),
+    ],
+)
+def test_row_weights_are_a_field_of_the_response(mean_over, cut_off, weights, total):
+    """By hand: responses of 3, 0, 1 (cut off) and 2 tokens, the last one of another group."""
+    first, second = make_group([3, 0, 1]), make_group([2], number=1)
+    first.responses[2].finish_reason = "length"
+    pieces = [whole(first), whole(second)]
+    assert weigh_rows(pieces, LossConfig(mean_over=mean_over), cut_off) == pytest.approx(total)
+    found = [r.row_weight for r in (*first.responses, *second.responses)]
+    assert found == pytest.approx(weights)
+
+
+def test_rows_go_back_to_their_responses():
+    first, second = scored_group(), scored_group(1)
+    pieces = [Piece(first, (0, 2)), Piece(second, (1, 3))]  # 3, 1, 0 and 2 tokens
+    first.responses[0].row_weight = 1.0
+    found = by_response(pieces, torch.arange(6.0))
+    assert {place: part.tolist() for place, part in found.items()} == {
+        ("g0", 0): [0, 1, 2],
+        ("g0", 2): [3],
+        ("g1", 1): [],
+        ("g1", 3): [4, 5],
+    }
+    weighted = by_response(pieces, torch.arange(6.0), weighted=True)
+    assert {place: part.tolist() for place, part in weighted.items()} == {("g0", 0): [0, 1, 2]}
+    assert by_response([], torch.arange(2.0)) == {}
+
+
+def test_plain_batch_has_every_row_once():
+    group = make_group([2, 0, 3], positives=1)
+    batch = plain_batch(whole(group).prompts("own", encode), 7.0)
+    assert batch.labels.tolist() == [10_000, 10_001, 10_002, 10_003, 10_004]
+    assert batch.loss_mask.tolist() == [1.0] * 5 and batch.advantages.tolist() == [0.0] * 5
+    assert batch.num_loss_tokens == 7.0 and batch.negative is None
+    assert batch.update.num_tokens == packed_tokens(whole(group).prompts("own", encode))
+    assert batch.update.num_tokens == 5 + 1 + 8 + 2

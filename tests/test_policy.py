@@ -93,11 +93,10 @@ def compare(monkeypatch, parts, photos, update_on: str, dtype: torch.dtype, tole
     config = LossConfig(update_on=update_on, kl_coef=0.3, entropy_coef=0.1, neg_entropy_coef=0.2)
     policy = Policy(parts, config, temperature=0.7, chunk_rows=7)
     pieces = [Piece(group, tuple(range(len(LENGTHS)))) for group in groups]
-    weights = {id(r): 1.0 + i for i, r in enumerate(r for g in groups for r in g.responses)}
-    batch = micro_batch(
-        pieces, encoder, weights, update_on=update_on, negative=True, num_loss_tokens=3.0
-    )
-    loss, _ = policy(batch)
+    for i, response in enumerate(r for g in groups for r in g.responses):
+        response.row_weight = 1.0 + i
+    batch = micro_batch(pieces, encoder, config, 3.0)
+    loss, _ = policy(batch, "update")
     loss.backward()
 
     rows, negative_rows = [], []
@@ -114,7 +113,7 @@ def compare(monkeypatch, parts, photos, update_on: str, dtype: torch.dtype, tole
                 plain_logprobs(plain, encoder, group, group.triplet.negative, *arguments)
             )
     logprobs, neg_logprobs = torch.cat(rows), torch.cat(negative_rows)
-    packed_logprobs = policy.logprobs(batch.update, batch.labels)
+    packed_logprobs = policy(batch.update, "logprobs", labels=batch.labels)
     assert (packed_logprobs - logprobs).abs().max() <= 100 * tolerance * logprobs.abs().max()
     expected, _ = tapo_loss_reference(
         logprobs,
@@ -161,7 +160,7 @@ def test_order_of_groups_and_responses_does_not_matter(photos):
     for order in (prompts, turned):
         labels = torch.tensor([t for _, tokens in order for r in tokens for t in r])
         lengths = [len(r) for _, tokens in order for r in tokens]
-        results.append(policy.logprobs(pack(order), labels).split(lengths))
+        results.append(policy(pack(order), "logprobs", labels=labels).split(lengths))
     for one, other in zip(results[0], results[1][::-1], strict=True):
         assert torch.allclose(one, other, rtol=0, atol=2e-6)
 
@@ -179,16 +178,18 @@ def test_update_branch_takes_given_negative_logprobs(photos):
     encoder = PromptEncoder(parts)
     group = make_group(parts, photos)
     piece = Piece(group, tuple(range(len(LENGTHS))))
-    weights = {id(r): 1.0 for r in group.responses}
+    for response in group.responses:
+        response.row_weight = 1.0
     policy = Policy(parts, LossConfig(neg_grad="detach", neg_at="step_start"))
-    shared = {"update_on": "anchor", "num_loss_tokens": 18.0}
-    joint = micro_batch([piece], encoder, weights, negative=True, **shared)
-    neg_logprobs = policy.logprobs(joint.negative, joint.labels)
+    joint = micro_batch([piece], encoder, LossConfig(neg_grad="detach"), 18.0)
+    neg_logprobs = policy(joint.negative, "logprobs", labels=joint.labels).detach()
     for response, part in zip(group.responses, neg_logprobs.split(LENGTHS), strict=True):
         response.neg_logprobs = part
-    given = micro_batch([piece], encoder, weights, negative=False, **shared)
-    assert torch.equal(given.neg_logprobs, neg_logprobs)
-    assert policy(joint)[0].item() == pytest.approx(policy(given, "update")[0].item(), rel=1e-6)
+    given = micro_batch([piece], encoder, policy.loss, 18.0)
+    assert torch.equal(given.neg_logprobs, neg_logprobs) and given.negative is None
+    assert policy(joint, "update")[0].item() == pytest.approx(
+        policy(given, "update")[0].item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("neg_grad", ["flow", "detach"])
@@ -198,12 +199,12 @@ def test_branches_one_at_a_time_have_the_gradient_of_both(photos, neg_grad, kl_r
     parts = tiny()
     parts.model.double()
     encoder, group = PromptEncoder(parts), make_group(parts, photos)
-    weights = {id(r): float(n != 3) for n, r in enumerate(group.responses)}
+    for n, response in enumerate(group.responses):
+        response.row_weight = float(n != 3)
     piece = Piece(group, tuple(range(len(LENGTHS))))
-    options = {"update_on": "anchor", "negative": True, "num_loss_tokens": 9.0}
-    batch = micro_batch([piece], encoder, weights, **options)
     config = LossConfig(neg_grad=neg_grad, kl_ratio=kl_ratio, kl_coef=0.3, neg_entropy_coef=0.2)
     policy = Policy(parts, config)
+    batch = micro_batch([piece], encoder, config, 9.0)
     found = []
     for branches in ("joint", "one_at_a_time"):
         policy.zero_grad(set_to_none=True)
@@ -224,11 +225,10 @@ def test_branches_one_at_a_time_halve_the_activations(photos):
     parts = tiny(hidden_size=128, layers=4)
     encoder, policy = PromptEncoder(parts), Policy(parts, LossConfig())
     groups = [make_group(parts, photos, seed) for seed in range(4)]
-    weights = {id(r): 1.0 for group in groups for r in group.responses}
     pieces = [Piece(group, tuple(range(len(LENGTHS)))) for group in groups]
-    batch = micro_batch(
-        pieces, encoder, weights, update_on="anchor", negative=True, num_loss_tokens=72.0
-    )
+    for response in (r for group in groups for r in group.responses):
+        response.row_weight = 1.0
+    batch = micro_batch(pieces, encoder, LossConfig(), 72.0)
     peaks = []
     for branches in ("joint", "one_at_a_time"):
         policy.accumulate(batch, branches)  # the gradients are there
@@ -240,7 +240,7 @@ def test_branches_one_at_a_time_halve_the_activations(photos):
     assert 0.4 < peaks[1] / peaks[0] < 0.65, peaks
 
 
-def test_unknown_branch_is_named(photos):
+def test_unknown_task_is_named(photos):
     parts = tiny()
     with pytest.raises(ValueError, match="sideways"):
         Policy(parts)(pack([(PromptEncoder(parts)((7, 8), ()), [[9]])]), "sideways")

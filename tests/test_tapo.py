@@ -19,6 +19,7 @@ from support import tiny
 from transformers import AutoModelForImageTextToText
 
 from tercet.core.config import TapoConfig
+from tercet.core.data.vision import PromptEncoder
 from tercet.rollout.judge import Judge, judged
 from tercet.rollout.server import free_ports
 from tercet.train import tapo
@@ -156,19 +157,19 @@ def test_interrupted_between_mini_batches_goes_on_with_the_same_groups(
     monkeypatch, workspace, tmp_path
 ):
     whole = train(monkeypatch, options(workspace, tmp_path / "whole"))
-    update = tapo.TapoRun._update
+    micro_batches = tapo.TapoRun._micro_batches
     calls = []
 
-    def interrupted(self, *arguments):
+    def interrupted(self, batch):
         calls.append(1)
         if len(calls) == 4:  # the second mini-batch of the second step
             raise Interrupted(signal.SIGTERM)
-        return update(self, *arguments)
+        return micro_batches(self, batch)
 
-    monkeypatch.setattr(tapo.TapoRun, "_update", interrupted)
+    monkeypatch.setattr(tapo.TapoRun, "_micro_batches", interrupted)
     with pytest.raises(Interrupted):
         train(monkeypatch, options(workspace, tmp_path / "parts"))
-    monkeypatch.setattr(tapo.TapoRun, "_update", update)
+    monkeypatch.setattr(tapo.TapoRun, "_micro_batches", micro_batches)
     state = load_state(tmp_path / "parts" / "checkpoints" / "step_000001")
     assert (state["steps_done"], state["minibatches_done"], len(state["groups"])) == (1, 1, 4)
     resumed = train(monkeypatch, options(workspace, tmp_path / "parts"), resume="auto")
@@ -178,17 +179,35 @@ def test_interrupted_between_mini_batches_goes_on_with_the_same_groups(
 
 def test_only_later_mini_batches_need_old_logprobs(monkeypatch, workspace, tmp_path):
     scored = []
-    logprobs = Policy.logprobs
+    forward = Policy.forward
 
-    def counted(self, packed, labels):
-        scored.append(len(labels))
-        return logprobs(self, packed, labels)
+    def counted(self, batch, task, **given):
+        scored.extend([task] * (task == "logprobs"))
+        return forward(self, batch, task, **given)
 
-    monkeypatch.setattr(Policy, "logprobs", counted)
+    monkeypatch.setattr(Policy, "forward", counted)
     train(monkeypatch, options(workspace, tmp_path / "one", "--optim.groups_per_minibatch=4"))
     assert scored == []
     train(monkeypatch, options(workspace, tmp_path / "two", "--run.steps=1"))
     assert len(scored) == 1
+
+
+def test_a_prompt_is_laid_out_once_a_run(monkeypatch, workspace, tmp_path):
+    """Whatever samples, scores, weighs and trains on it; a photo is decoded for that alone."""
+    laid_out, decoded = [], []
+    encode, pixels = PromptEncoder._encode, PromptEncoder.pixels
+    monkeypatch.setattr(
+        PromptEncoder,
+        "_encode",
+        lambda self, *known: laid_out.append(known) or encode(self, *known),
+    )
+    monkeypatch.setattr(
+        PromptEncoder, "pixels", lambda self, key: decoded.append(key) or pixels(self, key)
+    )
+    more = ["--run.steps=3", "--run.preset=released", "--parallel.micro_batch_tokens=560"]
+    train(monkeypatch, options(workspace, tmp_path, *more))
+    assert len(laid_out) == len(set(laid_out)) > 8
+    assert len(decoded) == len(set(decoded)) <= len({key for _, keys in laid_out for key in keys})
 
 
 @pytest.mark.parametrize("size, preset", [(4, "paper"), (2, "paper"), (2, "released")])

@@ -376,8 +376,12 @@ def test_pixel_limits_take_effect(parts, tmp_path):
 
 
 def counted_loads(monkeypatch) -> list[str]:
+    """Keys of the photos whose pixels are prepared from now on."""
     loads: list[str] = []
-    monkeypatch.setattr(vision, "load_image", lambda key: loads.append(key) or load_image(key))
+    pixels = PromptEncoder.pixels
+    monkeypatch.setattr(
+        PromptEncoder, "pixels", lambda self, key: loads.append(key) or pixels(self, key)
+    )
     return loads
 
 
@@ -386,8 +390,30 @@ def test_cache_returns_the_same_tensors(monkeypatch, photos):
     encoder = PromptEncoder(tiny())
     first: EncodedPrompt = encoder((START, PAD, END), (photos[0],))
     again = encoder((7, START, PAD, END, START, PAD, END), (photos[0], photos[0]))
+    assert loads == []  # nobody has asked for pixels yet
+    pixels = first.images[0].pixel_values
+    assert all(image.pixel_values is pixels for image in again.images)
     assert loads == [photos[0]]
-    assert all(image is first.images[0] for image in again.images)
+    assert encoder((START, PAD, END), (photos[0],)) is first
+
+
+def test_a_photo_that_changes_during_the_run_is_named(parts, tmp_path):
+    key = save_noise(tmp_path / "photo.png", 112, 100)
+    prompt = PromptEncoder(parts)((START, PAD, END), (key,))
+    save_noise(tmp_path / "photo.png", 60, 140)
+    with pytest.raises(ValueError, match=r"photo\.png.*the file was changed during the run"):
+        prompt.images[0].decode()
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 5, 6, 8])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_sizes_are_those_of_loaded_photos(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    key = str(tmp_path / f"photo.{suffix}")
+    Image.new("RGB", (30, 20), "red").save(key, exif=exif)
+    assert vision.image_size(key) == load_image(key).size
 
 
 def test_cache_is_bounded_by_bytes_and_drops_the_oldest(monkeypatch, photos):
@@ -398,14 +424,14 @@ def test_cache_is_bounded_by_bytes_and_drops_the_oldest(monkeypatch, photos):
     loads = counted_loads(monkeypatch)
     encoder = PromptEncoder(parts, cache_bytes=sizes[0] + sizes[1])
     for key in (a, b, a, b, a):
-        encoder.image(key)
+        encoder.image(key).decode()
     assert loads == [a, b]  # both fit
-    encoder.image(c)  # b has not been asked for the longest, and c is as large
-    encoder.image(a)
+    encoder.image(c).decode()  # b has not been asked for the longest, and c is as large
+    encoder.image(a).decode()
     assert loads == [a, b, c]
-    encoder.image(b)  # drops c
-    encoder.image(a)
-    encoder.image(c)  # drops b
+    encoder.image(b).decode()  # drops c
+    encoder.image(a).decode()
+    encoder.image(c).decode()  # drops b
     assert loads == [a, b, c, b, c]
 
 
@@ -413,7 +439,7 @@ def test_photo_larger_than_the_cache(monkeypatch, photos):
     loads = counted_loads(monkeypatch)
     encoder = PromptEncoder(tiny(), cache_bytes=1)
     for key in (photos[0], photos[0], photos[1], photos[0]):
-        encoder.image(key)
+        encoder.image(key).decode()
     assert loads == [photos[0], photos[1], photos[0]]
 
 

@@ -3,7 +3,11 @@
 import json
 
 import pytest
+import torch
 
+from tercet.core.mismatch import mismatch_figures
+from tercet.core.types import Response
+from tercet.kernels.reference import TERMS
 from tercet.train.learner.metrics import (
     METRICS,
     PANELS,
@@ -21,6 +25,13 @@ def test_every_metric_is_listed_once_and_described():
     assert all(metric.meaning and metric.meaning[-1] != "." for metric in METRICS)
     labels = [metric.label for metric in METRICS if metric.line]
     assert [label for label in labels if labels.count(label) > 1] == ["clip"] * 3
+
+
+def test_what_the_loss_and_the_mismatch_report_is_listed():
+    response = Response("anchor", (1,), (-1.0,), "stop", old_logprobs=torch.tensor([-1.5]))
+    reported = {*TERMS, *mismatch_figures([response])} - {"ref_kl"}  # the trainer has no reference
+    assert len(reported) == 13
+    assert reported <= {metric.name for metric in METRICS}
 
 
 def test_what_the_table_shows_is_complete():

@@ -187,7 +187,8 @@ def draw_samples(rows: list[dict], png: Path | str) -> None:
 def _draw_photos(figure: Figure, row: dict, top: float) -> None:
     """Draw the three photos side by side; `top` is in inches from the bottom of the picture."""
     width, height = figure.get_size_inches()
-    names = {"anchor": row["truth"], "positive": row["truth"], "negative": ""}  # not in a Triplet
+    # A triplet does not hold the name of its negative's sub-category.
+    names = {"anchor": row["truth"], "positive": row["truth"], "negative": ""}
     for place, (role, name) in enumerate(names.items()):
         left = GAP + place * (PHOTO + GAP)
         for line, text in enumerate((role, textwrap.shorten(_plain(name), 26, placeholder="…"))):

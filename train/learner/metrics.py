@@ -92,6 +92,7 @@ METRICS = (
            2, "skip", "1.0f"),
     Metric("lr", "learning rate",
            2, "lr", "7.1e", "Gradient norm and learning rate", "learning rate", True),
+    # Of the sampler.
     Metric("tokens_per_s", "response tokens sampled in a second",
            2, "tok/s", "5.0f"),
     # The sampler against the trainer, over the tokens of responses on the anchor photo.

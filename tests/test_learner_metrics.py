@@ -28,7 +28,7 @@ def test_every_metric_is_listed_once_and_described():
 
 
 def test_what_the_loss_and_the_mismatch_report_is_listed():
-    response = Response("anchor", (1,), (-1.0,), "stop", old_logprobs=torch.tensor([-1.5]))
+    response = Response("anchor", (1,), (-1.0,), "stop", 0, old_logprobs=torch.tensor([-1.5]))
     reported = {*TERMS, *mismatch_figures([response])} - {"ref_kl"}  # the trainer has no reference
     assert len(reported) == 13
     assert reported <= {metric.name for metric in METRICS}

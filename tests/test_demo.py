@@ -1,4 +1,4 @@
-"""The demo's own parts: controls that control, verdicts, and one run of all stages in small."""
+"""The demo's own parts: the permuted reward, the verdicts, and one small run of every arm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import pytest
 
 from tercet.core.rewards import fine_r1_strict
 from tercet.train.demo import experiment as demo
-from tercet.train.demo.experiment import Scores, markdown, permuted_reward, verdicts
+from tercet.train.demo.experiment import (
+    PERMUTED,
+    START,
+    Scores,
+    markdown,
+    permuted_reward,
+    verdicts,
+)
 
 
 def test_permuted_rewards_keep_what_a_group_earns_and_lose_who_earned_it():
@@ -37,9 +44,9 @@ def runs(gain: float, unseen: float, permuted: float) -> list[dict[str, Scores]]
     start = Scores(50, 20, 40, 40)
     return [
         {
-            "stage 1 (start)": start,
+            START: start,
             "TAPO": Scores(50 + gain, 20 + unseen, 50, 40, 100),
-            "TAPO, rewards permuted": Scores(50 + permuted, 20, 40, 40, 100),
+            PERMUTED: Scores(50 + permuted, 20, 40, 40, 100),
         }
     ]
 
@@ -70,9 +77,7 @@ def test_the_table_shows_every_number():
 def test_all_stages_in_small(tmp_path, monkeypatch):
     """From nothing to scores, with every control; finished seeds are not run again."""
     monkeypatch.setattr(demo, "BASE_PICTURES", 12)
-    monkeypatch.setattr(demo, "TRAIN", 2)
-    monkeypatch.setattr(demo, "SFT", 1)
-    monkeypatch.setattr(demo, "TEST", 1)
+    monkeypatch.setattr(demo, "PICTURES", {"train": 2, "sft": 1, "test": 1})
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     for name in ("demo_base.yaml", "demo_stage1.yaml", "demo.yaml"):

@@ -12,18 +12,19 @@ from PIL import Image
 from tercet.core.data.photos import read_photos, read_sft
 from tercet.core.prompts import extract_answer, names_in
 from tercet.core.rewards import fine_r1_reward
-from tercet.train.demo import drawn_world
-from tercet.train.demo.drawn_world import (
+from tercet.train.demo import drawing, drawn_world
+from tercet.train.demo.drawing import draw
+from tercet.train.demo.drawn_world import write_world
+from tercet.train.demo.species import (
     ATTRIBUTES,
+    QUESTIONS,
     SPECIES,
     Species,
     caption,
     chain_of_thought,
-    draw,
     question,
     seen_species,
     vocabulary,
-    write_world,
 )
 
 pytestmark = pytest.mark.core
@@ -153,9 +154,7 @@ def test_large_and_small_drawings_show_the_same():
 )
 def test_body_colour_is_near_the_middle(species):
     """The median hue of the animal's saturated pixels lies nearest to the word's own hue."""
-    hues = {
-        word: drawn_world._HSV[word][0] for word in ATTRIBUTES[species.super_category]["colour"]
-    }
+    hues = {word: drawing._HSV[word][0] for word in ATTRIBUTES[species.super_category]["colour"]}
     right = 0
     for seed in range(10):
         middle = pixels(species, seed)[36:76, 36:76].reshape(-1, 3) / 255
@@ -246,7 +245,7 @@ def test_stage1_records_ask_as_stage_2_and_answer_right(world):
         *_, super_category, sub_category, _ = image.split("/")
         name = sub_category.replace("_", " ")
         assert (user, assistant) == ("user", "assistant")
-        templates = [t.format(super_category=super_category) for t in drawn_world.QUESTIONS]
+        templates = [t.format(super_category=super_category) for t in QUESTIONS]
         assert asked in [f"<image>{text}\n\n{INSTRUCTION}" for text in templates]
         assert fine_r1_reward(said, name)["overall"] == 1.0
         assert read_photos(world).splits[image] == "stage1"

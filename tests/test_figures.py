@@ -16,8 +16,8 @@ def drawn(monkeypatch):
     """The figures that were saved."""
     kept, save = [], figures._save
 
-    def keep(figure, png, dpi):
-        save(figure, png, dpi)
+    def keep(figure, png):
+        save(figure, png)
         kept.append(figure)
 
     monkeypatch.setattr(figures, "_save", keep)
@@ -66,7 +66,7 @@ def test_curves_show_what_the_file_says(tmp_path, drawn, steps):
     figures.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "plots" / "curves.png")
     assert Image.open(tmp_path / "plots" / "curves.png").size[0] > 1500
     axes = {axis.get_title(): axis for axis in drawn[0].axes if axis.get_title()}
-    assert list(axes) == [panel[0] for panel in figures.PANELS] + ["Seconds a step"]
+    assert list(axes) == [*figures.PANELS, "Seconds a step"]
     reward = axes["Reward"].get_lines()[0]
     assert reward.get_xdata().tolist() == list(range(steps))
     assert reward.get_ydata().tolist() == [row["reward"] for row in rows]
@@ -122,7 +122,6 @@ def a_row(**changes):
         "negative": Image.new("RGBA", (500, 10), "red"),
         "question": "Which bird costs $5^$?",
         "truth": "least auklet",
-        "negative_name": "a parakeet auklet whose name is far too long for its photo",
         "responses": [
             response("anchor", True, long),
             response("anchor", False, "<answer>\ncrested\tauklet\n</answer>"),
@@ -133,11 +132,13 @@ def a_row(**changes):
 
 
 def test_samples_show_what_was_said(tmp_path, drawn):
-    figures.draw_samples([a_row(), a_row(responses=[])], tmp_path / "samples.png")
+    name = "a parakeet auklet whose name is far too long for its photo"
+    figures.draw_samples([a_row(), a_row(truth=name, responses=[])], tmp_path / "samples.png")
     assert Image.open(tmp_path / "samples.png").mode == "RGBA"
     texts = [text.get_text() for text in drawn[0].texts]
     colours = {text.get_text(): text.get_color() for text in drawn[0].texts}
     assert texts.count("Q  Which bird costs $5^$?") == 2
+    assert f"A  {name}" in texts and texts.count("a parakeet auklet whose…") == 2
     assert colours["✔  on the anchor photo: reward 1.00, advantage -0.50"] == "#1a7f37"
     assert colours["✘  on the anchor photo: reward 0.10, advantage -0.50"] == "#c62828"
     assert "   <answer> crested auklet </answer>" in texts

@@ -3,11 +3,11 @@
     torchrun train/tapo.py                             # one seed; options of TAPO may follow
     python -m tercet.train.demo --seeds 0 1 2          # three seeds beside their controls
 
-A base stage (captions of every sub-category) stands in for pretraining, stage 1 teaches the chain
-of thought on seen sub-categories, TAPO goes on from there. Accuracy is greedy, on held-out
-pictures, right only if exactly one known name occurs in the answer and it is the true one.
-Controls: DAPO for as many steps, SFT for as long on the same pictures, and TAPO with the rewards
-of each group permuted.
+A base stage (captions of every sub-category) stands in for pretraining. Stage 1 teaches the chain
+of thought on seen sub-categories, and TAPO goes on from there. The table shows accuracy (%) on
+held-out pictures with greedy decoding; an open answer is right only if the true name is the one
+known name in it. The controls are DAPO for as many steps, SFT for as long on the same pictures, and
+TAPO with the rewards of each group permuted.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from tercet.train.learner.command_line import RECIPES, command, parse
 
 
 def demo(argv: Sequence[str]) -> None:
-    """One seed, from nothing to the table; `argv` are further options of TAPO."""
+    """Run one seed and print its table; `argv` holds further options of train/tapo.py."""
     config, _, _ = parse(TapoConfig, [f"--config={RECIPES / 'demo.yaml'}", *argv], "")
     out, clock = Path(config.run.out), time.perf_counter()
     result = markdown(run_seed(out, config.run.seed, argv, controls=False))
     (out / "table.md").write_text(result + "\n", encoding="utf-8")
     print(
-        f"\n{result}\n\nPercent of held-out pictures right, in {time.perf_counter() - clock:.0f} s"
+        f"\n{result}\n\nAccuracy (%) on held-out pictures, greedy decoding. "
+        f"All of it took {time.perf_counter() - clock:.0f} s."
     )
     print(
         f"pictures: {out}/tapo/curves.png, {out}/tapo/samples.png\npolicy: {out}/tapo/checkpoints"
@@ -38,7 +39,11 @@ def demo(argv: Sequence[str]) -> None:
 
 
 def demo_seeds(argv: Sequence[str]) -> None:
-    """Several seeds beside their controls; `argv` may end with further options of TAPO."""
+    """Run several seeds with their controls and print the tables and what they show.
+
+    Args:
+        argv: `--seeds`, `--out`, and further options of train/tapo.py.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

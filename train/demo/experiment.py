@@ -1,10 +1,14 @@
-"""The demo's parts: data, stages, evaluation, controls and the table."""
+"""The demo's parts: data, training stages, TAPO and its controls, evaluation and the table.
+
+A seed's arms all start from the same stage-1 checkpoint: TAPO, the CONTROLS, and stage 1 continued
+("SFT"). `run_seed` trains and evaluates them; their names are the rows of the table.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
 from statistics import mean
@@ -20,14 +24,27 @@ from tercet.core.prompts import closed_world_text, stage2_text
 from tercet.core.rewards import fine_r1_strict
 from tercet.rollout.local import LocalEngine
 from tercet.train import sft, tapo
-from tercet.train.demo import drawn_world
+from tercet.train.demo.drawing import draw
+from tercet.train.demo.drawn_world import sft_record, write_world
+from tercet.train.demo.species import (
+    SPECIES,
+    Species,
+    caption,
+    chain_of_thought,
+    question,
+    vocabulary,
+)
 from tercet.train.evaluation.answers import ask, table
 from tercet.train.learner.command_line import RECIPES, parse
 from tercet.train.learner.device import set_up
+from tercet.train.learner.metrics import phase_seconds, read_metrics
 
 BASE_PICTURES = 6000
-BASE_MIX = {"caption": 0.5, "open": 0.3, "closed": 0.2}  # kinds of base records
-TRAIN, SFT, TEST = 40, 6, 30  # pictures a sub-category
+BASE_MIX = {"caption": 0.5, "open": 0.3, "closed": 0.2}
+"""Share of each kind of record in the base stage."""
+PICTURES = {"train": 40, "sft": 6, "test": 30}
+"""Pictures of a sub-category in each split."""
+START, PERMUTED = "stage 1 (start)", "TAPO, rewards permuted"
 CONTROLS = {
     "DAPO": [
         "--rollout.n_anchor=6",
@@ -36,17 +53,24 @@ CONTROLS = {
         "--loss.entropy_coef=0",
         "--loss.neg_entropy_coef=0",
     ],
-    "TAPO, rewards permuted": [
+    PERMUTED: [
         "--rollout.reward=tercet.train.demo.experiment:permuted_reward",
-        "--rollout.max_rounds=1",  # it unlearns, and few groups pass
+        "--rollout.max_rounds=1",  # the policy gets worse, so that ever fewer groups pass
     ],
 }
-GAIN, UNSEEN_LOSS, PERMUTED_GAIN = 10.0, 2.0, 3.0  # points that demo-seeds asks for
+"""The control arms trained by train/tapo.py, with the options in which they differ from TAPO."""
+GAIN, UNSEEN_LOSS, PERMUTED_GAIN = 10.0, 2.0, 3.0
+"""Bounds of `verdicts`, in percentage points."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Percent right on held-out pictures, seen and unseen, with the seconds training took."""
+    """Accuracy (%) of one arm on held-out pictures of seen and unseen sub-categories.
+
+    `seen` and `unseen` are of open answers, right only if the true name is the one known name in
+    them; `seen_closed` and `unseen_closed` are of questions that list options. `seconds` is what
+    the training took after stage 1.
+    """
 
     seen: float
     unseen: float
@@ -56,78 +80,73 @@ class Scores:
 
 
 def permuted_reward(rows: list[dict]) -> list[dict]:
-    """fine_r1_strict with the outcomes of a group dealt out anew: what must teach nothing."""
+    """A control reward: fine_r1_strict, its results permuted at random within the group.
+
+    A group keeps its rewards, but they no longer say which response was right, so nothing can be
+    learnt from them. The permutation depends on the group's id alone.
+    """
     digest = blake2b(rows[0]["group_id"].encode(), digest_size=8).digest()
     order = np.random.default_rng(int.from_bytes(digest, "big")).permutation(len(rows))
-    outcomes = fine_r1_strict(rows)
-    return [outcomes[i] for i in order]
+    results = fine_r1_strict(rows)
+    return [results[i] for i in order]
 
 
 def prepare(out: Path, seed: int) -> Path:
-    """Draw the world and run base stage and stage 1; returns the stage-1 checkpoint.
+    """Draw the world, then run the base stage and stage 1; returns the stage-1 checkpoint.
 
-    What is there already is kept: a finished part is not made again.
+    Parts that `out` holds already are not made again.
     """
     data, base = out / "data", out / "base_data"
     if not data.exists():
-        drawn_world.write_world(data, seed, train=TRAIN, sft=SFT, test=TEST)
+        write_world(data, seed, **PICTURES)
     if not base.exists():
-        _write_base(base, seed)
-    start = out / "random"
-    if not start.exists():
-        texts = [*drawn_world.vocabulary(), *(r["messages"][0]["content"] for r in _read(base))]
-        build_tiny(texts, seed=seed).save(start)
-    trained = _sft("demo_base.yaml", base / "records.json", start, out / "base", seed)
-    return _sft("demo_stage1.yaml", data / "stage1.json", trained, out / "stage1", seed)
+        _write_base_data(base, seed)
+    random = out / "random"
+    if not random.exists():
+        records = json.loads((base / "records.json").read_text(encoding="utf-8"))
+        asked = [record["messages"][0]["content"] for record in records]
+        build_tiny([*vocabulary(), *asked], seed=seed).save(random)
+    trained = _run_sft("demo_base.yaml", base / "records.json", random, out / "base", seed)
+    return _run_sft("demo_stage1.yaml", data / "stage1.json", trained, out / "stage1", seed)
 
 
-def _write_base(folder: Path, seed: int) -> None:
-    """Captioned pictures of every sub-category, none of them seen again later."""
+def _write_base_data(folder: Path, seed: int) -> None:
+    """Write the base stage's pictures of every sub-category; no later stage uses them."""
     rng = np.random.default_rng([seed, 1])
     folder.mkdir(parents=True)
     records = []
     for n in range(BASE_PICTURES):
-        species = drawn_world.SPECIES[rng.integers(len(drawn_world.SPECIES))]
-        drawn_world.draw(species, rng).save(folder / f"{n:05}.png")
+        species = SPECIES[rng.integers(len(SPECIES))]
+        draw(species, rng).save(folder / f"{n:05}.png")
         asked, said = _base_turns(species, rng)
-        records.append(
-            {
-                "messages": [
-                    {"role": "user", "content": f"<image>{asked}"},
-                    {"role": "assistant", "content": said},
-                ],
-                "images": [f"{n:05}.png"],
-            }
-        )
+        records.append(sft_record(f"{n:05}.png", asked, said))
     (folder / "records.json").write_text(json.dumps(records), encoding="utf-8")
 
 
-def _base_turns(species: drawn_world.Species, rng: np.random.Generator) -> tuple[str, str]:
-    """What a base record asks and says: a caption, an answer to an open or to a closed question."""
+def _base_turns(species: Species, rng: np.random.Generator) -> tuple[str, str]:
+    """Question and answer of a base record: a caption, or an open or a closed question."""
     kind = rng.choice(list(BASE_MIX), p=list(BASE_MIX.values()))
     if kind == "caption":
-        return "Describe the picture.", drawn_world.caption(species, rng)
-    asked = drawn_world.question(species.super_category, rng)
+        return "Describe the picture.", caption(species, rng)
+    asked = question(species.super_category, rng)
     if kind == "open":
-        return asked, drawn_world.caption(species, rng)
-    every = [s.name for s in drawn_world.SPECIES if s.super_category == species.super_category]
+        return asked, caption(species, rng)
+    every = [s.name for s in SPECIES if s.super_category == species.super_category]
     wrong = rng.choice([name for name in every if name != species.name], 3, replace=False)
     options = rng.permutation([species.name, *wrong]).tolist()
-    return closed_world_text(asked, options), drawn_world.chain_of_thought(species, rng)
+    return closed_world_text(asked, options), chain_of_thought(species, rng)
 
 
-def _read(base: Path) -> list[dict]:
-    return json.loads((base / "records.json").read_text(encoding="utf-8"))
-
-
-def _sft(recipe: str, data: Path, model: Path, out: Path, seed: int, steps: int = 0) -> Path:
+def _run_sft(recipe: str, data: Path, model: Path, out: Path, seed: int, steps: int = 0) -> Path:
+    """Run train/sft.py's loop; returns the last checkpoint. 0 steps: as many as the recipe says."""
     argv = [f"--config={RECIPES / recipe}", f"--data.path={data}", f"--model.path={model}"]
     argv += [f"--run.out={out}", f"--run.seed={seed}"] + [f"--run.steps={steps}"] * bool(steps)
     config, _, resolved = parse(SftConfig, argv, "")
     return sft.train(config, resolved, resume="auto")
 
 
-def _tapo(data: Path, model: Path, out: Path, seed: int, argv: Sequence[str]) -> Path:
+def _run_tapo(data: Path, model: Path, out: Path, seed: int, argv: Sequence[str]) -> Path:
+    """Run train/tapo.py's loop; returns the last checkpoint."""
     argv = [
         f"--config={RECIPES / 'demo.yaml'}",
         *argv,
@@ -141,23 +160,32 @@ def _tapo(data: Path, model: Path, out: Path, seed: int, argv: Sequence[str]) ->
     return tapo.train(config, resolved, resume="auto")
 
 
-def evaluate(model: Path, manifest: Manifest) -> Scores:
-    """Greedy accuracy of a checkpoint on the manifest's held-out pictures."""
+def evaluate(model: Path, manifest: Manifest, seconds: float = 0.0) -> Scores:
+    """Accuracy of a checkpoint on the manifest's held-out pictures, with greedy decoding."""
     parts = load_policy(ModelConfig(path=str(model)), set_up(TapoConfig().run))
     engine = LocalEngine(parts, PromptEncoder(parts), max_rows=320)
     questions = [q for partition in ("seen", "unseen") for q in eval_questions(manifest, partition)]
-    scores = {}
+    accuracy = {}
     for prompt, score in (("stage2", "exact"), ("closed_world", "closed")):
         answers = ask(engine, parts, questions, prompt=prompt, names=manifest.names, max_tokens=48)
         for partition, row in table(answers).items():
-            scores[partition if score == "exact" else f"{partition}_{score}"] = row[score]
-    return Scores(**scores)
+            accuracy[partition if score == "exact" else f"{partition}_{score}"] = row[score]
+    return Scores(**accuracy, seconds=seconds)
 
 
 def run_seed(out: Path, seed: int, argv: Sequence[str], controls: bool) -> dict[str, Scores]:
-    """Scores of the stage-1 start, of TAPO and, if wanted, of each control; by name.
+    """Train and evaluate a seed's arms.
 
-    They are kept in scores.json: a seed that is finished is not run again.
+    A finished seed is not run again: its scores are read from scores.json.
+
+    Args:
+        out: folder of the seed.
+        seed: of the data and of every training run.
+        argv: further options of train/tapo.py, for TAPO and the CONTROLS.
+        controls: whether the controls are run beside TAPO.
+
+    Returns:
+        Scores by arm: START, "TAPO", then CONTROLS and "SFT" if wanted.
     """
     kept = out / "scores.json"
     if kept.exists():
@@ -167,52 +195,44 @@ def run_seed(out: Path, seed: int, argv: Sequence[str], controls: bool) -> dict[
     scores = {}
     for name, options in {"TAPO": [], **(CONTROLS if controls else {})}.items():
         folder = out / name.lower().replace(", ", "_").replace(" ", "_")
-        trained = _tapo(out / "data", start, folder, seed, [*options, *argv])
+        trained = _run_tapo(out / "data", start, folder, seed, [*options, *argv])
         manifest = Manifest.read(folder)
         if not scores:
-            scores["stage 1 (start)"] = evaluate(start, manifest)
-        scores[name] = replace(evaluate(trained, manifest), seconds=sum(_seconds(folder)))
+            scores[START] = evaluate(start, manifest)
+        scores[name] = evaluate(trained, manifest, sum(_step_seconds(folder)))
     if controls:
-        trained = _more_sft(out, start, manifest, seed, scores["TAPO"].seconds)
-        scores["SFT"] = replace(evaluate(trained, manifest), seconds=sum(_seconds(out / "sft")))
-    numbers = {name: asdict(score) for name, score in scores.items()}
+        trained = _continue_sft(out, start, manifest, seed, scores["TAPO"].seconds)
+        scores["SFT"] = evaluate(trained, manifest, sum(_step_seconds(out / "sft")))
+    numbers = {name: asdict(arm) for name, arm in scores.items()}
     kept.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     return scores
 
 
-def _more_sft(out: Path, start: Path, manifest: Manifest, seed: int, seconds: float) -> Path:
-    """Stage 1 continued on TAPO's own pictures for about `seconds`."""
+def _continue_sft(out: Path, start: Path, manifest: Manifest, seed: int, seconds: float) -> Path:
+    """Continue stage 1 on TAPO's training pictures for about `seconds`; returns the checkpoint."""
     rng = np.random.default_rng([seed, 2])
-    species = {s.name: s for s in drawn_world.SPECIES}
+    species = {s.name: s for s in SPECIES}
     records = [
-        {
-            "messages": [
-                {"role": "user", "content": "<image>" + stage2_text(anchor.question)},
-                {
-                    "role": "assistant",
-                    "content": drawn_world.chain_of_thought(species[anchor.sub_category], rng),
-                },
-            ],
-            "images": [anchor.image],
-        }
+        sft_record(
+            anchor.image,
+            stage2_text(anchor.question),
+            chain_of_thought(species[anchor.sub_category], rng),
+        )
         for anchor in manifest.anchors
     ]
     path = out / "sft_records.json"
     path.write_text(json.dumps(records), encoding="utf-8")
-    recipe = "demo_stage1.yaml"
-    steps = max(1, round(seconds / mean(_seconds(out / "stage1"))))
-    return _sft(recipe, path, start, out / "sft", seed, steps)
+    steps = max(1, round(seconds / mean(_step_seconds(out / "stage1"))))
+    return _run_sft("demo_stage1.yaml", path, start, out / "sft", seed, steps)
 
 
-def _seconds(folder: Path) -> list[float]:
-    """Seconds of each step that a run in `folder` took."""
-    rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    phases = [json.loads(row).items() for row in rows]
-    return [sum(v for name, v in row if name.startswith("seconds_")) for row in phases]
+def _step_seconds(folder: Path) -> list[float]:
+    """Seconds that each step of the run in `folder` took."""
+    return [sum(phase_seconds(step).values()) for step in read_metrics(folder / "metrics.jsonl")]
 
 
 def markdown(scores: dict[str, Scores]) -> str:
-    """The scores as a table."""
+    """A Markdown table of the scores, one row an arm."""
     lines = [
         "| policy | seen | unseen | seen, closed | unseen, closed | training |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -225,6 +245,7 @@ def markdown(scores: dict[str, Scores]) -> str:
 
 
 def mean_scores(runs: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
+    """Means over the seeds of every arm's scores."""
     names = [field.name for field in fields(Scores)]
     return {
         name: Scores(**{n: mean(getattr(run[name], n) for run in runs) for n in names})
@@ -233,11 +254,14 @@ def mean_scores(runs: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
 
 
 def verdicts(runs: Sequence[dict[str, Scores]]) -> list[str]:
-    """What three seeds must show, each with its figures and pass or fail."""
-    start = "stage 1 (start)"
-    gains = [run["TAPO"].seen - run[start].seen for run in runs]
-    unseen = mean(run["TAPO"].unseen - run[start].unseen for run in runs)
-    permuted = mean(run["TAPO, rewards permuted"].seen - run[start].seen for run in runs)
+    """The demo's claims about all seeds together, each with its numbers and pass or FAIL.
+
+    Args:
+        runs: one seed's scores by arm, with all controls.
+    """
+    gains = [run["TAPO"].seen - run[START].seen for run in runs]
+    unseen = mean(run["TAPO"].unseen - run[START].unseen for run in runs)
+    permuted = mean(run[PERMUTED].seen - run[START].seen for run in runs)
     checks = [
         (f"seen: mean gain {mean(gains):+.1f}, at least {GAIN:+.0f}", mean(gains) >= GAIN),
         (f"seen: every seed up, least {min(gains):+.1f}", min(gains) > 0),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -17,76 +16,45 @@ from matplotlib.ticker import MaxNLocator
 from tercet.core.data.vision import load_image
 from tercet.core.rewards import is_correct
 from tercet.core.types import Group
+from tercet.train.learner.metrics import METRICS, PANELS, Metric, phase_seconds, read_metrics
 
-PANELS = (
-    (
-        "Reward",
-        {"reward": "reward", "accuracy": "accuracy", "several_names": "several names"},
-        "",
-        {},
-    ),
-    (
-        "Loss",
-        {"loss": "total", "pg_loss": "policy gradient", "cross_entropy": "cross entropy"},
-        "",
-        {},
-    ),
-    (
-        "Entropy and KL",
-        {"entropy": "H", "neg_entropy": "H negative", "exact_entropy": "H exact"},
-        "KL",
-        {"kl": "KL to negative", "approx_kl": "KL to old"},
-    ),
-    (
-        "Share of tokens clipped",
-        {"clip_frac_high": "high", "clip_frac_low": "low", "clip_frac_dual": "dual"},
-        "",
-        {},
-    ),
-    (
-        "Gradient norm and learning rate",
-        {"grad_norm": "gradient norm"},
-        "learning rate",
-        {"lr": "learning rate"},
-    ),
-    (
-        "Response length and groups kept",
-        {"response_length": "tokens a response"},
-        "share kept",
-        {"acceptance": "share of groups kept"},
-    ),
-)
-"""Title; metrics of the left axis with their labels; label and metrics of the right axis."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-"""Okabe and Ito's colours, told apart by the colour-blind."""
+"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
 MARKER_STEPS = 12
-"""Runs up to this many steps show each of them as a marker or bar."""
+"""Runs of up to this many steps show each step as a marker or a bar."""
 SMOOTH_STEPS = 60
-"""From this many steps on they are faint, with a running mean over them."""
+"""From this many steps on, a metric is a faint line with its running mean over it."""
+DPI = 110
 
-PHOTO, GAP, WIDTH, TEXT_COLUMNS = 1.9, 0.15, 15.0, 116
-"""Inches of a photo's side, between things and of the picture; characters of a line of text."""
+PHOTO, GAP, WIDTH = 1.9, 0.15, 15.0
+"""Inches: side of a photo, space between things, width of samples.png."""
+TEXT_COLUMNS = 116
+"""Characters of a line of text in samples.png."""
 FONT_SIZE, LINE = 8.5, 0.165
-"""Points of the text, inches from one line of it to the next."""
+"""Points of the text; inches from one line to the next."""
 MAX_CHARACTERS, PER_ROLE = 3 * TEXT_COLUMNS - 30, 3
-"""Of a response, and responses shown of each role."""
+"""Characters shown of a response; responses shown of each role."""
 
 
 def draw_curves(metrics_file: Path | str, png: Path | str) -> None:
-    """Draws the metrics of a run over its steps, a panel a subject, only panels with data.
+    """Draw the metrics of a run over its steps: the PANELS that have data, and the seconds.
 
     Args:
-        metrics_file: JSON Lines as RunLog writes them.
+        metrics_file: metrics.jsonl as RunLog writes it.
         png: picture to write.
 
     Raises:
-        ValueError: No line in the file, none with a metric that has a panel, or a line that is not
-            a JSON object with a step.
+        ValueError: the file holds no step, none of its metrics has a panel, or a line is not a JSON
+            object with a step.
     """
-    rows = _read(Path(metrics_file))
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    panels = [panel for panel in PANELS if {*panel[1], *panel[3]} & {*names}]
-    phases = [name for name in names if name.startswith("seconds_")]
+    steps = read_metrics(metrics_file)
+    if not steps:
+        raise ValueError(f"{metrics_file} holds no step")
+    names = {name for step in steps for name in step}
+    recorded = [metric for metric in METRICS if metric.name in names]
+    panels = {title: [m for m in recorded if m.panel == title] for title in PANELS}
+    panels = {title: metrics for title, metrics in panels.items() if metrics}
+    phases = [*dict.fromkeys(phase for step in steps for phase in phase_seconds(step))]
     count = len(panels) + bool(phases)
     if not count:
         raise ValueError(f"{metrics_file}: none of its metrics has a panel")
@@ -95,51 +63,35 @@ def draw_curves(metrics_file: Path | str, png: Path | str) -> None:
     figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis, panel in zip(axes, panels, strict=False):
-        _draw_panel(axis, rows, *panel)
+    for axis, (title, metrics) in zip(axes, panels.items(), strict=False):
+        _draw_panel(axis, steps, title, metrics)
     if phases:
-        _draw_seconds(axes[len(panels)], rows, phases)
+        _draw_seconds(axes[len(panels)], steps, phases)
     for axis in axes[count:]:
         axis.remove()
-    _save(figure, png, dpi=110)
+    _save(figure, png)
 
 
-def _read(path: Path) -> list[dict]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-            rows[-1]["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object with a step") from error
-    if not rows:
-        raise ValueError(f"{path} holds no step")
-    return rows
-
-
-def _draw_panel(
-    axis: Axes, rows: list[dict], title: str, left: dict, right_label: str, right: dict
-) -> None:
-    names = {name for row in rows for name in row}
-    left, right = ({n: side[n] for n in side if n in names} for side in (left, right))
+def _draw_panel(axis: Axes, steps: list[dict], title: str, metrics: list[Metric]) -> None:
+    left, right = ([m for m in metrics if m.right == side] for side in (False, True))
     colours = iter(COLOURS)
-    handles = [_draw_series(axis, rows, *item, next(colours), "-") for item in left.items()]
+    handles = [_draw_series(axis, steps, metric, next(colours), "-") for metric in left]
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.25)
-    _style(axis, rows, room=1.2)
+    _style(axis, steps, room=1.2)
     if right:
         twin = axis.twinx()
-        handles += [_draw_series(twin, rows, *item, next(colours), "--") for item in right.items()]
-        twin.set_ylabel(right_label, fontsize=8)
-        _style(twin, rows, room=1.6)
+        handles += [_draw_series(twin, steps, metric, next(colours), "--") for metric in right]
+        twin.set_ylabel(PANELS[title], fontsize=8)
+        _style(twin, steps, room=1.6)
         axis.yaxis.set_visible(bool(left))
     _legend(axis, handles)
 
 
-def _draw_series(axis: Axes, rows: list[dict], name: str, label: str, colour: str, style: str):
-    """Draws one metric and returns the line that the legend shows."""
-    points = np.array([(row["step"], row[name]) for row in rows if name in row])
-    x, y = points.T
+def _draw_series(axis: Axes, steps: list[dict], metric: Metric, colour: str, style: str) -> Line2D:
+    """Draw one metric; returns the line that the legend shows."""
+    name, label = metric.name, metric.curve
+    x, y = np.array([(step["step"], step[name]) for step in steps if name in step]).T
     smooth = len(x) >= SMOOTH_STEPS
     (line,) = axis.plot(x, y, style, color=colour, label=label)
     line.set(linewidth=0.8 if smooth else 1.5, alpha=0.3 if smooth else 1)
@@ -152,42 +104,46 @@ def _draw_series(axis: Axes, rows: list[dict], name: str, label: str, colour: st
     return line
 
 
-def _draw_seconds(axis: Axes, rows: list[dict], phases: list[str]) -> None:
-    steps = np.array([row["step"] for row in rows])
-    seconds = np.array([[row.get(name, 0.0) for row in rows] for name in phases])
-    labels = [name.removeprefix("seconds_") for name in phases]
+def _draw_seconds(axis: Axes, steps: list[dict], phases: list[str]) -> None:
+    """Draw the seconds of each step, the phases on top of one another."""
+    numbers = np.array([step["step"] for step in steps])
+    seconds = np.array([[phase_seconds(step).get(name, 0.0) for step in steps] for name in phases])
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(phases))]
-    if len(steps) <= MARKER_STEPS:
+    if len(numbers) <= MARKER_STEPS:
         handles = [
-            axis.bar(steps, values, 0.6, top - values, color=colour, label=label)
+            axis.bar(numbers, values, 0.6, top - values, color=colour, label=label)
             for values, top, colour, label in zip(
-                seconds, seconds.cumsum(axis=0), colours, labels, strict=True
+                seconds, seconds.cumsum(axis=0), colours, phases, strict=True
             )
         ]
     else:
-        handles = axis.stackplot(steps, seconds, colors=colours, labels=labels)
+        handles = axis.stackplot(numbers, seconds, colors=colours, labels=phases)
     axis.set_title("Seconds a step", fontsize=10)
-    _style(axis, rows, room=1.1)
+    _style(axis, steps, room=1.1)
     axis.set_ylim(bottom=0)
     _legend(axis, handles)
 
 
-def _style(axis: Axes, rows: list[dict], room: float) -> None:
-    """Axes; a single step gets both from 0, by `room` higher than it, so that markers differ."""
+def _style(axis: Axes, steps: list[dict], room: float) -> None:
+    """Set ticks, labels and limits.
+
+    With a single step the y axis reaches from 0 to `room` times the value. `room` differs between
+    the left and the right axis, so that their markers do not hide one another.
+    """
     axis.set_xlabel("step", fontsize=8)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axis.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
     axis.yaxis.get_offset_text().set_fontsize(8)
     axis.tick_params(labelsize=8)
     axis.margins(x=0.02)
-    if len(rows) == 1 and np.isfinite(axis.dataLim.intervaly).all():
-        axis.set_xlim(rows[0]["step"] - 1, rows[0]["step"] + 1)
+    if len(steps) == 1 and np.isfinite(axis.dataLim.intervaly).all():
+        axis.set_xlim(steps[0]["step"] - 1, steps[0]["step"] + 1)
         low, high = axis.dataLim.intervaly
         axis.set_ylim(min(0.0, room * low), max(0.0, room * high) or 1.0)
 
 
 def _legend(axis: Axes, handles: list) -> None:
-    """Below the panel, where it hides no curve."""
+    """Put the legend below the panel, where it hides no curve."""
     axis.legend(
         handles=handles,
         fontsize=7.5,
@@ -201,16 +157,16 @@ def _legend(axis: Axes, handles: list) -> None:
 
 
 def draw_samples(rows: list[dict], png: Path | str) -> None:
-    """Draws triplets with what the model said about them, one below the other.
+    """Draw triplets and what the model said about them, one triplet below the other.
 
     Args:
         rows: one dict a triplet: `anchor`, `positive`, `negative` (PIL images), `question`,
-            `truth`, `negative_name` (may be left out) and `responses`, a list of dicts with `role`
-            ("anchor" or "positive"), `text`, `correct` (bool), `reward` and `advantage`.
+            `truth` and `responses`, a list of dicts with `role` ("anchor" or "positive"), `text`,
+            `correct` (bool), `reward` and `advantage`.
         png: picture to write.
 
     Raises:
-        ValueError: No row.
+        ValueError: there is no triplet.
     """
     if not rows:
         raise ValueError("there is no triplet to draw")
@@ -225,17 +181,14 @@ def draw_samples(rows: list[dict], png: Path | str) -> None:
         _draw_photos(figure, row, top - GAP)
         _draw_text(figure, text, top - GAP)
         top -= height
-    _save(figure, png, dpi=110)
+    _save(figure, png)
 
 
 def _draw_photos(figure: Figure, row: dict, top: float) -> None:
-    """The three photos side by side; `top` in inches from the bottom of the picture."""
+    """Draw the three photos side by side; `top` is in inches from the bottom of the picture."""
     width, height = figure.get_size_inches()
-    names = {
-        "anchor": row["truth"],
-        "positive": row["truth"],
-        "negative": row.get("negative_name", ""),
-    }
+    # A triplet does not hold the name of its negative's sub-category.
+    names = {"anchor": row["truth"], "positive": row["truth"], "negative": ""}
     for place, (role, name) in enumerate(names.items()):
         left = GAP + place * (PHOTO + GAP)
         for line, text in enumerate((role, textwrap.shorten(_plain(name), 26, placeholder="…"))):
@@ -249,7 +202,7 @@ def _draw_photos(figure: Figure, row: dict, top: float) -> None:
 
 
 def _text_lines(row: dict) -> list[tuple[str, str, str]]:
-    """(text, colour, weight) of each line beside the photos."""
+    """(text, colour, weight) of each line of text beside the photos."""
     lines = [(line, "black", "bold") for line in _wrap("Q  ", row["question"])]
     lines += [(line, "black", "bold") for line in _wrap("A  ", row["truth"])]
     for role in ("anchor", "positive"):
@@ -276,7 +229,10 @@ def _draw_text(figure: Figure, lines: list[tuple[str, str, str]], top: float) ->
 
 
 def _write(figure: Figure, left: float, top: float, text: str, **style) -> None:
-    """One line of text at inches from the left and the bottom; `$` in it is no mathematics."""
+    """Write a line of text, `left` and `top` in inches from the left and the bottom.
+
+    A `$` in the text stands for itself, not for mathematics.
+    """
     width, height = figure.get_size_inches()
     figure.text(
         left / width,
@@ -291,7 +247,7 @@ def _write(figure: Figure, left: float, top: float, text: str, **style) -> None:
 
 
 def _wrap(prefix: str, text: str) -> list[str]:
-    """Lines of TEXT_COLUMNS; of a long text the beginning and the end, where the answer stands."""
+    """Lines of at most TEXT_COLUMNS; the middle of a long text is left out, not its answer."""
     text = _plain(text) or "(empty)"
     if len(text) > MAX_CHARACTERS:
         begin, end = text[: MAX_CHARACTERS // 2], text[-MAX_CHARACTERS // 2 :]
@@ -305,15 +261,15 @@ def _plain(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _save(figure: Figure, png: Path | str, dpi: int) -> None:
+def _save(figure: Figure, png: Path | str) -> None:
     Path(png).parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # of scripts that the font lacks
-        figure.savefig(png, dpi=dpi)
+        warnings.filterwarnings("ignore", message="Glyph")  # characters that the font lacks
+        figure.savefig(png, dpi=DPI)
 
 
 def sample_rows(groups: Sequence[Group]) -> list[dict]:
-    """What samples.png shows of groups."""
+    """The rows of samples.png, as `draw_samples` takes them: one a group."""
     return [
         {
             "anchor": load_image(group.triplet.anchor),

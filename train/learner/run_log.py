@@ -1,4 +1,4 @@
-"""What people see of a run: progress bars, a line per step, metrics.jsonl, TensorBoard, wandb.
+"""What people see of a run: progress bars, a line per step, metrics.jsonl, TensorBoard, W&B.
 
     with RunLog("runs/tapo", total_steps=300, config_yaml=text) as log:
         for step in range(1, 301):
@@ -6,8 +6,9 @@
                 phase.advance(10)
             log.step(step, {"reward": 0.52, "kl": 0.013})
 
-Seconds are counted once: while a phase is open inside another one, or `add_time` takes a share out
-of it, the outer phase's clock stands still, so that a step's phases add up to the time that passed.
+Each second is counted once, so that a step's phases add up to the time that passed: a phase's clock
+stops while another phase is open inside it, and `add_time` moves seconds from the open phase to the
+named one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -32,45 +35,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-LINE_WIDTH = 160
-COLUMNS = (
-    (
-        ("reward", "6.3f", ("reward",)),
-        ("acc", "5.3f", ("accuracy",)),
-        ("several", "5.3f", ("several_names",)),
-        ("kept", "5.3f", ("acceptance",)),
-        ("len", "6.1f", ("response_length",)),
-        ("loss", "7.4f", ("loss",)),
-        ("ce", "7.4f", ("cross_entropy",)),
-        ("pg", "7.4f", ("pg_loss",)),
-        ("kl", "6.4f", ("kl",)),
-        ("H", "6.3f", ("entropy",)),
-        ("Hneg", "6.3f", ("neg_entropy",)),
-        ("Hexact", "5.3f", ("exact_entropy",)),
-    ),
-    (
-        ("clip", "5.3f", ("clip_frac_high", "clip_frac_low", "clip_frac_dual")),
-        ("kl_old", "7.1e", ("approx_kl",)),
-        ("grad", "7.1e", ("grad_norm",)),
-        ("skip", "1.0f", ("skipped_steps",)),
-        ("lr", "7.1e", ("lr",)),
-        ("tok/s", "5.0f", ("tokens_per_s",)),
-    ),
+from tercet.train.learner.metrics import (
+    METRICS,
+    PHASES,
+    SECONDS,
+    Metric,
+    phase_seconds,
+    read_metrics,
+    tensorboard_tag,
 )
-"""The two lines of a step: label, format, metrics. Any other metric goes to the files only."""
-PHASES = {
-    "generate": "gen",
-    "reward": "rew",
-    "old": "old",
-    "negative": "neg",
-    "update": "upd",
-    "sync": "sync",
-}
-"""The phases of a step in their order, and how the line calls them; others follow as they come."""
+
+LINE_WIDTH = 160
+"""Characters: a step longer than this takes more than one line."""
 
 
 class Phase:
-    """A part of a step with a bar of its own; `advance` moves it."""
+    """A timed part of a step, with a progress bar of its own."""
 
     def __init__(self, log: RunLog, name: str, total: float | None, unit: str):
         self._log, self.name, self._total, self._unit = log, name, total, unit
@@ -86,26 +66,26 @@ class Phase:
         self._log.progress.remove_task(self._task)
 
     def advance(self, n: float = 1) -> None:
-        """Moves the bar by `n` units."""
+        """Move the bar by `n` units."""
         self._log.progress.advance(self._task, n)
 
     def show(self, visible: bool) -> None:
+        """Show or hide the bar."""
         self._log.progress.update(self._task, visible=visible)
 
 
 class RunLog:
-    """Shows a run and records it; to be used by one process of a run, as a context manager.
+    """Shows and records a run; a context manager for rank 0.
 
-    On a terminal one bar shows the run and one the phase at work; elsewhere there is a line per
-    step and nothing else.
+    A terminal shows one bar for the run and one for the innermost open phase, below a line for each
+    finished step. Anything else, such as a file, gets the lines alone.
 
     Args:
-        out: folder of the run; gets config.yaml, the metrics file and tensorboard/.
-        total_steps: rollout steps of the whole run.
-        config_yaml: resolved configuration; None writes no config.yaml.
+        out: folder of the run; gets config.yaml, metrics.jsonl and tensorboard/.
+        total_steps: steps of the whole run.
+        config_yaml: the resolved options as YAML.
         wandb: Weights & Biases project; None: not used.
-        metrics_file: name of the JSON Lines file in `out`.
-        console: where to show it; None: standard output.
+        console: where lines and bars are shown; None: standard output.
 
     Raises:
         ValueError: `wandb` is set but the package is not installed.
@@ -115,21 +95,19 @@ class RunLog:
         self,
         out: Path | str,
         total_steps: int,
-        config_yaml: str | None,
+        config_yaml: str,
         wandb: str | None = None,
-        metrics_file: str = "metrics.jsonl",
         console: Console | None = None,
     ):
         self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
-        if config_yaml is not None:
-            (self.out / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        self._metrics_path = self.out / metrics_file
+        (self.out / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        self._metrics_path = self.out / "metrics.jsonl"
         self._metrics = self._tensorboard = self._last_step = None
         self._seconds: dict[str, float] = defaultdict(float)
         self._phases: list[Phase] = []
         self._clock: float | None = None
-        self._shown: list[str] = []
+        self._shown: dict[str, None] = {}  # every name so far, in the order of its first step
         self._wandb = None if wandb is None else _start_wandb(wandb, self.out, config_yaml)
         self.console = console or Console(highlight=False, force_terminal=sys.stdout.isatty())
         self.progress = Progress(
@@ -154,26 +132,30 @@ class RunLog:
         self.close()
 
     def phase(self, name: str, total: float | None = None, unit: str = "") -> Phase:
-        """A phase of the current step, to be entered with `with`.
+        """A phase of the current step, a context manager.
 
         Args:
-            name: generate, reward, old, negative, update, sync, or any other.
-            total: units of work; None when it is not known.
+            name: one of PHASES, or any other.
+            total: units of work; None where the number is not known.
             unit: what is counted, for instance "responses".
         """
         return Phase(self, name, total, unit)
 
     def add_time(self, name: str, seconds: float) -> None:
-        """Counts seconds as the named phase's, taken out of the phase that is open, if any."""
+        """Add seconds to the named phase, and subtract them from the innermost open one, if any."""
         self._seconds[name] += seconds
         if self._phases:
             self._seconds[self._phases[-1].name] -= seconds
 
     def resume_at(self, step: int) -> None:
-        """Prepares for `step`, from 1, to be the next: recorded lines at or after it are dropped.
+        """Make `step` the next one; lines of metrics.jsonl at or after it are dropped.
+
+        Args:
+            step: number of the next step, from 1.
 
         Raises:
-            ValueError: A line of the metrics file that is not JSON with a step, by its number.
+            ValueError: a step was already logged, or a line of metrics.jsonl is not a JSON object
+                with a step.
         """
         if self._metrics is not None:
             raise ValueError("resume_at must come before the first step of this RunLog")
@@ -183,42 +165,41 @@ class RunLog:
         self._tensorboard = _summary_writer(self.out / "tensorboard", step)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Shows and records a finished step, with the seconds of its phases as `seconds_<phase>`.
+        """Show and record a finished step, with the seconds of its phases.
 
         Args:
-            step: number of the step, from 1, each larger than the one before.
-            metrics: numbers by the names of COLUMNS, or any other names.
+            step: number of the step, from 1, larger than the last one.
+            metrics: finite numbers (or 0-d tensors) by the names of METRICS, or any other names.
 
         Raises:
-            ValueError: A value that is not a finite number, by its name (leave grad_norm out of a
-                step that was skipped), or a step that is not after the last one.
+            ValueError: a value is not a finite number (leave grad_norm out of a step that was
+                skipped), a metric is called "step", or the step is not after the last one.
         """
         if "step" in metrics:
             raise ValueError("a metric cannot be called 'step': that is the number of the line")
-        row = {name: _number(name, value, step) for name, value in metrics.items()}
+        numbers = {name: _number(name, value, step) for name, value in metrics.items()}
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"step {step} was logged after step {self._last_step}")
         if self._metrics is None:
             self.resume_at(step)
-        seconds = self._take_seconds()
-        row |= {f"seconds_{name}": value for name, value in seconds.items()}
-        self._metrics.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
+        numbers |= self._take_seconds()
+        self._metrics.write(json.dumps({"step": step} | numbers, allow_nan=False) + "\n")
         self._metrics.flush()
-        for name, value in row.items():
-            self._tensorboard.add_scalar(_tag(name), value, step)
+        for name, value in numbers.items():
+            self._tensorboard.add_scalar(tensorboard_tag(name), value, step)
         if self._wandb is not None:
-            self._wandb.log(row, step=step)
+            self._wandb.log(numbers, step=step)
         self._last_step = step
-        self._shown += [name for name in row if name not in self._shown]
-        self.say(step_line(step, row, self._shown))
+        self._shown |= dict.fromkeys(numbers)
+        self.say(step_line(step, numbers, self._shown))
         self.progress.advance(self._run)
 
     def say(self, text: str) -> None:
-        """Shows a line of its own, above the bars."""
+        """Show a line of text, above the bars."""
         self.console.print(text, soft_wrap=True, markup=False)
 
     def close(self) -> None:
-        """Ends the bars, gives the terminal back and closes the files."""
+        """Remove the bars, restore the terminal and close the files."""
         self.progress.stop()
         for sink in (self._metrics, self._tensorboard):
             if sink is not None:
@@ -227,7 +208,7 @@ class RunLog:
             self._wandb.finish()
 
     def _charge(self) -> None:
-        """Books the time since the last change to the innermost open phase."""
+        """Add the time since the last call to the innermost open phase."""
         now = time.perf_counter()
         if self._phases:
             self._seconds[self._phases[-1].name] += now - self._clock
@@ -248,29 +229,26 @@ class RunLog:
             phase.show(phase is self._phases[-1])
 
     def _take_seconds(self) -> dict[str, float]:
-        """Seconds per phase since the last step, in the order of PHASES."""
+        """`seconds_<phase>` since the last step, in the order of PHASES; other phases follow."""
         self._charge()
         seconds, self._seconds = self._seconds, defaultdict(float)
         order = [name for name in PHASES if name in seconds]
         order += [name for name in seconds if name not in PHASES]
-        return {name: round(max(0.0, seconds[name]), 4) for name in order}
+        return {f"{SECONDS}{name}": round(max(0.0, seconds[name]), 4) for name in order}
 
 
-def step_line(step: int, row: dict[str, float], shown: list[str]) -> str:
-    """A step as aligned text: one line where LINE_WIDTH allows it, else two.
+def step_line(step: int, metrics: dict[str, float], shown: Collection[str]) -> str:
+    """A step as aligned text: one line where LINE_WIDTH allows it, else two or more.
 
     Args:
         step: its number.
-        row: its metrics, with `seconds_<phase>`.
-        shown: names that had a column before; one that is missing now leaves it blank.
+        metrics: its metrics, with `seconds_<phase>`.
+        shown: every name that has a column; a metric without a value now leaves it blank.
     """
-    first, second = ([*_cells(columns, row, shown)] for columns in COLUMNS)
-    phases = [name for name in shown if name.startswith("seconds_")]
-    if phases:
-        total = sum(row.get(name, 0.0) for name in phases)
-        short = {f"seconds_{phase}": label for phase, label in PHASES.items()}
-        parts = [f"{short.get(name, name[8:])} {_short(row.get(name, 0.0))}" for name in phases]
-        second.append(f"{_short(total)} s: {' '.join(parts)}")
+    first, second = ([*_cells(line, metrics, shown)] for line in (1, 2))
+    if phases := phase_seconds({name: metrics.get(name, 0.0) for name in shown}):
+        parts = [f"{PHASES.get(name, name)} {_short(value)}" for name, value in phases.items()]
+        second.append(f"{_short(sum(phases.values()))} s: {' '.join(parts)}")
     label, indent = f"step {step:>5}", " " * 4
     if len("  ".join([label, *first, *second])) <= LINE_WIDTH:
         return "  ".join([label, *first, *second])
@@ -284,26 +262,24 @@ def step_line(step: int, row: dict[str, float], shown: list[str]) -> str:
     return "\n".join(lines)
 
 
+def _cells(line: int, metrics: dict[str, float], shown: Collection[str]) -> Iterator[str]:
+    """`label value` of each column of the line; metrics with one label are joined by slashes."""
+    listed = [metric for metric in METRICS if metric.line == line and metric.name in shown]
+    for label, column in groupby(listed, attrgetter("label")):
+        yield f"{label} {'/'.join(_value(metric, metrics) for metric in column)}"
+
+
+def _value(metric: Metric, metrics: dict[str, float]) -> str:
+    """The metric's number, or as many blanks."""
+    if metric.name in metrics:
+        return format(metrics[metric.name], metric.form)
+    return " " * int(metric.form.split(".")[0])
+
+
 def _short(seconds: float) -> str:
     """Three digits in four characters."""
     digits = 2 if seconds < 9.995 else 1 if seconds < 99.95 else 0
     return f"{seconds:4.{digits}f}"
-
-
-def _cells(columns: tuple, row: dict[str, float], shown: list[str]) -> Iterator[str]:
-    """`label value` for each column with a metric that was ever shown."""
-    for label, form, names in columns:
-        if present := [name for name in names if name in shown]:
-            blank = " " * int(form.split(".")[0])
-            values = [format(row[name], form) if name in row else blank for name in present]
-            yield f"{label} {'/'.join(values)}"
-
-
-def _tag(name: str) -> str:
-    """A metric's name in TensorBoard, which groups by what stands before the slash."""
-    if "/" in name:
-        return name
-    return name.replace("seconds_", "seconds/", 1) if "seconds_" in name else f"train/{name}"
 
 
 def _number(name: str, value: float, step: int) -> float:
@@ -317,22 +293,12 @@ def _number(name: str, value: float, step: int) -> float:
 
 
 def _drop_from(path: Path, step: int) -> None:
-    """Removes the lines of a metrics file at or after a step, and a last line cut short."""
+    """Remove the lines of a metrics.jsonl at or after a step, and a last line cut short."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = []
-    for number, line in enumerate(lines, 1):
-        if number == len(lines) and not line.endswith("\n"):
-            break
-        try:
-            recorded = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object with a step") from error
-        if recorded < step:
-            kept.append(line)
+    kept = [recorded for recorded in read_metrics(path) if recorded["step"] < step]
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -342,8 +308,8 @@ def _summary_writer(folder: Path, step: int):
     return SummaryWriter(str(folder), purge_step=step)
 
 
-def _start_wandb(project: str, out: Path, config_yaml: str | None) -> ModuleType:
-    """Starts a run of Weights & Biases; runs resumed in one folder share its group."""
+def _start_wandb(project: str, out: Path, config_yaml: str) -> ModuleType:
+    """Start a run of Weights & Biases; a run and those that resume it share a group."""
     try:
         import wandb
     except ImportError as error:
@@ -353,13 +319,13 @@ def _start_wandb(project: str, out: Path, config_yaml: str | None) -> ModuleType
         ) from error
     import yaml
 
-    config = yaml.safe_load(config_yaml) if config_yaml else None
+    config = yaml.safe_load(config_yaml)
     wandb.init(project=project, group=out.name, dir=str(out), config=config)
     return wandb
 
 
 class SilentLog:
-    """Stands in for a RunLog on ranks that neither show nor record."""
+    """A RunLog, and its phases, that do nothing: for all ranks but the first."""
 
     def phase(self, name: str, total: float | None = None, unit: str = "") -> SilentLog:
         return self

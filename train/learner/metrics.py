@@ -1,0 +1,155 @@
+"""The metrics of a run: one table that says how each is shown, and one reader of metrics.jsonl.
+
+A line of metrics.jsonl is a JSON object: the number of the step, its metrics by name, and the
+seconds of each phase as `seconds_<phase>`. The step's line on the terminal, TensorBoard and
+curves.png follow from the tables below. A metric that they do not list, such as one of your own
+reward function, goes to metrics.jsonl, TensorBoard and Weights & Biases only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+SECONDS = "seconds_"
+"""What the name of a phase's seconds begins with."""
+
+
+class Metric(NamedTuple):
+    """A metric: its name in metrics.jsonl, what it is, and where it is shown."""
+
+    name: str
+    meaning: str
+    line: int | None = None
+    """Line of a step on the terminal, 1 or 2; None: not shown there."""
+    label: str = ""
+    """What stands before it on that line; neighbours with the same label share a column."""
+    form: str = ""
+    """Its format there, with a fixed width."""
+    panel: str | None = None
+    """Title of its panel in curves.png; None: not drawn."""
+    curve: str = ""
+    """Its name in the panel's legend."""
+    right: bool = False
+    """Whether it is drawn on the panel's right axis."""
+
+
+PANELS = {
+    "Reward": "",
+    "Loss": "",
+    "Entropy and KL": "KL",
+    "Share of tokens clipped": "",
+    "Gradient norm and learning rate": "learning rate",
+    "Response length and groups kept": "share kept",
+}
+"""The panels of curves.png in their order: the title, and the label of the right axis."""
+
+# fmt: off
+METRICS = (
+    # Means over all responses sampled in the step, whether or not their group was kept.
+    Metric("reward", "mean reward of a response",
+           1, "reward", "6.3f", "Reward", "reward"),
+    Metric("accuracy", "share of responses that the reward function counts as correct",
+           1, "acc", "5.3f", "Reward", "accuracy"),
+    Metric("several_names", "share of responses whose answer holds more than one known name",
+           1, "several", "5.3f", "Reward", "several names"),
+    Metric("format", "share of responses in the format that the prompt asks for"),
+    Metric("acceptance", "share of the step's sampled groups that passed dynamic sampling",
+           1, "kept", "5.3f", "Response length and groups kept", "share of groups kept", True),
+    Metric("response_length", "mean length of a response, in tokens",
+           1, "len", "6.1f", "Response length and groups kept", "tokens a response"),
+    Metric("cut_off", "share of responses that were cut off at rollout.max_response_tokens"),
+    Metric("groups", "groups that the step trains on"),
+    Metric("filled_up", "groups trained on although they did not pass dynamic sampling"),
+    # Of the loss: sums over response tokens divided by num_loss_tokens, then means over updates.
+    Metric("loss", "the loss that is minimised",
+           1, "loss", "7.4f", "Loss", "total"),
+    Metric("cross_entropy", "the loss of stage 1: minus the mean log-prob of the target tokens",
+           1, "ce", "7.4f", "Loss", "cross entropy"),
+    Metric("pg_loss", "the clipped policy-gradient term of the loss",
+           1, "pg", "7.4f", "Loss", "policy gradient"),
+    Metric("kl", "KL to the policy that sees the negative photo (k3 estimate), after its clamps",
+           1, "kl", "6.4f", "Entropy and KL", "KL to negative", True),
+    Metric("entropy", "minus the mean log-prob of the sampled tokens",
+           1, "H", "6.3f", "Entropy and KL", "H"),
+    Metric("neg_entropy", "minus the mean log-prob of the same tokens on the negative photo",
+           1, "Hneg", "6.3f", "Entropy and KL", "H negative"),
+    Metric("exact_entropy", "entropy of the policy's whole next-token distribution",
+           1, "Hexact", "5.3f", "Entropy and KL", "H exact"),
+    Metric("clip_frac_high", "share of tokens held by the upper bound on the ratio",
+           2, "clip", "5.3f", "Share of tokens clipped", "high"),
+    Metric("clip_frac_low", "share of tokens held by the lower bound on the ratio",
+           2, "clip", "5.3f", "Share of tokens clipped", "low"),
+    Metric("clip_frac_dual", "share of tokens held by dual clipping",
+           2, "clip", "5.3f", "Share of tokens clipped", "dual"),
+    Metric("approx_kl", "KL to the policy at the start of the step (k3 estimate)",
+           2, "kl_old", "7.1e", "Entropy and KL", "KL to old", True),
+    # Of the optimiser: means over the step's updates.
+    Metric("grad_norm", "norm of the gradient before it is clipped",
+           2, "grad", "7.1e", "Gradient norm and learning rate", "gradient norm"),
+    Metric("skipped_steps", "share of updates skipped because the gradient was not finite",
+           2, "skip", "1.0f"),
+    Metric("lr", "learning rate",
+           2, "lr", "7.1e", "Gradient norm and learning rate", "learning rate", True),
+    # Of the sampler.
+    Metric("tokens_per_s", "response tokens sampled in a second",
+           2, "tok/s", "5.0f"),
+    # The sampler against the trainer, over the tokens of responses on the anchor photo.
+    Metric("mismatch_mean", "mean of |log-prob of the trainer - log-prob of the sampler|"),
+    Metric("mismatch_max", "maximum of |log-prob of the trainer - log-prob of the sampler|"),
+    Metric("mismatch_kl", "KL(sampler || trainer) (k3 estimate)"),
+    Metric("mismatch_over", "share of tokens whose log-probs differ by more than 0.1"),
+)
+# fmt: on
+"""Every metric that the training commands write, in the order of the terminal's two lines."""
+
+PHASES = {
+    "generate": "gen",
+    "reward": "rew",
+    "old": "old",
+    "negative": "neg",
+    "update": "upd",
+    "sync": "sync",
+}
+"""The phases of a step in their order, with their labels on the terminal."""
+
+
+def tensorboard_tag(name: str) -> str:
+    """The name in TensorBoard, which groups by what stands before the slash."""
+    if "/" in name:
+        return name
+    if name.startswith(SECONDS):
+        return f"seconds/{name.removeprefix(SECONDS)}"
+    return f"train/{name}"
+
+
+def phase_seconds(line: dict[str, float]) -> dict[str, float]:
+    """The seconds of each phase in a line of metrics.jsonl, by the phase's name."""
+    return {
+        name.removeprefix(SECONDS): value
+        for name, value in line.items()
+        if name.startswith(SECONDS)
+    }
+
+
+def read_metrics(path: Path | str) -> list[dict[str, float]]:
+    """The steps that a metrics.jsonl records, in its order, each as a dict with `step`.
+
+    A last line that was cut short, as a killed run may leave it, is left out.
+
+    Raises:
+        ValueError: a line is not a JSON object with a step; the message gives its number.
+    """
+    steps = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                step = json.loads(line)
+                step["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                if not line.endswith("\n"):
+                    break
+                raise ValueError(f"{path}, line {number}: not a JSON object with a step") from error
+            steps.append(step)
+    return steps

@@ -1,4 +1,4 @@
-# Every target does everything it needs, from the virtual environment on.
+# Each target creates its own virtual environment. `make help` lists the targets.
 PYTHON ?= $(shell for v in 3.11 3.12; do p=$$(command -v python$$v) && $$p -V >/dev/null 2>&1 && { echo $$p; break; }; done || true)
 PYTHON := $(if $(PYTHON),$(PYTHON),python3)
 VENV ?= .venv
@@ -10,10 +10,13 @@ KERNEL_TESTS := tests/test_rows.py tests/test_linear_logprobs.py tests/test_tapo
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo demo-seeds test test-core lint bench bench-kernels bench-gpu-kernels \
+.PHONY: install help demo demo-seeds test test-core lint bench bench-kernels bench-gpu-kernels \
 	bench-step bench-gpu-step bench-figures bench-rollout kernel-table gpu-folder test-sglang clean
 
-install: $(STAMP)
+install: $(STAMP)  ## the virtual environment .venv, with Tercet and what its tests need (2.5 GB)
+
+help:  ## list the targets
+	@awk -F ':.*  ## ' '/^[a-z].*:.*  ## / {printf "%-34s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 $(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), f'Python 3.11 or 3.12 is needed, not {sys.version}: make PYTHON=...'"
@@ -22,11 +25,11 @@ $(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c $(CONSTRAINTS)
 	touch $@
 
-demo: $(STAMP)  ## draw a world, teach a tiny policy, improve it: about 6 minutes on 2 cores
+demo: $(STAMP)  ## draw a world, teach a tiny policy, improve it with TAPO: 6 minutes on 2 cores
 	$(BIN)/torchrun --nproc-per-node 1 train/tapo.py
 
 demo-seeds: $(STAMP)  ## three seeds of the demo beside their controls
-	$(BIN)/python -m tercet.train.demo
+	$(BIN)/python -m tercet.train.demo --seeds 0 1 2
 
 test: $(STAMP)  ## all tests; then those of the kernels again, in Triton's interpreter
 	$(BIN)/pytest -n 2
@@ -49,11 +52,11 @@ bench-rollout: $(STAMP) $(SGLANG_VENV)/installed  ## sampling on a server beside
 test-core: $(STAMP)  ## the quick tests that need no trained model
 	$(BIN)/pytest -n 2 -m core
 
-lint: $(STAMP)
+lint: $(STAMP)  ## ruff and its formatter, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(STAMP)
+bench: $(STAMP)  ## one small case of each benchmark
 	$(BIN)/pytest bench --benchmark-only -o python_files='*.py'
 
 bench-kernels: $(STAMP)  ## head and loss beside their peers, into bench/results/kernels.csv
@@ -64,21 +67,21 @@ bench-step: $(STAMP)  ## an update step beside other ways to compute it, into be
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]' -c $(CONSTRAINTS)
 	$(BIN)/python -m tercet.bench.step
 
-# On a GPU machine: its own python3 and packages, and pure-Python wheels laid into WHEELS.
+# On a GPU machine these use its own python3 and packages, and the pure-Python wheels in WHEELS.
 # Both need torch and transformers; bench-gpu-step also pyarrow, pillow, tokenizers and pytest.
-bench-gpu-kernels bench-gpu-step: bench-gpu-%: gpu-folder
+bench-gpu-kernels bench-gpu-step: bench-gpu-%: gpu-folder  ## the same two on a GPU
 	PYTHONPATH=build/gpu python3 -m tercet.bench.$* --device cuda
 
-gpu-folder:
+gpu-folder:  ## what the GPU benchmarks import, in build/gpu
 	mkdir -p build/gpu/tercet
 	for folder in core kernels rollout train bench; do ln -sfn $(CURDIR)/$$folder build/gpu/tercet/$$folder; done
 	for wheel in $(wildcard $(WHEELS)/*.whl); do python3 -m zipfile -e $$wheel build/gpu; done
 
-bench-figures: $(STAMP)  ## the figures, from the ledgers
+bench-figures: $(STAMP)  ## the figures, from the rows in bench/results
 	$(BIN)/python -m tercet.bench.figures
 
 kernel-table: $(STAMP)  ## registers, spills and shared memory of every kernel, with no GPU
 	$(BIN)/python -m tercet.bench.compile_kernels
 
-clean:
+clean:  ## remove the virtual environment, build files and runs
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -1,0 +1,355 @@
+"""README and docs: their links, files, options and tables, and every command that they show.
+
+A command that needs no GPU, server, download or make is run on a tiny policy and noise photos; of
+the others the options are parsed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import tiny
+from torch.distributed.run import get_args_parser
+
+from tercet.core.config import SftConfig, TapoConfig
+from tercet.train import eval_fgvr, make_triplets, plan
+from tercet.train.learner.command_line import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+HEADINGS = [
+    "Status",
+    "Two commands",
+    "Your own photos",
+    "What a step prints",
+    "Results",
+    "Where each step of the paper is",
+    "Code layout",
+]
+MOST_WORDS = 1500
+
+PLACEHOLDERS = {
+    "MODEL": "policy",
+    "STAGE1": "policy",
+    "CHECKPOINT": "policy",
+    "ENV/bin/python": sys.executable,
+}
+"""Words of a command, and what stands for them; `photos`, `stage1.json` and `my_rewards.py` lie in
+the folder that commands are run in."""
+TINY = {
+    "tapo": """--data.shots=3 --data.sft_shots=0 --run.steps=1 --run.device=cpu
+        --rollout.groups_per_step=2 --rollout.n_anchor=2 --rollout.n_positive=2
+        --rollout.max_response_tokens=8 --rollout.max_rounds=1
+        --rollout.on_exhausted=keep_last_round""".split(),
+    "sft": ["--run.steps=1", "--run.device=cpu", "--optim.samples_per_step=2"],
+    "eval_fgvr": ["--max_tokens=8", "--per_class=1", "--device=cpu"],
+    "make_triplets": ["--data.shots=3", "--data.sft_shots=0"],
+    "plan": [],
+}
+"""Options that come before those of a command, to make it quick."""
+PARSED_ONLY = {
+    "--nproc-per-node 4": "needs four GPUs",
+    "--rollout.engine sglang": "needs a server",
+    "pytest": "these tests themselves",
+    "make": "makes an environment",
+    "pip": "downloads",
+    ".": "is the shell's own",
+}
+"""Commands, by an option or by their first word, that are not run, and why."""
+FOREIGN = {"--enable-memory-saver", "--mem-fraction-static"}
+"""Options of SGLang's servers."""
+COMMANDS = ("make", "pip", "pytest", "python", "torchrun", ".")
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(language, content) of fenced blocks."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def lines_of(text: str) -> list[str]:
+    """Commands in a document's shell blocks; lines that end with a backslash are joined."""
+    shell = "".join(content for language, content in blocks(text) if language == "sh")
+    return [line for line in re.sub(r"\\\n\s*", "", shell).splitlines() if line.strip()]
+
+
+def inline(text: str) -> list[str]:
+    """Inline code of a document."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M))
+
+
+LINES = list(dict.fromkeys(line for text in TEXTS.values() for line in lines_of(text)))
+MENTIONED = list(
+    dict.fromkeys(
+        code
+        for text in TEXTS.values()
+        for code in inline(text)
+        if re.match(rf"(\w+=\S+ )?({'|'.join(COMMANDS[:-1])}) ", code) and code not in LINES
+    )
+)
+
+
+def split(line: str) -> list[str]:
+    """A command's words, without variables before it and with placeholders replaced."""
+    words = shlex.split(line)
+    while "=" in words[0]:
+        words = words[1:]
+    return [PLACEHOLDERS.get(word, word) for word in words]
+
+
+def our_command(words: list[str]) -> tuple[str, list[str]] | None:
+    """(name in train/, its options) of a command of ours."""
+    if words[0] == "torchrun":
+        options = get_args_parser().parse_args(words[1:])
+        assert options.training_script.startswith("train/")
+        return Path(options.training_script).stem, options.training_script_args
+    if words[:2] == ["python", "-m"] and words[2].startswith("tercet.train."):
+        return words[2].removeprefix("tercet.train."), words[3:]
+    return None
+
+
+def why_not_run(line: str) -> str | None:
+    """The reason in PARSED_ONLY; None for a command that is to be run."""
+    for part, reason in PARSED_ONLY.items():
+        if part == split(line)[0] or part.startswith("--") and part in line:
+            return reason
+    return None
+
+
+def check_foreign(words: list[str]) -> None:
+    """Fails for make targets, extras, markers, files and modules that are not there."""
+    command, rest = words[0], words[1:]
+    if command == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        for word in rest:
+            pattern = rf"^{word.split('=')[0]} \?=" if "=" in word else rf"^[^\t#]*\b{word}\b.*:"
+            assert re.search(pattern, makefile, re.MULTILINE), f"the Makefile has no {word}"
+    elif command == "pip":
+        setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+        (extra,) = re.fullmatch(r"install -e \.(?:\[(\w+)\])?", " ".join(rest)).groups()
+        assert extra is None or f'"{extra}": [' in setup
+    elif command == "pytest":
+        markers = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        if "-m" in rest:
+            name = rest[rest.index("-m") + 1].split()[-1]
+            assert f'"{name}: ' in markers, f"there is no marker {name}"
+        pytest_ = Path(sys.executable).with_name("pytest")
+        quick = ["--noconftest", "--markers", "-p", "no:cacheprovider"]
+        subprocess.run([pytest_, *rest, *quick], cwd=ROOT, check=True, capture_output=True)
+    elif command == "python":
+        assert rest[0] == "-m" and find_spec(rest[1])
+    else:
+        assert words == [".", ".venv/bin/activate"]
+
+
+def check_options(name: str, argv: list[str]) -> None:
+    """Fails for an option or a value that the command would refuse."""
+    if name in ("tapo", "sft"):
+        parse({"tapo": TapoConfig, "sft": SftConfig}[name], argv, "")
+    else:
+        assert name == "plan", f"parse the options of {name} here, or run it"
+        plan.read(argv)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """What the commands name: photos, a policy, stage-1 records, triplets, rewards, train/."""
+    root = tmp_path_factory.mktemp("docs")
+    rng = np.random.default_rng(0)
+    for name in ("red_bird", "blue_bird", "grey_bird", "pink_bird"):
+        (root / "photos" / "bird" / name).mkdir(parents=True)
+        for n in range(5):
+            pixels = rng.integers(0, 255, (*rng.integers(60, 90, 2), 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "photos" / "bird" / name / f"{n}.jpg")
+    parts = tiny(hidden_size=64, layers=1, vision_layers=1)
+    parts.save(root / "policy")
+    messages = [
+        {"role": "user", "content": "<image>What bird is this?"},
+        {"role": "assistant", "content": "<think>It is red.</think><answer>red bird</answer>"},
+    ]
+    record = {"messages": messages, "images": ["photos/bird/red_bird/0.jpg"]}
+    (root / "stage1.json").write_text(json.dumps([record] * 2))
+    python = [code for text in TEXTS.values() for name, code in blocks(text) if name == "python"]
+    (root / "my_rewards.py").write_text("\n".join(python))
+    (root / "train").symlink_to(ROOT / "train")
+    argv = [*TINY["make_triplets"], "--data.path=photos", "--model.path=policy"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr(sys, "argv", ["make_triplets", *argv, "--out=runs/mine"])
+        make_triplets.main()
+    return root
+
+
+def assert_explained(metrics_file: Path) -> None:
+    """Every metric of a run is in the table of docs/training.md."""
+    for line in metrics_file.read_text().splitlines():
+        for name in json.loads(line).keys() - {"step"}:
+            assert f"`{name}`" in TEXTS["docs/training.md"], f"{name} is not explained"
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_commands_run_or_parse(line, workspace, monkeypatch, capsys):
+    monkeypatch.chdir(workspace)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    ours = our_command(split(line))
+    if ours is None:
+        assert why_not_run(line), f"say in PARSED_ONLY why this is not run: {line}"
+        return check_foreign(split(line))
+    name, argv = ours
+    if why_not_run(line):
+        return check_options(name, argv)
+    monkeypatch.setattr(sys, "argv", [name, *TINY[name], *argv])
+    importlib.import_module(f"tercet.train.{name}").main()
+    assert capsys.readouterr().out.strip()
+    if name in ("tapo", "sft"):
+        assert_explained(workspace / argv[argv.index("--run.out") + 1] / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("line", MENTIONED)
+def test_commands_in_the_text_parse(line, workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    ours = our_command(split(line))
+    check_options(*ours) if ours else check_foreign(split(line))
+
+
+def test_the_first_command_runs_as_it_stands(workspace):
+    """As a process of its own; what it prints is explained in README and docs/training.md."""
+    line = next(line for line in lines_of(TEXTS["README.md"]) if line.startswith("torchrun"))
+    words = split(line)
+    place = words.index("train/tapo.py") + 1
+    words = [*words[:place], *TINY["tapo"], *words[place:], "--run.out", "runs/process"]
+    words[0] = str(Path(sys.executable).with_name("torchrun"))
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        words, cwd=workspace, env=one_thread, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert_explained(workspace / "runs" / "process" / "metrics.jsonl")
+    (shown,) = re.findall(r"^step +1 .*?^ {6}.*?$", done.stdout, re.DOTALL | re.MULTILINE)
+    labels = re.findall(r"([A-Za-z_][\w/]*) +[-+]?\d", shown)
+    assert labels[:3] == ["step", "reward", "acc"]
+    for label in labels[1:]:
+        assert f"`{label}`" in TEXTS["docs/training.md"], f"{label} is not explained"
+    readme = {label for label in labels[1:] if label not in ("gen", "rew", "old", "upd", "sync")}
+    assert all(f"`{label}`" in TEXTS["README.md"] for label in readme)
+
+
+def test_the_plan_in_the_docs_is_what_the_command_prints(capsys):
+    text = TEXTS["docs/memory.md"]
+    (line,) = [line for line in lines_of(text) if "tercet.train.plan" in line]
+    shown = next(content for language, content in blocks(text) if language == "text")
+    plan.main(split(line)[3:])
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in printed if line] == [line for line in shown.splitlines() if line]
+
+
+def test_rewards_in_the_docs_are_rewards(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    found: dict = {}
+    exec((workspace / "my_rewards.py").read_text(), found)
+    assert found["short"]([{"response_length": 4}]) == [{"overall": 0.25}]
+    assert callable(found["reasoning"])
+
+
+def test_commands_stand_in_shell_blocks():
+    for name, text in TEXTS.items():
+        for language, content in blocks(text):
+            assert language in ("sh", "text", "python", "math", ""), f"{name}: {language}"
+            found = re.findall(rf"^(?:{'|'.join(COMMANDS[:-1])}) .*", content, re.MULTILINE)
+            assert language == "sh" or not found, f"{name}: {found}"
+        assert text.count("```") == 2 * len(blocks(text)), f"{name}: a block is not closed"
+
+
+@pytest.fixture(scope="module")
+def known_options() -> set[str]:
+    """Options of our commands, of torchrun, and of SGLang's servers that the docs name."""
+
+    def helped(show) -> str:
+        with redirect_stdout(StringIO()) as text, pytest.raises(SystemExit):
+            show()
+        return text.getvalue()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", "--help"])
+        texts = [helped(show) for show in (eval_fgvr.main, make_triplets.main, plan.main)]
+    texts += [helped(lambda c=c: parse(c, ["--help"], "")) for c in (TapoConfig, SftConfig)]
+    torchrun = {name for action in get_args_parser()._actions for name in action.option_strings}
+    return {*re.findall(r"--[\w.]+", "\n".join(texts)), *torchrun, *FOREIGN}
+
+
+def test_options_exist(known_options):
+    assert {"--loss.kl_coef", "--optim.samples_per_step", "--per_class"} <= known_options
+    for name, text in TEXTS.items():
+        for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text):
+            assert option in known_options, f"{name}: {option}"
+
+
+def test_values_of_options_are_allowed():
+    """Inline code such as `--optim.states float32`, as train/tapo.py reads it."""
+    found = {code for text in TEXTS.values() for code in inline(text) if code.startswith("--")}
+    checked = 0
+    for code in sorted(found):
+        words = shlex.split(code)
+        names = [word for word in words if word.startswith("--")]
+        if len(words) > len(names) and all("." in name for name in names):
+            parse(TapoConfig, words, "")
+            checked += 1
+    assert checked > 15
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_and_files_exist(name):
+    text = TEXTS[name]
+    for link in re.findall(r"\]\(([^)#\s]+)\)", text):
+        assert link.startswith("https://") or ((ROOT / name).parent / link).exists(), link
+    rooms = "core|kernels|rollout|train|bench|tests|docs"
+    for path in re.findall(rf"(?<![\w./])((?:{rooms})/[\w/.-]*[\w/])", text):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"`((?:constraints|\.ci/|setup|pyproject)[\w.-]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_tables_have_as_many_cells_in_every_row(name):
+    for table in re.findall(r"(?:^\|.*\n)+", TEXTS[name], re.MULTILINE):
+        rows = table.splitlines()
+        assert all(row.endswith(" |") for row in rows)
+        assert re.fullmatch(r"\|( -+:? \|)+", rows[1]), table
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, table
+
+
+def test_readme_has_its_parts_in_order_and_is_short():
+    text = TEXTS["README.md"]
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == HEADINGS
+    assert text.startswith("# Tercet\n") and "](docs/samples.png)" in text.partition("\n## ")[0]
+    assert len(text.split()) <= MOST_WORDS
+
+
+def test_docs_are_all_reached_from_readme():
+    for name in TEXTS.keys() - {"README.md"}:
+        assert f"]({name})" in TEXTS["README.md"], name
+
+
+def test_every_make_target_says_what_it_does():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (.*(?:\\\n.*)*)", makefile, re.MULTILINE)
+    shown = subprocess.run(
+        ["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for target in phony.replace("\\", "").split():
+        assert re.search(rf"^(\S+ )?{target} .*\w", shown, re.MULTILINE), target

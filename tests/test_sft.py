@@ -129,11 +129,11 @@ def test_out_of_memory_begins_the_step_again(stage1, tmp_path, monkeypatch):
     whole = train(stage1, tmp_path / "roomy", *more, budget)
     forward, sizes = Policy.forward, []
 
-    def limited(self, packed, *arguments, **options):
-        if packed.num_tokens > 400:
+    def limited(self, batch, *arguments, **options):
+        if batch.update.num_tokens > 400:
             raise torch.OutOfMemoryError("no room")
-        sizes.append(packed.num_tokens)
-        return forward(self, packed, *arguments, **options)
+        sizes.append(batch.update.num_tokens)
+        return forward(self, batch, *arguments, **options)
 
     monkeypatch.setattr(Policy, "forward", limited)
     saved = train(stage1, tmp_path / "cramped", *more, budget)

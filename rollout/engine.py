@@ -9,11 +9,11 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Protocol
 
 from torch import Tensor
 
+from tercet.core.draws import digest_int
 from tercet.core.types import Completion, Request
 
 
@@ -83,12 +83,8 @@ class IdleEngine:
 
 
 def sample_seed(seed: int, step: int, request_id: str, index: int) -> int:
-    """63-bit seed of sample `index` of a request; the same in every process and on every machine.
-
-    Python's hash() is salted per process, hence blake2b.
-    """
-    text = f"{seed}/{step}/{request_id}/{index}".encode()
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "big") >> 1
+    """63-bit seed of a request's sample `index`: the same in every process and on every machine."""
+    return digest_int(f"{seed}/{step}/{request_id}/{index}".encode())
 
 
 @asynccontextmanager

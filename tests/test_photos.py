@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tercet.core.data.photos import check_images, read_eval, read_photos, read_sft
+from tercet.core.data.photos import check_images, read_photos
+from tercet.core.data.records import read_eval, read_sft
 from tercet.core.data.vision import load_image
 from tercet.core.types import Photo
 
@@ -331,6 +332,7 @@ USER = {"role": "user", "content": "<image>Which?"}
             "'role' must be system or user or as",
         ),
         (record(messages=[USER, {"role": "assistant", "content": ""}]), "'content' must be a text"),
+        (record(messages=["Which?"]), "'role' must be system or user or as"),
         (record(images=[3]), "'images' must be a list of paths"),
         ({"images": []}, "needs a list 'messages'"),
     ],

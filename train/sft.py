@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from tercet.core.data.photos import SftSample, read_sft
+from tercet.core.data.records import SftSample, read_sft
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.packing import pack
 from tercet.core.prompts import chat_ids

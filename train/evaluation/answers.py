@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tercet.core.data.manifest import Manifest
-from tercet.core.data.photos import read_eval
+from tercet.core.data.records import read_eval
 from tercet.core.data.triplets import eval_questions
 from tercet.core.prompts import chat_ids, closed_world_text, open_world_text, stage2_text
 from tercet.core.types import EvalQuestion, PolicyParts, Request

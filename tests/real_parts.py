@@ -48,10 +48,8 @@ def real_language_model(folder: Path) -> tuple[PolicyParts, torch.nn.Module]:
     """The policy, and the language model as it was loaded."""
     language = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
-    known = tokenizer.get_vocab()
-    tokenizer.add_tokens(
-        [t for t in SPECIAL_TOKENS.values() if t not in known], special_tokens=True
-    )
+    known, special = tokenizer.get_vocab(), list(SPECIAL_TOKENS.values())
+    tokenizer.add_tokens([t for t in special if t not in known], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
     c = language.config

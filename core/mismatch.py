@@ -1,7 +1,7 @@
 """How far the sampler's log-probs are from the trainer's, and weights that correct for it.
 
-Both score the same tokens with the same weights, but with other kernels and roundings: the ratio
-pi_trainer / pi_sampler is what an unbiased gradient would have to be weighted with.
+Both compute the log-probs of the same tokens with the same weights, but with different kernels and
+rounding. An unbiased gradient would weight each token by the ratio pi_trainer / pi_sampler.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from torch import Tensor
 from tercet.core.types import Response
 
 BOUND = 0.1
-"""Differences of log-probs over this are counted."""
+"""mismatch_over is the share of log-probs that differ by more than this."""
 
 
 def mismatch_figures(responses: Sequence[Response]) -> dict[str, float]:
     """Differences between old (trainer) and rollout (sampler) log-probs, over all tokens.
 
     Args:
-        responses: those with old_logprobs are used; they must come from the weights and the image
-            that they were scored with.
+        responses: those with old_logprobs are used. Both kinds of log-probs must come from the
+            same weights and the same image.
 
     Returns:
         mismatch_mean and mismatch_max of |old - rollout|; mismatch_kl, the k3 estimate
         E[e^d - 1 - d] of KL(sampler || trainer) with d = old - rollout; mismatch_over, the share
-        of tokens with |d| > BOUND. Nothing where there is no token.
+        of tokens with |d| > BOUND. Empty without tokens.
     """
-    scored = [r for r in responses if r.old_logprobs is not None and r.token_ids]
-    if not scored:
+    used = [r for r in responses if r.old_logprobs is not None and r.token_ids]
+    if not used:
         return {}
-    difference = torch.cat([r.old_logprobs.double() - _sampled(r).double() for r in scored])
+    difference = torch.cat([r.old_logprobs.double() - _rollout(r).double() for r in used])
     return {
         "mismatch_mean": float(difference.abs().mean()),
         "mismatch_max": float(difference.abs().max()),
@@ -42,9 +42,9 @@ def mismatch_figures(responses: Sequence[Response]) -> dict[str, float]:
 
 
 def importance_weights(response: Response, cap: float) -> Tensor:
-    """[length] float32: min(exp(old - rollout), cap), truncated importance weights."""
-    return (response.old_logprobs - _sampled(response)).exp().clamp(max=cap)
+    """[length] float32: truncated importance weights min(exp(old - rollout), cap)."""
+    return (response.old_logprobs - _rollout(response)).exp().clamp(max=cap)
 
 
-def _sampled(response: Response) -> Tensor:
+def _rollout(response: Response) -> Tensor:
     return torch.tensor(response.rollout_logprobs, dtype=torch.float32)

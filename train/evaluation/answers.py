@@ -30,7 +30,7 @@ Prompt = Literal["stage2", "open_world", "closed_world"]
 
 @dataclass(frozen=True)
 class Answer:
-    """A question with what the model said to it."""
+    """A question with the model's answer and its scores."""
 
     question: EvalQuestion
     output: str
@@ -51,12 +51,12 @@ def ask(
     """Greedy answers with their scores, in the order of the questions.
 
     Args:
-        engine: where answers come from.
+        engine: samples the answers.
         parts: for the tokenizer.
         questions: about held-out photos.
-        prompt: wording; `closed_world` shows the options and gives the score `closed`, the others
+        prompt: wording. `closed_world` shows the options and gives the score `closed`; the others
             give `exact` and `included`.
-        names: known names by super-category, for `exact`; without them it is left out.
+        names: known names by super-category, for `exact`, which is left out without them.
         system_prompt: system message of every prompt.
         max_tokens: longest answer.
         progress: called with the number of answers that just came in.
@@ -96,7 +96,7 @@ def _scores(question: EvalQuestion, output: str, prompt: str, names) -> dict[str
 
 
 def table(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
-    """Mean of every score, by partition, in percent, with the number of answers as `n`."""
+    """By partition: the mean of every score in percent, and the number of answers as `n`."""
     by_partition: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         by_partition[answer.question.partition or "all"].append(answer)

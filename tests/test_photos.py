@@ -104,7 +104,7 @@ def listed_folder(tmp_path, **changes):
     return listing
 
 
-def test_a_manifest_gives_world_and_split_and_only_its_classes_are_read(tmp_path):
+def test_a_manifest_gives_partition_and_split_and_only_its_classes_are_read(tmp_path):
     listed_folder(tmp_path)
     read = read_photos(tmp_path)
     key = {name: str(tmp_path / "bird" / f"{name}.jpg") for name in ("tit/1", "wren/1", "wren/2")}

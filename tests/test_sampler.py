@@ -1,4 +1,4 @@
-"""Dynamic sampling against hand-played rounds: a scripted engine, rewards told by the script."""
+"""Dynamic sampling with a scripted engine and scripted rewards, against results by hand."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class ScriptedEngine:
 
 
 class Script:
-    """A reward: in each step the groups of these ranks pass (one right answer of all)."""
+    """A reward with which the groups of these ranks in a step pass, by one correct answer."""
 
     def __init__(self, *passing: set[int]):
         self.passing = passing
@@ -267,7 +267,7 @@ def test_what_the_reward_sees(make, parts):
 
 @pytest.mark.parametrize("n_anchor, n_positive", [(5, 0), (3, 2), (1, 4)])
 def test_only_groups_with_right_and_wrong_answers_are_kept(make, parts, n_anchor, n_positive):
-    """Group k has k right answers of five, for k = 0 to 5."""
+    """Group k has k correct answers of five, for k = 0 to 5."""
 
     def reward(rows):
         right = int(rows[0]["group_id"].split(".")[1])
@@ -315,7 +315,7 @@ def test_reward_seconds_are_those_waited_after_the_last_response(make):
         return [{"overall": float(i)} for i in range(len(rows))]
 
     result = collect(make(slow, groups_per_step=8))
-    assert 0.25 < result.reward_seconds < 1.5  # not 8 times 0.3: they run side by side
+    assert 0.25 < result.reward_seconds < 1.5  # not 8 times 0.3: rewards run concurrently
 
 
 # Rounds -------------------------------------------------------------------------------------------
@@ -420,20 +420,20 @@ def test_no_limit_goes_on_until_the_step_is_full(make):
 @pytest.mark.parametrize(
     "passing, batch, rounds, expected, filled_up, carried",
     [
-        # The rounds are spent: the last batch fills up, in request order among what passed.
+        # The rounds are used up: groups of the last batch fill the step up, in request order.
         ({1, 6}, 4, 2, [1, 4, 5, 6], 2, []),
         ({1, 4, 7}, 4, 2, [1, 4, 5, 7], 1, []),
-        # Only the last batch can fill up; where it is too small, the step stays short.
+        # Only the last batch can fill the step up; if it is too small, the step stays short.
         ({0, 7}, 3, 2, [0, 3, 4, 5], 3, []),
         ({0, 3, 7}, 3, 2, [0, 3, 6, 7], 1, []),
         ({0, 3, 7}, 3, None, [0, 3, 7, 9], 1, []),
-        # A batch in which nothing passes is kept whole, whether or not rounds are left ...
+        # A batch in which no group passes is kept whole, even if rounds are left ...
         (set(), 4, 5, [0, 1, 2, 3], 4, []),
         (set(), 2, None, [0, 1, 2, 3], 4, []),
-        # ... as far as the step has room, and what did not pass is never carried.
+        # ... as far as the step has room; groups that did not pass are never carried.
         ({0, 2}, 3, 5, [0, 2, 3, 4], 2, []),
         (set(), 7, 5, [0, 1, 2, 3], 4, []),
-        # Enough passed: nothing is filled up, and surplus that passed is carried.
+        # Enough groups passed: none fill the step up, and the surplus is carried.
         ({0, 1, 4, 5, 6}, 4, 2, [0, 1, 4, 5], 0, [6]),
         ({0, 1, 2, 3}, 4, 1, [0, 1, 2, 3], 0, []),
     ],
@@ -484,7 +484,8 @@ def test_cut_off_responses(make, parts, cut_off, penalty):
 
 
 def with_carried(make, parts, reward):
-    """A sampler after a step that left two groups, and what it must still hold after a failure."""
+    """A sampler after a step that carried two groups; its engine, these groups, and the stream's
+    state."""
     engine = ScriptedEngine(parts.tokenizer)
 
     def first_then(rows):
@@ -550,7 +551,7 @@ def test_an_interruption_loses_nothing(make, parts):
 
 
 def test_progress_is_called_while_nothing_comes(make, monkeypatch):
-    """So that a signal is seen within a second, whatever engine and reward are waiting for."""
+    """A signal is then noticed within a second, whatever engine and reward are waiting for."""
 
     async def endless(rows):
         await asyncio.sleep(60)
@@ -638,7 +639,7 @@ def test_the_same_seed_gives_the_same_steps(make, parts):
 
 
 class TimedEngine(ScriptedEngine):
-    """Groups take as many turns of the event loop as `turns` says by rank (None: for ever)."""
+    """Each group takes `turns[rank]` turns of the event loop; None: it never ends."""
 
     def __init__(self, tokenizer, turns=lambda rank: 1):
         super().__init__(tokenizer, shuffle=None)
@@ -683,14 +684,14 @@ def test_a_stream_does_not_wait_for_slow_responses(make, parts):
 
 
 def triplet_of(sampler: GroupSampler, rank: int) -> str:
-    """Id of the triplet that a fresh stream of the same seed gives at a rank."""
+    """Id of the triplet at a rank of a new stream with the same seed."""
     fresh = TripletStream(sampler._stream._anchors, positive="redraw", seed=0)
     return [next(fresh).id for _ in range(rank + 1)][-1]
 
 
 def test_a_stream_sends_by_the_share_that_passes(make, parts):
-    """One of two expected at first: ceil(1.25 * 4 * 2) = 10 in flight, later fewer; never more
-    than the servers hold."""
+    """One of two groups is expected to pass at first: ceil(1.25 * 4 * 2) = 10 are in flight, later
+    fewer, and never more than the servers hold."""
     engine = TimedEngine(parts.tokenizer)
     everyone = set(range(100))
     sampler = make(Script(*[everyone] * 3), engine=engine, dispatch="stream", surplus="drop")

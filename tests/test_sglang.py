@@ -49,7 +49,7 @@ pytestmark = NEEDS_SERVER
 def test_every_way_of_weights_gives_the_local_engines_answers(
     policy, server, photos, tmp_path, way
 ):
-    """Tokens and log-probs, after each of two updates: nothing of the old weights is left."""
+    """Tokens and log-probs after each of two updates: no trace of the old weights is left."""
     engine = make_engine(policy, [server], tmp_path, way=way)
     requests = make_requests(policy, photos)
     for version in (1, 2):
@@ -159,7 +159,7 @@ def test_batches_of_seeded_samples_are_the_same_in_every_run(policy, photos, tmp
 
 
 def test_several_calls_share_the_server_and_can_be_aborted(policy, engine, photos):
-    """As a stream of groups does; what is aborted is not yielded, the rest is all there."""
+    """As with streaming: aborted samples are not yielded, all others are."""
     engine.update_weights(policy.model.named_parameters(), 4)
     requests = make_requests(policy, photos, n=3)
     long = Sampling(temperature=1.0, max_tokens=500)
@@ -245,7 +245,7 @@ def train_three_steps(folder, monkeypatch, *more: str) -> list[dict]:
 
 
 def assert_trained_with_synced_weights(rows: list[dict], log: str, ending: str) -> None:
-    """Weights went over before the first step and after each; the samplers' log-probs are the
+    """Weights are sent before the first step and after each; the sampler's log-probs are the
     trainer's."""
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["grad_norm"] > 0 and row["groups"] == 4 for row in rows)
@@ -263,7 +263,7 @@ def test_training_samples_on_a_server_and_leaves_none(tmp_path, monkeypatch):
 
 
 def test_training_shares_a_running_server_that_sleeps_during_updates(tmp_path, monkeypatch, server):
-    """Attached, colocated, weights handed over; the server goes on without the trainer."""
+    """Attached, colocated, weights as handles; the server runs on after the trainer has ended."""
     before = len(server.log_path.read_text())
     more = [f"--rollout.urls=['{server.url}']", "--rollout.weight_sync=tensor"]
     rows = train_three_steps(tmp_path, monkeypatch, *more, "--rollout.colocated=true")
@@ -308,7 +308,7 @@ def train_on_two_ranks(folder: Path, *more: str) -> list[dict]:
 
 
 def test_two_ranks_share_a_server(tmp_path, server):
-    """Sharded weights reach it whole: its log-probs are the trainer's."""
+    """The server gets the full weights of a sharded policy: its log-probs are the trainer's."""
     (tmp_path / "lengths.py").write_text(LENGTH)
     more = ["--rollout.reward=lengths:length", f"--rollout.urls=['{server.url}']"]
     rows = train_on_two_ranks(tmp_path, *more)
@@ -316,7 +316,7 @@ def test_two_ranks_share_a_server(tmp_path, server):
 
 
 def test_two_ranks_restart_a_server_that_dies(tmp_path):
-    """During the weight sync and while it samples: both ranks put the weights together again."""
+    """During the weight sync and while it samples: both ranks gather the weights again."""
     own = [f"--rollout.sglang_python={PYTHON}", f"--rollout.sglang_args={' '.join(FLAGS)}"]
     (tmp_path / "killing.py").write_text(f"RUN = {str(tmp_path / 'run')!r}\n" + KILLING)
     # Two samples in flight: when a step's first group is whole, others have still to be drawn.

@@ -46,7 +46,6 @@ def ask(
     names: Mapping[str, Sequence[str]],
     system_prompt: str | None = None,
     max_tokens: int = 2048,
-    progress: Callable[[int], None] = lambda answers: None,
 ) -> list[Answer]:
     """Greedy answers with their scores, in the order of the questions.
 
@@ -59,7 +58,6 @@ def ask(
         names: known names by super-category, for `exact`, which is left out without them.
         system_prompt: system message of every prompt.
         max_tokens: longest answer.
-        progress: called with the number of answers that just came in.
     """
 
     def request(i: int, question: EvalQuestion) -> Request:
@@ -75,7 +73,6 @@ def ask(
             outputs[int(completion.request_id)] = parts.tokenizer.decode(
                 completion.token_ids, skip_special_tokens=True
             )
-            progress(1)
         return outputs
 
     outputs = asyncio.run(collect())

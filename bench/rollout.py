@@ -30,13 +30,14 @@ from PIL import Image
 
 from tercet.bench.kernels import commit, device_name
 from tercet.core.config import ModelConfig, RolloutConfig
+from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder, data_uri
 from tercet.core.models import build_tiny, load_policy
 from tercet.core.prompts import chat_ids
 from tercet.core.types import Anchor, PolicyParts, Request
 from tercet.rollout.engine import Sampling
 from tercet.rollout.launch import open_engine
-from tercet.rollout.sampler import GroupSampler, TripletStream
+from tercet.rollout.sampler import GroupSampler
 from tercet.rollout.sglang import SglangEngine
 
 RESULTS = Path(__file__).parent / "results" / "rollout.csv"

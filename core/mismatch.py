@@ -1,7 +1,7 @@
 """How far the sampler's log-probs are from the trainer's, and weights that correct for it.
 
-Both score the same tokens with the same weights, but with other kernels and roundings: the ratio
-pi_trainer / pi_sampler is what an unbiased gradient would have to be weighted with.
+Both compute the log-probs of the same tokens with the same weights, but with different kernels and
+rounding. An unbiased gradient would weight each token by the ratio pi_trainer / pi_sampler.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from tercet.core.types import Group, Response
 
 BOUND = 0.1
-"""Differences of log-probs over this are counted."""
+"""mismatch_over is the share of log-probs that differ by more than this."""
 
 
 def mismatch_figures(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
@@ -29,7 +29,7 @@ def mismatch_figures(groups: Sequence[Group], weight_version: int) -> dict[str, 
     Returns:
         mismatch_mean and mismatch_max of |old - rollout|; mismatch_kl, the k3 estimate
         E[e^d - 1 - d] of KL(sampler || trainer) with d = old - rollout; mismatch_over, the share
-        of tokens with |d| > BOUND. Nothing where there is no token.
+        of tokens with |d| > BOUND. Empty without tokens.
     """
     scored = [
         r
@@ -40,7 +40,7 @@ def mismatch_figures(groups: Sequence[Group], weight_version: int) -> dict[str, 
     ]
     if not scored:
         return {}
-    difference = torch.cat([r.old_logprobs.double() - _sampled(r).double() for r in scored])
+    difference = torch.cat([r.old_logprobs.double() - _rollout(r).double() for r in scored])
     return {
         "mismatch_mean": float(difference.abs().mean()),
         "mismatch_max": float(difference.abs().max()),
@@ -50,9 +50,9 @@ def mismatch_figures(groups: Sequence[Group], weight_version: int) -> dict[str, 
 
 
 def importance_weights(response: Response, cap: float) -> Tensor:
-    """[length] float32: min(exp(old - rollout), cap), truncated importance weights."""
-    return (response.old_logprobs - _sampled(response)).exp().clamp(max=cap)
+    """[length] float32: truncated importance weights min(exp(old - rollout), cap)."""
+    return (response.old_logprobs - _rollout(response)).exp().clamp(max=cap)
 
 
-def _sampled(response: Response) -> Tensor:
+def _rollout(response: Response) -> Tensor:
     return torch.tensor(response.rollout_logprobs, dtype=torch.float32)

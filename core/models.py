@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import Protocol
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    BaseImageProcessor,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -19,35 +20,74 @@ from transformers import (
 )
 
 from tercet.core.config import ModelConfig
+from tercet.core.costs import Shape
 from tercet.core.prompts import IMAGE_PAD
-from tercet.core.types import PolicyParts
+from tercet.core.types import PackedBatch, PolicyParts
 
 FAMILIES = sorted(file.stem for file in Path(__file__).with_name("families").glob("*.py"))
-"""Model types that are supported: a family's file has its name."""
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for item in message['content'] %}"
-    "{% if item['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+"""Supported model types: each is the name of a file in core/families."""
+
+IMAGE_TOKENS = ("image", "video", "vision_start", "vision_end")
+"""Special tokens that a model's configuration names, as `image_token_id` and so on."""
 
 
-def family_of(config: PretrainedConfig, path: str = "") -> ModuleType:
-    """The file in core/families that knows a configuration's model.
+class Family(Protocol):
+    """What every file in core/families offers. Only a family's own file names its models."""
+
+    MODEL: type[PreTrainedModel]
+    """Class of its models in transformers."""
+    IMAGE_PROCESSOR: type[BaseImageProcessor]
+    """Class of its image processor, one that works without torchvision."""
+    CHECKPOINT_PREFIXES: tuple[tuple[str, str], ...]
+    """Beginnings of parameter names: (in memory, in published checkpoints)."""
+    SPECIAL_TOKENS: dict[str, str]
+    """Of a tiny model's tokenizer, in the order of their ids: `end_of_text`, `turn_end`,
+    `vision_start`, `vision_end`, `image`, `video`, and those that only CHAT_TEMPLATE needs."""
+    CHAT_TEMPLATE: str
+    """Of a tiny model's tokenizer; renders image items."""
+
+    def published(self) -> dict[str, PretrainedConfig]:
+        """Configurations of the published models, by hub id; only the sizes in them are right."""
+        ...
+
+    def shape(self, config: PretrainedConfig) -> Shape:
+        """Sizes of a model, for counting operations and bytes."""
+        ...
+
+    def resized(self, processor: BaseImageProcessor, height: int, width: int) -> tuple[int, int]:
+        """Height and width, in pixels, that the image processor gives a photo."""
+        ...
+
+    def text_inputs(self, model: PreTrainedModel, packed: PackedBatch) -> dict:
+        """Inputs of the language model for a pack.
+
+        Args:
+            model: of this family.
+            packed: T tokens on the model's device.
+
+        Returns:
+            inputs_embeds [1, T, D], the photos' features in place; position_ids [3, 1, T];
+            attention_mask, which holds no mask: shared-prefix attention needs none.
+        """
+        ...
+
+    def tiny_vision(self, size: int, layers: int, hidden_size: int) -> dict:
+        """Vision configuration of a tiny model.
+
+        Args:
+            size: width of the vision tower; heads are 32 wide.
+            layers: number of blocks.
+            hidden_size: D of the language model.
+        """
+        ...
+
+    def tiny_text(self, hidden_size: int) -> dict:
+        """Heads (32 wide) and rotary positions of a tiny model's text configuration."""
+        ...
+
+
+def family_of(config: PretrainedConfig, path: str = "") -> Family:
+    """The family of a configuration's model.
 
     Raises:
         ValueError: another architecture, naming `path` and those that are supported.
@@ -57,19 +97,25 @@ def family_of(config: PretrainedConfig, path: str = "") -> ModuleType:
             f"model.path {path!r} is a {config.model_type!r} model; "
             f"supported: {', '.join(FAMILIES)}"
         )
-    return import_module(f"tercet.core.families.{config.model_type}")
+    return _family(config.model_type)
+
+
+def _family(name: str) -> Family:
+    if name not in FAMILIES:
+        raise ValueError(f"architecture must be one of {FAMILIES}, got {name!r}")
+    return import_module(f"tercet.core.families.{name}")
 
 
 def published() -> dict[str, PretrainedConfig]:
-    """Configurations of every family's published models, by hub id, as far as sizes go."""
-    files = [import_module(f"tercet.core.families.{name}") for name in FAMILIES]
-    return {name: config for family in files for name, config in family.published().items()}
+    """Configurations of all families' published models, by hub id; only sizes in them are right."""
+    families = [_family(name) for name in FAMILIES]
+    return {name: config for family in families for name, config in family.published().items()}
 
 
 def checkpoint_names(
     config: PretrainedConfig, named_weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same weights, detached, under the names that published checkpoints have for them.
+    """Weights, detached, under the names that published checkpoints give them.
 
     Args:
         config: of the model.
@@ -85,15 +131,15 @@ def checkpoint_names(
 
 
 def load_policy(config: ModelConfig, device: str | torch.device = "cpu") -> PolicyParts:
-    """Load the folder or hub id of a model of a supported family.
+    """Load a model of a supported family from a folder or the hub.
 
     Args:
         config: path, dtype, pixel limits and frozen parts.
         device: where the parameters go; `meta`: shapes without data.
 
     Raises:
-        ValueError: naming the path, when it cannot be loaded or lacks weights or an
-            image pad, or its architecture, when it is another one.
+        ValueError: naming the path, when it cannot be loaded, weights or the image pad are missing,
+            or the architecture is not supported.
     """
     if not config.path:
         raise ValueError("model.path is empty: give the folder or hub id of a model")
@@ -145,7 +191,7 @@ def _pixel_limits(config: ModelConfig, size) -> dict[str, int]:
 
 
 def freeze(model: PreTrainedModel, *, vision: bool, merger: bool) -> None:
-    """Set which of vision tower and merger are trained; the language model always is."""
+    """Set whether vision tower and merger are trained; the language model always is."""
     for name, parameter in model.model.visual.named_parameters():
         parameter.requires_grad_(not (merger if name.startswith("merger.") else vision))
 
@@ -167,24 +213,22 @@ def build_tiny(
     """Build a small random policy with a byte-level BPE tokenizer of its own.
 
     Args:
-        texts: what the tokenizer is trained on.
+        texts: the tokenizer is trained on them.
         architecture: one of FAMILIES.
         hidden_size: D of the language model; heads are 32 wide, two query heads a key head.
         vision_size: width of the vision tower; heads are 32 wide.
-        vocabulary_size: most tokens of the tokenizer, special tokens included.
-        image_size: pixels a side that the image processor resizes to, about.
+        vocabulary_size: most tokens that the tokenizer may have, special tokens included.
+        image_size: pixels a side, about, that the image processor resizes to.
 
     Returns:
         A float32 policy on the CPU.
 
     Raises:
-        ValueError: another architecture.
+        ValueError: the architecture is not one of FAMILIES.
     """
-    if architecture not in FAMILIES:
-        raise ValueError(f"architecture must be one of {FAMILIES}, got {architecture!r}")
-    family = import_module(f"tercet.core.families.{architecture}")
-    tokenizer = _train_tokenizer(texts, vocabulary_size)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    family = _family(architecture)
+    tokenizer = _train_tokenizer(texts, vocabulary_size, family)
+    ids = {name: tokenizer.convert_tokens_to_ids(t) for name, t in family.SPECIAL_TOKENS.items()}
     text_config = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
@@ -192,47 +236,53 @@ def build_tiny(
         "num_hidden_layers": layers,
         "max_position_embeddings": 32768,
         "initializer_range": initializer_range,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
+        "bos_token_id": ids["end_of_text"],
+        "eos_token_id": ids["turn_end"],
         "pad_token_id": None,
     }
-    vision = family.tiny_vision(vision_size, vision_layers, hidden_size)
+    vision_config = family.tiny_vision(vision_size, vision_layers, hidden_size)
     config = family.MODEL.config_class(
         text_config=text_config | family.tiny_text(hidden_size),
-        vision_config=vision | {"initializer_range": initializer_range},
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        vision_config=vision_config | {"initializer_range": initializer_range},
         tie_word_embeddings=tie_word_embeddings,
         initializer_range=initializer_range,
+        **{f"{name}_token_id": ids[name] for name in IMAGE_TOKENS},
     )
+    limits = {"shortest_edge": image_size**2 // 2, "longest_edge": image_size**2}
+    model = _random_model(family, config, seed)
+    return PolicyParts(model, tokenizer, family.IMAGE_PROCESSOR(size=limits))
+
+
+def _random_model(family: Family, config: PretrainedConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = family.MODEL._from_config(config, attn_implementation="sdpa")
+    end_of_turn, end_of_text = config.text_config.eos_token_id, config.text_config.bos_token_id
     model.generation_config = GenerationConfig(
-        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"]
+        eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text
     )
-    limits = {"shortest_edge": image_size**2 // 2, "longest_edge": image_size**2}
-    return PolicyParts(model.eval(), tokenizer, family.IMAGE_PROCESSOR(size=limits))
+    return model.eval()
 
 
-def _train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+def _train_tokenizer(
+    texts: Iterable[str], vocabulary_size: int, family: Family
+) -> PreTrainedTokenizerFast:
+    special_tokens = list(family.SPECIAL_TOKENS.values())
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL_TOKENS),
-        chat_template=CHAT_TEMPLATE,
+        eos_token=family.SPECIAL_TOKENS["turn_end"],
+        pad_token=family.SPECIAL_TOKENS["end_of_text"],
+        additional_special_tokens=special_tokens,
+        chat_template=family.CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

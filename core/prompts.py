@@ -1,4 +1,4 @@
-"""What the model is asked, and how its answer is read.
+"""The prompts of training and evaluation, and how an answer is read.
 
 The prompt strings are data: a trained model expects them to the letter.
 """
@@ -40,7 +40,7 @@ def open_world_text(question: str) -> str:
 
 
 def closed_world_text(question: str, options: Sequence[str]) -> str:
-    """User text of the closed-world evaluation, as released; options stand as a list's repr."""
+    """User text of the closed-world evaluation, as released: options as the repr of a list."""
     return (
         f"Given the question: {question}, based on the options provided in {list(options)}, output "
         "the thinking process in <think> </think> and final choice in <answer> </answer> tags. The "
@@ -57,15 +57,15 @@ def extract_answer(text: str, which: Literal["first", "longest"] = "first") -> s
     """Text between the answer tags.
 
     Args:
-        text: what the model said.
-        which: `first` ends at the first closing tag (the reward's rule), `longest` at the last
-            one (the evaluation's rule); both begin at the first opening tag.
+        text: the response.
+        which: where the answer ends: `first` at the first closing tag (the reward's rule),
+            `longest` at the last one (the evaluation's rule). It begins at the first opening tag.
 
     Returns:
         The text between the tags, stripped, possibly empty; None without a pair of tags.
 
     Raises:
-        ValueError: `which` is neither.
+        ValueError: `which` is something else.
     """
     if which not in _ANSWER:
         raise ValueError(f"which must be 'first' or 'longest', got {which!r}")
@@ -74,22 +74,22 @@ def extract_answer(text: str, which: Literal["first", "longest"] = "first") -> s
 
 
 def plain(text: str) -> str:
-    """Form in which names are compared: lower case, `_` as space, white space in single spaces."""
+    """The form in which names are compared: lower case, `_` and white space as single spaces."""
     return squeeze(" ".join(text.lower().replace("_", " ").split()))
 
 
 def names_in(text: str, names: Iterable[str]) -> list[str]:
     """The known names that occur in a text, ignoring case and reading `_` as a space.
 
-    A name counts only between word boundaries. Longer names are looked for first and what they
-    cover is taken: "crested auklet" does not count as "auklet".
+    A name counts only between word boundaries. Longer names are searched first, and text that they
+    match is not searched again: "crested auklet" does not count as "auklet".
 
     Args:
-        text: where to look.
-        names: the known names; of two that read alike the first stands for both.
+        text: the text to search.
+        names: the known names; of two that are equal in this form, the first one is returned.
 
     Returns:
-        The distinct names found, as given, in the order of their first occurrence.
+        The distinct names found, spelled as given, in the order of their first occurrence.
 
     Raises:
         ValueError: a name is empty.
@@ -109,7 +109,7 @@ def names_in(text: str, names: Iterable[str]) -> list[str]:
 
 
 def is_only_name(text: str, truth: str, names: Iterable[str]) -> bool:
-    """Whether the true name is the one known name that occurs in a text (see `names_in`).
+    """Whether the true name is the only known name that occurs in a text (see `names_in`).
 
     Raises:
         ValueError: the true name is not a known one.
@@ -122,6 +122,7 @@ def is_only_name(text: str, truth: str, names: Iterable[str]) -> bool:
 
 @lru_cache(maxsize=64)
 def _by_length(names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(name in its compared form, name as given), longest first."""
     needles: dict[str, str] = {}
     for name in names:
         if not plain(name):
@@ -144,14 +145,14 @@ def chat_ids(
 ) -> list[int]:
     """Prompt ids through the tokenizer's chat template, with ONE image pad per image.
 
-    Each `<image>` in a user's content becomes an image item; a single image that no content marks
-    comes first in the first user turn. The ids end where the assistant begins to speak.
+    Each `<image>` in a user's content becomes an image item. A single image without a marker is put
+    at the beginning of the first user turn. The ids end with the header of the assistant's turn.
 
     Args:
         tokenizer: of transformers, with a chat template that renders image items.
         messages: `{"role": ..., "content": ...}` turns, contents being strings.
-        images: how many images the prompt holds.
-        system_prompt: system turn where `messages` hold none; None: the template's own default.
+        images: number of images in the prompt.
+        system_prompt: system turn, if `messages` have none; None: the template's default.
 
     Returns:
         Token ids; every image is `<|vision_start|><|image_pad|><|vision_end|>` in them.
@@ -181,7 +182,7 @@ def chat_ids(
 
 
 def _turns(messages: Sequence[Mapping[str, str]], images: int) -> list[dict]:
-    """Messages whose users' image markers have become image items."""
+    """Messages with the image markers of user turns replaced by image items."""
     for number, message in enumerate(messages):
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise ValueError(f"message {number} must have a role and a text, got {message!r}")

@@ -1,9 +1,9 @@
-"""Rewards: the two of the house, and how any reward function is found, called and checked.
+"""Rewards: the two built-in ones, and how any reward function is found, called and checked.
 
-A reward function maps the rows of whole groups to one dict of numbers per row and may be a
-coroutine. A row holds `response` (special tokens removed), `response_length`, `ground_truth`,
-`question`, `images`, `role`, `group_id`, `finish_reason` and `names` (the known sub-categories).
-A result holds `overall` and, by choice, `accuracy` and any further metric.
+A reward function maps the rows of whole groups to one dict of numbers per row; it may be a
+coroutine function. A row holds `response` (special tokens removed), `response_length`,
+`ground_truth`, `question`, `images`, `role`, `group_id`, `finish_reason` and `names` (the known
+sub-categories). A result holds `overall` and, optionally, `accuracy` and further metrics.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fine_r1_reward(response: str, truth: str) -> dict[str, float]:
     the first answer.
 
     Args:
-        response: what the model said, special tokens removed.
+        response: the response's text, special tokens removed.
         truth: the sub-category's name.
 
     Returns:
@@ -61,7 +61,7 @@ def fine_r1(rows: Rows) -> Results:
 
 
 def fine_r1_strict(rows: Rows) -> Results:
-    """`fine_r1`, but right only if the true name is the one known name in the first answer.
+    """`fine_r1`, but correct only if the true name is the only known name in the first answer.
 
     Raises:
         ValueError: a row's true name is not among its known names.
@@ -99,8 +99,8 @@ def load_reward(spec: str) -> Callable:
 
     Args:
         spec: `fine_r1`, `fine_r1_strict`, or `module:function`. A module that is not installed is
-            looked for in the current directory, as a file or as a package with `__init__.py`. That
-            directory does not join sys.path, where its folders could hide installed packages.
+            searched in the current directory, as a file or as a package with `__init__.py`. The
+            directory is not added to sys.path, where its folders could hide installed packages.
 
     Returns:
         The function.
@@ -128,7 +128,7 @@ def load_reward(spec: str) -> Callable:
 
 
 def _import(name: str):
-    """Module `name`, its top level taken from the current directory when not installed."""
+    """Module `name`; its top level comes from the current directory if it is not installed."""
     top = name.partition(".")[0]
     try:
         return importlib.import_module(name)
@@ -136,6 +136,7 @@ def _import(name: str):
         found = PathFinder.find_spec(top, [os.getcwd()])
         if error.name != top or found is None or found.loader is None:
             raise
+    # As an import does: the module is in sys.modules while it is executed.
     sys.modules[top] = importlib.util.module_from_spec(found)
     try:
         found.loader.exec_module(sys.modules[top])
@@ -146,10 +147,10 @@ def _import(name: str):
 
 
 async def call_reward(function: Callable, rows: Rows) -> Results:
-    """Results of a reward function for whole groups, checked.
+    """Checked results of a reward function for whole groups.
 
-    A plain function runs in a thread, so that the event loop goes on; it must bear being called
-    for several groups at once.
+    A plain function runs in a thread, so that the event loop goes on. It may be called for several
+    groups at the same time.
 
     Args:
         function: a reward function, plain or a coroutine function.
@@ -159,7 +160,7 @@ async def call_reward(function: Callable, rows: Rows) -> Results:
         One dict of finite floats per row, with `overall` in each and `accuracy` in all or none.
 
     Raises:
-        ValueError: the function raises, or what it returns is not that.
+        ValueError: the function raises, or returns something else.
     """
     groups = ", ".join(dict.fromkeys(str(row.get("group_id", "?")) for row in rows))
     where = f"reward function {getattr(function, '__qualname__', function)!r}, group {groups}"
@@ -182,7 +183,7 @@ def _call(function: Callable, rows: Rows):
     try:
         return function(rows)
     except StopIteration as error:
-        # A StopIteration that leaves a thread never reaches the awaiting side.
+        # A future cannot carry a StopIteration from the thread to whoever awaits it.
         raise RuntimeError(repr(error)) from error
 
 
@@ -201,15 +202,15 @@ def _checked(result, where: str) -> dict[str, float]:
 
 
 def is_correct(result: Mapping[str, float]) -> bool:
-    """Whether a result counts as a right answer; it must hold `accuracy`."""
+    """Whether a result, which must hold `accuracy`, counts as a correct answer."""
     return result["accuracy"] > 0.5
 
 
 def keep_group(results: Sequence[Mapping[str, float]]) -> bool:
-    """Whether a group teaches anything (dynamic sampling).
+    """Whether a group passes the filter of dynamic sampling.
 
     Returns:
-        With `accuracy`: whether some but not all answers are right; without: whether `overall`
+        With `accuracy`: whether some but not all answers are correct. Without: whether `overall`
         differs within the group.
     """
     if all("accuracy" in result for result in results):

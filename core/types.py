@@ -1,10 +1,10 @@
-"""The data that flows through a step, in the order in which it comes to be.
+"""The data that flows through a step, in the order in which it is made.
 
     Photo -> Anchor -> Triplet -> Request -> Completion -> Response in a Group -> MicroBatch
 
 Legend for shapes: T packed tokens, R response tokens (loss rows), S segments (prompts and
 responses), N prompts in a pack, P image patches, I images, D hidden size, V vocabulary.
-Images are carried by *key* (a path, or a cell of a Parquet file) and loaded where they are needed.
+Images are carried by *key* (a path, or a cell of a Parquet file) and loaded where they are used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Role = Literal["anchor", "positive"]
 Partition = Literal["seen", "unseen"]
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Photo:
     """One labelled photo, e.g. `Photo("bird/least_auklet/7.jpg", "bird", "least auklet")`."""
 
     image: str
-    """Image key: a path, or `file.parquet#row/column/index` (see core.vision.load_image)."""
+    """Image key: a path, or `file.parquet#row/column/index` (see core.data.vision.load_image)."""
     super_category: str
     sub_category: str
     question: str = ""
@@ -39,7 +39,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Anchor:
-    """One row of a manifest: a training photo and the photos its triplets may be made of."""
+    """One row of a manifest: a training photo, and the photos that its triplets are drawn from."""
 
     id: str
     image: str
@@ -67,7 +67,7 @@ class Triplet:
 
 @dataclass(frozen=True)
 class Request:
-    """`n` samples wanted of one prompt; `prompt_ids` holds ONE image pad per image."""
+    """`n` samples of one prompt are wanted; `prompt_ids` holds ONE image pad per image."""
 
     id: str
     group_id: str
@@ -81,7 +81,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """Sample `index` of a request, as an engine returns it the moment it is finished."""
+    """Sample `index` of a request, as an engine returns it once it is finished."""
 
     request_id: str
     index: int
@@ -95,7 +95,7 @@ class Completion:
 
 @dataclass
 class Response:
-    """A completion inside its group, with what reward and scoring add to it."""
+    """A completion in its group, with its reward, advantage and log-probs."""
 
     role: Role
     token_ids: tuple[int, ...]
@@ -107,9 +107,9 @@ class Response:
     advantage: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     old_logprobs: Tensor | None = None
-    """[len(token_ids)] float32; None until scored."""
+    """[len(token_ids)] float32; None until computed."""
     neg_logprobs: Tensor | None = None
-    """[len(token_ids)] float32; None until scored."""
+    """[len(token_ids)] float32; None until computed."""
     row_weight: float = 0.0
     """Loss weight of each of its tokens in the mini-batch that it belongs to."""
 
@@ -156,7 +156,7 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class Segments:
-    """Where prompts and responses lie in a pack; what shared-prefix attention needs to know.
+    """Where prompts and responses are in a pack, for shared-prefix attention.
 
     A pack is `[prompt_1 | r_11 ... r_1n | prompt_2 | ...]`. A token attends causally to its own
     segment, and a response's token also to its whole prompt. Empty segments are left out.
@@ -170,12 +170,12 @@ class Segments:
     """[S + 1] int32: bounds of every segment, for the causal pass."""
     max_seqlen: int
     response_index: Tensor
-    """[T - prompt tokens] int64: the response tokens, queries of the pass over the prompts."""
+    """[T - prompt tokens] int64: response tokens, the queries of the pass over the prompts."""
     cu_seqlens_q: Tensor
-    """[N + 1] int32: bounds in `response_index` of what hangs on each prompt."""
+    """[N + 1] int32: bounds in `response_index` of each prompt's responses."""
     max_seqlen_q: int
     prompt_index: Tensor
-    """[prompt tokens] int64: the prompt tokens, keys of that pass."""
+    """[prompt tokens] int64: prompt tokens, the keys of that pass."""
     cu_seqlens_k: Tensor
     """[N + 1] int32: bounds in `prompt_index` of each prompt."""
     max_seqlen_k: int
@@ -183,7 +183,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One branch of an update: prompts with their images, and the responses hanging on them.
+    """One branch of an update: prompts with their images, and the responses to each of them.
 
     A response of L tokens contributes L - 1 tokens to the pack (its last one predicts nothing) and
     L rows: the first row reads the hidden state of its prompt's last token.
@@ -208,7 +208,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward pass works on; both branches have their rows in one order."""
+    """Input of one forward and backward pass; the rows of both branches are in the same order."""
 
     update: PackedBatch
     negative: PackedBatch | None
@@ -238,12 +238,12 @@ class EvalQuestion:
     truth: str
     super_category: str
     partition: Partition | Literal[""]
-    """Empty where neither record nor file name says."""
+    """Empty where neither the record nor the file name tells it."""
 
 
 @dataclass(frozen=True)
 class PolicyParts:
-    """What a policy folder holds."""
+    """The contents of a policy folder."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -265,8 +265,8 @@ class PolicyParts:
         """Write a folder that transformers loads: safetensors, configs, tokenizer, processor.
 
         Args:
-            folder: made where it is not there.
-            weights: whole weights by parameter name, of a model that is sharded; None: its own.
+            folder: made if it does not exist.
+            weights: full weights by parameter name, for a sharded model; None: the model's own.
         """
         self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""One SGLang server as its clients see it: HTTP with time-outs, and what may be tried again."""
+"""HTTP to a server: time-outs, checked replies, and which faults may be tried again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POLL_S = 0.1
 
 
 class Again(Exception):
-    """A request that must be sent again; says why."""
+    """A fault that can pass by itself: the request may be sent again. The message says why."""
 
 
 async def pause(attempt: int) -> None:
@@ -30,23 +30,34 @@ async def pause(attempt: int) -> None:
     await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)
 
 
+def bearer(api_key: str | None) -> dict[str, str]:
+    """The header that carries an API key; none without a key."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def _timeout(seconds: float) -> httpx.Timeout:
+    return httpx.Timeout(seconds, connect=CONNECT_S)
+
+
 @dataclass
 class Session:
-    """What the requests that run at one time share; it belongs to one event loop."""
+    """HTTP client and locks that requests share while they run in one event loop."""
 
     client: httpx.AsyncClient
     places: asyncio.Semaphore
-    """Bounds the requests in flight."""
+    """Limits the requests in flight."""
     restarting: defaultdict[str, asyncio.Lock] = field(
         default_factory=lambda: defaultdict(asyncio.Lock)
     )
-    """Held while the server of that address is restarted."""
+    """By address: held while that server is restarted."""
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while weights go to one: all ranks of a sharded policy put them together."""
+    """Held while weights are sent: gathering them is a collective of all ranks, one at a time."""
 
 
 class SharedSession:
-    """A session that the first of several calls opens and the last one closes.
+    """A session that the first of several concurrent calls opens and the last one closes.
+
+    Clients and locks belong to an event loop, and every step of a run has a loop of its own.
 
     Args:
         timeout_s: longest that a request may take.
@@ -55,13 +66,14 @@ class SharedSession:
     """
 
     def __init__(self, timeout_s: float, places: int, headers: dict[str, str] | None = None):
-        self._timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
+        self._timeout = _timeout(timeout_s)
         self._places, self._headers = places, headers
         self._session: Session | None = None
         self._users = 0
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[Session]:
+        """The open session; opened and closed here where no other call uses it."""
         if self._session is None:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._places)
             client = httpx.AsyncClient(
@@ -80,7 +92,12 @@ class SharedSession:
 
 
 async def refuse(reply: httpx.Response) -> None:
-    """Raises Again for a status that can pass by itself (429, 5xx), ServerError for another."""
+    """Check a reply's status.
+
+    Raises:
+        Again: 429 or 5xx, which can pass by themselves.
+        ServerError: any other status but 200.
+    """
     if reply.status_code == 200:
         return
     text = (await reply.aread()).decode(errors="replace")[:500]
@@ -91,38 +108,43 @@ async def refuse(reply: httpx.Response) -> None:
 
 @dataclass
 class Endpoint:
-    """A server that is asked over HTTP, ours or not."""
+    """A running server, ours or not, and the requests that it takes over HTTP."""
 
     url: str
     server: Server | None
-    """None: it was running already, and is never restarted."""
+    """Our own process; None: the server was already running, and is never restarted."""
     headers: dict[str, str]
     timeout_s: float
     load: int = 0
-    """Samples that wait for it or run on it."""
+    """Samples that wait for this server or run on it."""
     asleep: bool = False
     restarts: int = 0
 
     def check(self) -> None:
-        """Raises ServerError, in seconds, where no server answers."""
+        """Raise ServerError, after a few seconds at most, where no server answers."""
         try:
             self.get("/model_info", CONNECT_S)
         except httpx.HTTPError as error:
             raise ServerError(f"rollout.urls: {self.url} does not answer: {error}") from None
 
     def restart(self) -> None:
-        """Restart a server of ours; it then has the weights of its folder."""
+        """Restart a server of ours; it then has the weights that it first started with."""
         self.server.restart()
         self.restarts += 1
         self.asleep = False
 
     def post(self, path: str, body: dict) -> dict:
-        """The reply to a POST; ServerError for any status but 200, or a reply that says no."""
+        """The reply to a POST; empty where it is not JSON.
+
+        Raises:
+            ServerError: any status but 200, or a reply with `success: false`.
+            httpx.HTTPError: no reply.
+        """
         reply = httpx.post(
             self.url + path,
             json=body,
             headers=self.headers,
-            timeout=httpx.Timeout(self.timeout_s, connect=CONNECT_S),
+            timeout=_timeout(self.timeout_s),
             trust_env=False,
         )
         if reply.status_code != 200:
@@ -136,9 +158,13 @@ class Endpoint:
         return found
 
     def get(self, path: str, timeout_s: float = 30.0) -> dict:
-        """The reply to a GET."""
-        timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
-        reply = httpx.get(self.url + path, headers=self.headers, timeout=timeout, trust_env=False)
+        """The reply to a GET; httpx.HTTPError for any status but 200, or no reply."""
+        reply = httpx.get(
+            self.url + path,
+            headers=self.headers,
+            timeout=_timeout(timeout_s),
+            trust_env=False,
+        )
         reply.raise_for_status()
         return self._read(reply, path)
 
@@ -174,7 +200,7 @@ class Endpoint:
             time.sleep(POLL_S)
 
     async def ask(self, client: httpx.AsyncClient, path: str, body: dict) -> dict:
-        """The reply to a POST in one piece; raises what `stream` does."""
+        """The whole reply to a POST; raises what `stream` raises."""
         reply = await client.post(self.url + path, json=body)
         await refuse(reply)
         try:
@@ -189,7 +215,7 @@ class Endpoint:
         """The messages of a streamed reply.
 
         Raises:
-            Again: status 429 or 5xx, a message that is cut, or one that reports an error.
+            Again: status 429 or 5xx, a message that is cut off, or one that reports an error.
             ServerError: another status.
             httpx.TransportError: the connection failed or took too long.
         """
@@ -210,7 +236,7 @@ class Endpoint:
         raise Again("the reply is cut")
 
     async def abort(self, client: httpx.AsyncClient, rid: str) -> None:
-        """Stop a request that nobody waits for; a server that cannot be told has its limits."""
+        """Stop a request that nobody waits for; a server that does not answer is left alone."""
         try:
             await client.post(f"{self.url}/abort_request", json={"rid": rid}, timeout=CONNECT_S)
         except httpx.HTTPError:

@@ -1,6 +1,6 @@
-"""What every rollout engine offers: prompts in, completions out one by one, weights in.
+"""The interface of a rollout engine: prompts in, completions out one by one, weights in.
 
-The in-process engine (rollout/local.py) and the SGLang server stand behind this one protocol.
+The in-process engine (rollout/local.py) and the SGLang servers (rollout/sglang.py) implement it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Protocol
 
 from torch import Tensor
 
+from tercet.core.draws import digest_int
 from tercet.core.types import Completion, Request
 
 
@@ -41,12 +41,15 @@ class Sampling:
 
 
 class Engine(Protocol):
-    """Log-probs are everywhere those of the full vocabulary at the sampling temperature: the ban
-    on image tokens, top_p and top_k act after they are taken."""
+    """What samples responses.
+
+    The log-probs of an engine are those of the full vocabulary at the sampling temperature: they
+    are taken before the ban on image tokens, top_p and top_k act.
+    """
 
     weight_version: int
     full_vocabulary: bool
-    """Whether log-probs are what the line above asks for; a server may say otherwise."""
+    """Whether this holds; some servers give log-probs taken after the filters."""
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling
@@ -59,22 +62,24 @@ class Engine(Protocol):
         ...
 
     def update_weights(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Take over the policy's weights: iterates them to the end, also where it fails."""
+        """Take over the policy's weights; the iterator is read to its end, even on an error."""
         ...
 
     def sleep(self) -> None:
-        """Release what the update phase needs (KV cache, weights on a shared GPU)."""
+        """Release memory that the update phase needs (KV cache, weights on a shared GPU)."""
         ...
 
     def wake(self) -> None:
-        """Take it back; weights must be updated before the next generation."""
+        """Take the memory back; weights must be updated before the next generation."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop what the engine started."""
+        ...
 
 
 class IdleEngine:
-    """What ranks other than the first hold: nothing is sampled there."""
+    """The engine of all ranks but the first: nothing is sampled there."""
 
     weight_version = 0
     full_vocabulary = True
@@ -83,17 +88,13 @@ class IdleEngine:
 
 
 def sample_seed(seed: int, step: int, request_id: str, index: int) -> int:
-    """63-bit seed of sample `index` of a request; the same in every process and on every machine.
-
-    Python's hash() is salted per process, hence blake2b.
-    """
-    text = f"{seed}/{step}/{request_id}/{index}".encode()
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "big") >> 1
+    """63-bit seed of a request's sample `index`: the same in every process and on every machine."""
+    return digest_int(f"{seed}/{step}/{request_id}/{index}".encode())
 
 
 @asynccontextmanager
 async def together() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group whose first error cancels the rest and goes on as it is, not in a group."""
+    """A task group whose first error cancels the rest and is raised itself, not in a group."""
     try:
         async with asyncio.TaskGroup() as tasks:
             yield tasks

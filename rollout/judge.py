@@ -1,7 +1,7 @@
 """A judge: an OpenAI-compatible chat endpoint that looks at photos and answers or gives a score.
 
-SGLang and vLLM serve one for any multimodal model. Answers are kept on disk, so that a question
-that was answered once is not asked again, in this run or the next.
+SGLang and vLLM serve such an endpoint for any multimodal model. Answers are cached in a file, so
+that no question is asked twice, in this run or the next.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pathlib import Path
 import httpx
 
 from tercet.core.data.vision import data_uri
-from tercet.rollout.endpoint import Again, SharedSession, pause, refuse
+from tercet.rollout.endpoint import Again, SharedSession, bearer, pause, refuse
 from tercet.rollout.server import ServerError
 
-LONGEST_PAUSE = 6  # 0.5 s doubled so often
+MOST_DOUBLINGS = 6
+"""Of the first pause, 0.5 s: the longest one is 32 s."""
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -29,12 +30,12 @@ def read_number(text: str, low: float = 0.0, high: float = 100.0) -> float | Non
     """The score in an answer: `85`, `Score: 85`, `85/100`, `85 out of 100`.
 
     Args:
-        text: what the judge said.
+        text: the judge's answer.
         low, high: allowed range.
 
     Returns:
-        The number before `/ high` or `out of high`, else the last one; None where there is none or
-        it lies outside the range.
+        The number before `/ high` or `out of high`, else the last number; None without a number, or
+        with one outside the range.
     """
     of_all = re.search(rf"({_NUMBER.pattern})\s*(?:/|out of)\s*{high:g}\b", text)
     found = of_all.group(1) if of_all else (_NUMBER.findall(text) or [None])[-1]
@@ -45,14 +46,14 @@ class Judge:
     """Client of one endpoint.
 
     Args:
-        url: its base address, ending in /v1.
-        model: name that it serves.
+        url: base address, ending in /v1.
+        model: name of the model that the endpoint serves.
         api_key: sent when given.
         concurrency: most questions in flight.
         timeout_s: longest that one answer may take.
-        patience_s: how long an endpoint that is down is waited for.
+        patience_s: how long to wait for an endpoint that is down.
         max_tokens: longest answer.
-        cache: file that keeps answers; None: they are not kept.
+        cache: file that keeps the answers; None: they are kept in memory.
     """
 
     def __init__(
@@ -69,8 +70,7 @@ class Judge:
     ):
         self._url, self._model = url.rstrip("/"), model
         self._patience_s, self._max_tokens = patience_s, max_tokens
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
-        self._shared = SharedSession(timeout_s, concurrency, headers)
+        self._shared = SharedSession(timeout_s, concurrency, bearer(api_key))
         self._cache = sqlite3.connect(cache or ":memory:", timeout=30.0, isolation_level=None)
         self._cache.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT)")
 
@@ -79,7 +79,7 @@ class Judge:
 
         Args:
             question: text that follows the photos.
-            images: image keys (see core.vision.load_image).
+            images: image keys (see core.data.vision.load_image).
 
         Raises:
             ServerError: the endpoint refuses the question, or is down for longer than patience_s.
@@ -104,10 +104,11 @@ class Judge:
     async def score(
         self, question: str, images: Sequence[str] = (), low: float = 0.0, high: float = 100.0
     ) -> float | None:
-        """The number in the answer, in [low, high]; None where it holds none."""
+        """The number in the answer, in [low, high]; None without one (see `read_number`)."""
         return read_number(await self.ask(question, images), low, high)
 
     def close(self) -> None:
+        """Close the cache."""
         self._cache.close()
 
     async def _answer(self, client: httpx.AsyncClient, body: dict) -> str:
@@ -126,7 +127,7 @@ class Judge:
                 raise ServerError(
                     f"judge {self._url}: no answer in {self._patience_s:.0f} s: {reason}"
                 )
-            await pause(min(attempt, LONGEST_PAUSE))
+            await pause(min(attempt, MOST_DOUBLINGS))
             attempt += 1
 
 
@@ -136,13 +137,13 @@ def judged(
     """A reward function that asks a judge about every response.
 
     Args:
-        judge: who is asked.
-        template: question with {question}, {response} and {ground_truth} where they belong.
+        judge: the judge to ask.
+        template: question with placeholders {question}, {response} and {ground_truth}.
         low, high: range of the judge's scores.
 
     Returns:
         A coroutine function from rows to results (see core.rewards): `overall` is the score scaled
-        to [0, 1], 0 where there is none; `unreadable` is 1 then.
+        to [0, 1]. Where the answer holds no score, `overall` is 0 and `unreadable` is 1.
     """
 
     async def judge_one(row: dict) -> dict:

@@ -1,4 +1,4 @@
-"""From options to an engine: the in-process one, or SGLang servers started or attached to."""
+"""From options to an engine: the in-process one, or SGLang servers, started or already running."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torch import Tensor
 from tercet.core.config import RolloutConfig
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.types import PolicyParts
-from tercet.rollout.endpoint import Endpoint
+from tercet.rollout.endpoint import Endpoint, bearer
 from tercet.rollout.local import LocalEngine
 from tercet.rollout.server import Server, free_ports, start_all, stop_all
 from tercet.rollout.sglang import SglangEngine
 from tercet.rollout.weights import open_sync, roomy_folder
 
 SAME_PIXELS = ("--image-processor-backend", "pil")
-"""The trainer's image processor; torchvision's resizes differently, by up to 4e-4 in a log-prob."""
-POLICY = "policy"  # folder that servers start from
+"""The trainer's image processor. SGLang's default, torchvision's, resizes differently, which
+changes a log-prob by up to 4e-4."""
+POLICY = "policy"
+"""Folder that servers start from."""
 
 
 def open_engine(
@@ -30,14 +32,14 @@ def open_engine(
     work_dir: Path,
     weights: Callable[[], Iterator[tuple[str, Tensor]]],
 ) -> LocalEngine | SglangEngine:
-    """The engine that the options ask for; starts servers where none runs.
+    """The engine that the options ask for; starts SGLang servers unless `urls` names running ones.
 
     Args:
         parts: the policy.
         encoder: the trainer's.
         config: which engine, and its options.
-        work_dir: for the servers' logs and files, and for weights on their way.
-        weights: the policy's weights as they are, for a server that has to be restarted.
+        work_dir: for the servers' logs and files, and for weights that are sent over the disk.
+        weights: gives the policy's current weights, for a server that has been restarted.
 
     Raises:
         ValueError: neither or both of sglang_python and urls.
@@ -61,9 +63,8 @@ def open_engine(
     )
     servers = _make_servers(config, work_dir) if config.sglang_python else []
     addresses = [server.url for server in servers] + [url.rstrip("/") for url in config.urls]
-    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     endpoints = [
-        Endpoint(url, server, headers, config.request_timeout_s)
+        Endpoint(url, server, bearer(config.api_key), config.request_timeout_s)
         for url, server in zip_longest(addresses, servers)
     ]
     start_all(servers)

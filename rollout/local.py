@@ -1,9 +1,9 @@
 """The in-process engine: samples from the policy's own weights, for a CPU or a single GPU.
 
-Up to `max_rows` samples are decoded together. Each of their distinct prompts (its photo included)
-is prefilled once; its keys and values are then copied to the rows of its samples, padded on the
-left so that all rows write at one place. Rows that finish leave the batch. A sample's randomness
-is drawn beforehand from its own seed, so it does not depend on what is decoded beside it.
+Up to `max_rows` samples are decoded together. Each distinct prompt, photo included, is prefilled
+once, and its keys and values are copied to the rows of its samples. Prompts are padded on the left,
+so that all rows write at one position. Finished rows leave the batch. A sample's random numbers are
+drawn beforehand from its own seed, so they do not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from tercet.core.data.vision import PromptEncoder
 from tercet.core.types import Completion, EncodedPrompt, PolicyParts, Request
 from tercet.rollout.engine import Sampling, sample_seed
 
-GROWTH = 64  # tokens by which the key-value buffers grow
-KEPT_SHARE = 0.875  # rows are compacted when fewer than this share of them is unfinished
+GROWTH = 64
+"""Tokens by which the key-value buffers grow."""
+KEPT_SHARE = 0.875
+"""Finished rows are removed once at most this share of the rows is unfinished."""
 
 
 @torch.no_grad()
@@ -50,7 +52,7 @@ def sample_tokens(
     probs = allowed.softmax(-1)
     if sampling.top_k or sampling.top_p < 1:
         probs = probs.where(probs >= _least_kept(probs, sampling), 0)
-    # Whole numbers add up exactly on every device: a weight of 0 is never drawn.
+    # Integer sums are exact on every device, so that a token of weight 0 is never drawn.
     cumulative = (probs.double() * 2**52).long().cumsum(-1)
     total = cumulative[:, -1:]
     threshold = torch.minimum((uniform[:, None] * total).long(), total - 1)
@@ -59,12 +61,13 @@ def sample_tokens(
 
 
 def _least_kept(probs: Tensor, sampling: Sampling) -> Tensor:
-    """[B, 1]: probability of the last token that top_k and then top_p keep.
+    """[B, 1]: probability of the least likely token that top_k and then top_p keep.
 
-    The nucleus ends with the first token that reaches top_p; equally likely ones stay with it.
+    The nucleus ends with the token at which its probability reaches top_p; tokens that are as
+    likely as this one are kept too.
     """
     if probs.device.type == "cpu":
-        ascending = torch.from_numpy(np.sort(probs.numpy(), -1))  # many times torch's speed
+        ascending = torch.from_numpy(np.sort(probs.numpy(), -1))  # much faster than torch.sort
     else:
         ascending = probs.sort(-1).values
     top = ascending.flip(-1)[:, : sampling.top_k or None]
@@ -74,7 +77,10 @@ def _least_kept(probs: Tensor, sampling: Sampling) -> Tensor:
 
 
 class _KeyValues:
-    """Keys and values of the batch in buffers that grow by blocks; stands in for a Cache."""
+    """Keys and values of the batch, in buffers that grow by GROWTH tokens.
+
+    Has the one method of transformers' Cache that the models call, `update`.
+    """
 
     def __init__(self, layers: int):
         self.keys: list[Tensor | None] = [None] * layers
@@ -82,7 +88,7 @@ class _KeyValues:
         self.length = 0
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
-        """Write at `length` ([B, heads, new, d]) and return everything up to there."""
+        """Append one layer's keys and values, [B, heads, new, d]; returns all of them so far."""
         end = self.length + key.shape[2]
         for buffers, new in ((self.keys, key), (self.values, value)):
             if buffers[layer] is None or buffers[layer].shape[2] < end:
@@ -100,18 +106,23 @@ class _KeyValues:
         return grown
 
     def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row may be taken several times."""
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
 
 
 @dataclass
 class _Sample:
+    """A sample while it is decoded."""
+
     request: Request
     index: int
     uniform: Tensor
+    """[max_tokens] float64 in [0, 1), one random number a token."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
+    """Empty while it is decoded."""
 
     def completion(self, version: int) -> Completion:
         return Completion(
@@ -125,11 +136,11 @@ class _Sample:
 
 
 class LocalEngine:
-    """Engine on the transformers model of a policy; see the module's docstring.
+    """Engine on the policy's own transformers model; see the module's docstring.
 
     Args:
-        parts: the policy; its weights are used as they are at each call.
-        encoder: shared with the trainer, so that photos are prepared once.
+        parts: the policy; every call uses its current weights.
+        encoder: shared with the trainer, so that each photo is processed once.
         max_rows: most samples decoded at once.
     """
 
@@ -154,13 +165,13 @@ class LocalEngine:
             for finished in self._decode(batch, sampling):
                 for sample in finished:
                     yield sample.completion(self.weight_version)
-                await asyncio.sleep(0)  # others run between two tokens
+                await asyncio.sleep(0)  # let other tasks run between two tokens
 
     def abort(self, request_ids: Iterable[str]) -> None:
         self._aborted.update(request_ids)
 
     def update_weights(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Copy what is not the engine's own memory: with the policy's own parameters, nothing."""
+        """Copy weights into the model; nothing is copied where both share their memory."""
         own = dict(self._model.named_parameters())
         for name, weight in named_weights:
             if own[name].data_ptr() != weight.data_ptr():
@@ -168,7 +179,7 @@ class LocalEngine:
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Nothing is held between calls."""
+        """Nothing to release: no memory is kept between calls."""
 
     def wake(self) -> None:
         """Nothing to take back."""
@@ -184,7 +195,7 @@ class LocalEngine:
 
     @torch.no_grad()
     def _decode(self, samples: list[_Sample], sampling: Sampling) -> Iterator[list[_Sample]]:
-        """Yield after every token the samples that it finished."""
+        """Decode samples; after every token yields those that it finished."""
         prompts, owner = self._distinct_prompts(samples)
         logits, cache, valid, positions = self._prefill(prompts)
         device = logits.device
@@ -216,6 +227,7 @@ class LocalEngine:
     def _append(
         self, samples: list[_Sample], tokens: list[int], logprobs: list[float], last: bool
     ) -> list[_Sample]:
+        """Append a token to each unfinished sample; returns those that it finishes."""
         finished = []
         for sample, token, logprob in zip(samples, tokens, logprobs, strict=True):
             if not self._unfinished(sample):
@@ -230,7 +242,7 @@ class LocalEngine:
         return finished
 
     def _distinct_prompts(self, samples: list[_Sample]) -> tuple[list[EncodedPrompt], list[int]]:
-        """Each distinct (ids, photos) once, and which of them every sample continues."""
+        """The distinct prompts, and for each sample the index of its prompt."""
         place: dict[tuple, int] = {}
         prompts: list[EncodedPrompt] = []
         for sample in samples:
@@ -240,8 +252,13 @@ class LocalEngine:
                 prompts.append(self._encoder(request.prompt_ids, request.images))
         return prompts, [place[s.request.prompt_ids, s.request.images] for s in samples]
 
-    def _prefill(self, prompts: list[EncodedPrompt]):
-        """Logits [N, V] after each prompt, its keys and values, valid keys [N, L], positions."""
+    def _prefill(self, prompts: list[EncodedPrompt]) -> tuple[Tensor, _KeyValues, Tensor, Tensor]:
+        """Run N prompts, padded on the left to L tokens.
+
+        Returns:
+            Logits [N, V] of the token after each prompt; keys and values; [N, L] bool, which keys
+            are no padding; [N] int64, M-RoPE position of the token after each prompt.
+        """
         device = self._model.device
         longest = max(len(p) for p in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -253,7 +270,7 @@ class LocalEngine:
             valid[i, longest - len(prompt) :] = True
         images = [image for prompt in prompts for image in prompt.images]
         causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-        # A padded place sees itself, since a row that sees nothing would be NaN.
+        # A padding token sees itself: attention over nothing would give NaN.
         mask = (causal & valid[:, None, :]) | torch.eye(longest, dtype=torch.bool)
         pixels = torch.cat([i.pixel_values for i in images]).to(device) if images else None
         grids = torch.cat([i.grid_thw for i in images]).to(device) if images else None
@@ -272,6 +289,7 @@ class LocalEngine:
         return output.logits[:, -1], cache, valid.to(device), following
 
     def _step(self, tokens: Tensor, cache: _KeyValues, valid: Tensor, positions: Tensor) -> Tensor:
+        """Logits [B, V] after one more token in each row."""
         output = self._model(
             input_ids=tokens[:, None],
             position_ids=positions[None, :, None].expand(3, -1, -1),

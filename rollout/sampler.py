@@ -1,7 +1,7 @@
-"""Dynamic sampling: triplets go to the engine until a step's worth of useful groups is there.
+"""Dynamic sampling: triplets are sampled until a step has enough groups that teach something.
 
-A group is the n1 responses sampled on the anchor image and the n2 sampled on the positive one. It
-is kept where its rewards can teach something: 0 < correct < n1 + n2 (Fine-R1, DAPO).
+A group is the n1 responses sampled on the anchor image and the n2 sampled on the positive image.
+It passes when some but not all of its responses are correct: 0 < correct < n1 + n2 (Fine-R1, DAPO).
 """
 
 from __future__ import annotations
@@ -12,121 +12,86 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tercet.core.config import RolloutConfig
-from tercet.core.data.triplets import draw_triplet
+from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.prompts import chat_ids, stage2_text
 from tercet.core.rewards import call_reward, keep_group
-from tercet.core.types import Anchor, Completion, Group, Request, Response, Triplet
+from tercet.core.types import Completion, Group, Request, Response, Triplet
 from tercet.rollout.engine import Engine, Sampling, together
 
 Progress = Callable[[int], None]
 OVERSAMPLE = 1.25
-"""Groups in flight on a stream, as a multiple of those that should fill the step."""
+"""With streaming: groups in flight, as a multiple of the groups expected to fill the step."""
 
 
 class NotEnoughGroups(RuntimeError):
-    """max_rounds were spent and `on_exhausted: error` asks to stop."""
-
-
-class TripletStream:
-    """Endless triplets: every epoch a fresh permutation of the anchors, drawn from the seed.
-
-    What is put back comes again before anything new.
-    """
-
-    def __init__(self, anchors: Sequence[Anchor], *, positive: str, seed: int):
-        if not anchors:
-            raise ValueError("there are no anchors to train on")
-        self._anchors = anchors
-        self._positive = positive
-        self._seed = seed
-        self.epoch = 0
-        self.cursor = 0
-        self._returned: list[Triplet] = []
-
-    def __next__(self) -> Triplet:
-        if self._returned:
-            return self._returned.pop(0)
-        if self.cursor == len(self._anchors):
-            self.epoch, self.cursor = self.epoch + 1, 0
-        order = np.random.default_rng([self._seed, self.epoch]).permutation(len(self._anchors))
-        anchor = self._anchors[order[self.cursor]]
-        self.cursor += 1
-        return draw_triplet(anchor, self.epoch, self._seed, self._positive)
-
-    def put_back(self, triplets: Sequence[Triplet]) -> None:
-        """Take back triplets that were not sampled to their end."""
-        self._returned = [*triplets, *self._returned]
-
-    def state(self) -> dict:
-        return {"epoch": self.epoch, "cursor": self.cursor, "returned": list(self._returned)}
-
-    def restore(self, state: dict) -> None:
-        self.epoch, self.cursor = state["epoch"], state["cursor"]
-        self._returned = list(state["returned"])
+    """Too few groups passed within `max_rounds`, and `on_exhausted` is `error`."""
 
 
 @dataclass
 class StepGroups:
-    """What one call of GroupSampler.collect gives."""
+    """The groups of one step, with counts of what was sampled for them."""
 
     groups: list[Group]
     prompts_sent: int = 0
     groups_done: int = 0
     groups_kept: int = 0
     filled_up: int = 0
-    """Groups that did not pass but are trained on (`keep_last_round`)."""
+    """Groups that did not pass but are trained on all the same (`keep_last_round`)."""
     reward_seconds: float = 0.0
-    """Time that passed between the last response of a batch and its last reward; on a stream
-    nothing waits for rewards."""
-    seen: list[Response] = field(default_factory=list)
-    """Every response that was sampled, kept or not: for honest reward and accuracy figures."""
+    """Seconds spent waiting for rewards, from a batch's last response to its last reward; 0 with
+    streaming, where nothing waits for rewards."""
+    sampled: list[Response] = field(default_factory=list)
+    """Every response that was sampled, whether its group passed or not, so that mean reward and
+    accuracy are not those of the passing groups alone."""
 
     @property
     def acceptance(self) -> float:
+        """Share of the sampled groups that passed."""
         return self.groups_kept / max(1, self.groups_done)
 
     @property
     def tokens(self) -> int:
-        return sum(len(response.token_ids) for response in self.seen)
+        """Response tokens that were sampled."""
+        return sum(len(response.token_ids) for response in self.sampled)
 
     def figures(self, seconds: float) -> dict[str, float]:
         """Figures over every response that was sampled in `seconds`, kept or not."""
-        seen = self.seen
-        if not seen:
+        sampled = self.sampled
+        if not sampled:
             return {}
         figures = {
-            "reward": sum(r.reward for r in seen) / len(seen),
-            "response_length": self.tokens / len(seen),
-            "cut_off": sum(r.finish_reason == "length" for r in seen) / len(seen),
+            "reward": sum(r.reward for r in sampled) / len(sampled),
+            "response_length": self.tokens / len(sampled),
+            "cut_off": sum(r.finish_reason == "length" for r in sampled) / len(sampled),
             "acceptance": self.acceptance,
             "groups": float(len(self.groups)),
             "filled_up": float(self.filled_up),
             "tokens_per_s": self.tokens / seconds,
         }
-        for name in sorted({name for r in seen for name in r.metrics}):
-            figures[name] = sum(r.metrics.get(name, 0.0) for r in seen) / len(seen)
+        for name in sorted({name for r in sampled for name in r.metrics}):
+            figures[name] = sum(r.metrics.get(name, 0.0) for r in sampled) / len(sampled)
         return figures
 
 
 async def _beat(progress: Progress) -> None:
+    """Call progress(0) every second, for ever."""
     while True:
         await asyncio.sleep(1.0)
         progress(0)
 
 
 class GroupSampler:
-    """Fills steps with groups.
+    """Samples the groups of each step.
 
     Args:
-        engine: where responses come from.
-        stream: where triplets come from.
+        engine: samples the responses.
+        stream: gives the triplets.
         tokenizer: for prompts and for the text that rewards see.
-        encoder: measures prompts, photos included.
+        encoder: counts a prompt's tokens, those of its photo included.
         config: group sizes, sampling and what to do when too few groups pass.
         reward: batch reward function (see core.rewards).
         names: known sub-category names by super-category, for rewards that need them.
@@ -157,26 +122,30 @@ class GroupSampler:
         self._names = names
         self._system_prompt = system_prompt
         self._seed = seed
+        self._group_size = config.n_anchor + config.n_positive
         self._prompt_ids: dict[str, tuple[int, ...]] = {}
-        self._accepted, self._judged = 1.0, 2.0
-        """Groups that passed and all groups, on streams; before the first, one of two."""
+        """By question."""
+        self._passed, self._tried = 1.0, 2.0
+        """With streaming: faded counts of the groups that passed and of all groups; one of two at
+        the start."""
         self._sampling = Sampling(
             config.temperature, config.top_p, config.top_k, config.max_response_tokens
         )
 
     async def collect(self, step: int, progress: Progress = lambda responses: None) -> StepGroups:
-        """Sample until the step has its groups or its rounds are spent.
+        """Sample until the step has its groups or `max_rounds` are used up.
+
+        After any exception the stream and the carried groups are as they were before the call.
 
         Args:
             step: rollout step; part of every sample's seed.
             progress: called with the number of responses that just came in, and with 0 every
-                second in between; what it raises ends the step.
+                second in between; an exception it raises ends the step.
 
         Raises:
-            NotEnoughGroups: with `on_exhausted: error`.
-            ValueError: a bad photo, an over-long prompt, or a reward that fails; named.
-
-        After any exception the stream stands where it stood and nothing carried is lost.
+            NotEnoughGroups: too few groups passed and `on_exhausted` is `error`.
+            ValueError: naming the photo that is bad, the prompt that is too long or the reward
+                function that failed.
         """
         position, carried = self._stream.state(), self.carried
         try:
@@ -213,7 +182,7 @@ class GroupSampler:
     async def _rounds(
         self, step: int, limit: float, result: StepGroups, passing: set[str], progress: Progress
     ) -> None:
-        """Batch after batch, each finished before the next: the same result in every run."""
+        """Sample one batch after the other; every run gives the same groups."""
         config = self._config
         wanted = config.groups_per_step
         while len(result.groups) < wanted and result.prompts_sent < limit:
@@ -232,19 +201,20 @@ class GroupSampler:
     async def _stream_in(
         self, step: int, limit: float, result: StepGroups, passing: set[str], progress: Progress
     ) -> None:
-        """Keep enough groups in flight; each counts as soon as its last reward is there.
+        """Keep enough groups in flight, and count each one as soon as it has its rewards.
 
-        When the step is full the others are aborted, and their triplets come again in the next.
+        When the step is full, the groups still in flight are aborted and their triplets go back to
+        the stream.
         """
         wanted = self._config.groups_per_step
         running: dict[asyncio.Task[dict[str, bool]], Group] = {}
         failed: list[Group] = []
-        self._accepted, self._judged = self._accepted / 2, self._judged / 2  # older steps fade
+        self._passed, self._tried = self._passed / 2, self._tried / 2  # older steps count less
 
         def count(task: asyncio.Task[dict[str, bool]]) -> None:
             group = running.pop(task)
             passes = task.result()[group.id]
-            self._accepted, self._judged = self._accepted + passes, self._judged + 1
+            self._passed, self._tried = self._passed + passes, self._tried + 1
             if passes:
                 passing.add(group.id)
             (result.groups if passes else failed).append(group)
@@ -263,24 +233,23 @@ class GroupSampler:
             for task in running:
                 task.cancel()
         for task in [task for task in running if not task.cancelled()]:
-            count(task)  # it came to its end at the same time
+            count(task)  # it had finished before it could be cancelled
         self._stream.put_back([group.triplet for group in running.values()])
         if self._config.on_exhausted == "keep_last_round" and missing > 0:
             result.groups += failed[-missing:]
 
     def _room(self, missing: int) -> int:
-        """Groups that may be in flight: as many as should fill the step, with some to spare."""
-        likely = math.ceil(OVERSAMPLE * missing * self._judged / self._accepted)
-        responses = self._config.n_anchor + self._config.n_positive
-        return min(likely, 1 + math.ceil(self._config.max_in_flight / responses))
+        """Groups that may be in flight: those expected to fill the step, and some more."""
+        likely = math.ceil(OVERSAMPLE * missing * self._tried / self._passed)
+        return min(likely, 1 + math.ceil(self._config.max_in_flight / self._group_size))
 
     def _fresh_carried(self) -> list[Group]:
-        """Carried groups whose weights are at most max_staleness steps old."""
+        """Carried groups that were sampled at most max_staleness weight versions ago."""
         oldest = self._engine.weight_version - self._config.max_staleness
         return [g for g in self.carried if min(r.weight_version for r in g.responses) >= oldest]
 
     def _next_group(self, step: int, result: StepGroups) -> Group:
-        """The next triplet as a group without responses."""
+        """A group without responses, of the next triplet."""
         triplet = next(self._stream)
         group_id = f"{step}.{result.prompts_sent}.{triplet.id}"
         result.prompts_sent += 1
@@ -289,36 +258,39 @@ class GroupSampler:
     async def _sample(
         self, groups: Sequence[Group], step: int, result: StepGroups, progress: Progress
     ) -> dict[str, bool]:
-        """Fill groups and reward each once it is complete; ids to whether they pass.
+        """Sample the responses of groups, and reward each group once it is complete.
 
-        A reward that fails ends the sampling at once.
+        A reward function that raises ends the sampling at once.
+
+        Returns:
+            Whether each group passes the filter, by group id.
         """
         by_id = {group.id: group for group in groups}
         requests = [request for group in groups for request in self._requests(group, step)]
         done: dict[str, list[Completion]] = {group_id: [] for group_id in by_id}
-        judging: dict[str, asyncio.Task[bool]] = {}
+        rewarding: dict[str, asyncio.Task[bool]] = {}
         async with together() as tasks:
             async for completion in self._engine.generate(requests, self._sampling):
                 group_id = completion.request_id.rpartition(".")[0]
                 done[group_id].append(completion)
                 progress(1)
-                if len(done[group_id]) == self._config.n_anchor + self._config.n_positive:
+                if len(done[group_id]) == self._group_size:
                     self._fill(by_id[group_id], done[group_id])
-                    judging[group_id] = tasks.create_task(self._judge(by_id[group_id]))
+                    rewarding[group_id] = tasks.create_task(self._reward_group(by_id[group_id]))
             sampled = time.perf_counter()
-            await asyncio.gather(*judging.values())
+            await asyncio.gather(*rewarding.values())
             if not self._config.streaming:
                 result.reward_seconds += time.perf_counter() - sampled
-        if missing := [group_id for group_id in by_id if group_id not in judging]:
+        if missing := [group_id for group_id in by_id if group_id not in rewarding]:
             raise RuntimeError(f"step {step}: the engine did not finish group(s) {missing}")
-        passes = {group_id: task.result() for group_id, task in judging.items()}
+        passes = {group_id: task.result() for group_id, task in rewarding.items()}
         result.groups_done += len(groups)
         result.groups_kept += sum(passes.values())
-        result.seen += [response for group in groups for response in group.responses]
+        result.sampled += [response for group in groups for response in group.responses]
         return passes
 
     def _prompt(self, triplet: Triplet) -> tuple[int, ...]:
-        """Prompt ids of a triplet's question; checks all three prompts against the limit."""
+        """Prompt ids of a triplet's question; checks the length with each of its three photos."""
         question = triplet.question
         if question not in self._prompt_ids:
             messages = [{"role": "user", "content": "<image>" + stage2_text(question)}]
@@ -336,6 +308,7 @@ class GroupSampler:
         return prompt_ids
 
     def _requests(self, group: Group, step: int) -> list[Request]:
+        """One request for the anchor image and one for the positive one, unless n is 0."""
         halves = {
             "anchor": (group.triplet.anchor, self._config.n_anchor),
             "positive": (group.triplet.positive, self._config.n_positive),
@@ -355,7 +328,7 @@ class GroupSampler:
         ]
 
     def _fill(self, group: Group, completions: list[Completion]) -> None:
-        """Put completions into their group in the order (anchor, positive), then index."""
+        """Add completions to their group: those on the anchor first, each half by index."""
         for completion in sorted(completions, key=lambda c: (c.request_id, c.index)):
             group.responses.append(
                 Response(
@@ -368,7 +341,7 @@ class GroupSampler:
                 )
             )
 
-    async def _judge(self, group: Group) -> bool:
+    async def _reward_group(self, group: Group) -> bool:
         """Reward a complete group; returns whether it passes the filter."""
         triplet, config = group.triplet, self._config
         images = {"anchor": triplet.anchor, "positive": triplet.positive}

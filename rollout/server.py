@@ -1,9 +1,9 @@
 """SGLang servers as child processes: started, watched, restarted, stopped.
 
 A server runs in its own virtual environment (SGLang pins another torch), its own process group and
-its own working directory, and logs to a file. Between it and the trainer stands a guard, a process
-that reads from a pipe: when the trainer ends, however it ends, the pipe closes and the guard kills
-the group.
+its own working directory, and logs to a file. Its parent is a guard, a small process that reads
+from a pipe of the trainer's. When the trainer ends, however it ends, the pipe closes and the guard
+kills the process group.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from pathlib import Path
 
 import httpx
 
+HOST = "127.0.0.1"
 POLL_S = 0.5
 POLL_TIMEOUT_S = 5.0
 HUNG_S = 30.0
-"""A server that does not answer for so long hangs."""
+"""A server that does not answer for this long hangs."""
 STOP_S = 2.0
-"""Time a server has between SIGTERM and SIGKILL."""
+"""Time between SIGTERM and SIGKILL."""
 LOG_LINES = 20
-"""Lines of its log that an error about a server shows."""
+"""Lines of the server's log that an error shows."""
 TORCHRUN = ("TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_")
-"""Beginnings of the variables that torchrun sets; with them a server waits for ever."""
+"""Beginnings of the variables that torchrun sets; a server that has them waits for ever."""
 GUARD = """
 import os, signal, subprocess, sys, threading
 
@@ -48,7 +49,7 @@ os._exit(server.wait() & 255)
 
 
 class ServerError(RuntimeError):
-    """A server that does not start, does not answer, or answers what it must not."""
+    """A server that does not start, does not answer, or gives a wrong answer."""
 
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)
@@ -57,18 +58,20 @@ class ServerError(RuntimeError):
 
 
 class Server:
-    """One SGLang server.
+    """One SGLang server, on this machine's loopback address.
 
     Args:
         model_path: Hugging Face folder that the server loads.
-        python: Python of the environment that holds sglang.
-        work_dir: its working directory; the log is `sglang.log` in it.
+        python: Python of the environment in which sglang is installed.
+        work_dir: the server's working directory; its log is `sglang.log` in it.
         arguments: further flags of `sglang.launch_server`, passed on as they are.
-        host: address to bind to; anything but loopback opens the server to the network.
-        port: port to bind to; None: a free one.
-        api_key: asked of every client when given.
+        port: port to listen on; None: a free one.
+        api_key: when given, every client must send it.
         start_timeout_s: how long loading may take.
         environment: variables set on top of the trainer's.
+
+    Raises:
+        ValueError: no such Python, or no model in the folder.
     """
 
     def __init__(
@@ -78,7 +81,6 @@ class Server:
         work_dir: str | Path,
         *,
         arguments: Sequence[str] = (),
-        host: str = "127.0.0.1",
         port: int | None = None,
         api_key: str | None = None,
         start_timeout_s: float = 600.0,
@@ -86,8 +88,8 @@ class Server:
     ):
         self.model_path, self.python = Path(model_path).resolve(), Path(python).absolute()
         self.work_dir, self.arguments = Path(work_dir).resolve(), tuple(arguments)
-        self.host, self.api_key = host, api_key
-        self.port = port if port is not None else free_ports(1, host)[0]
+        self.port = port if port is not None else free_ports(1)[0]
+        self.api_key = api_key
         self.start_timeout_s = start_timeout_s
         self.environment = environment or {}
         self.log_path = self.work_dir / "sglang.log"
@@ -99,11 +101,12 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        """Its address."""
+        return f"http://{HOST}:{self.port}"
 
     @property
     def process_group(self) -> int | None:
-        """Id of the processes that belong to it; None when it was not started."""
+        """Id of its process group; None when it is not started."""
         return None if self._process is None else self._process.pid
 
     def __enter__(self) -> Server:
@@ -117,15 +120,15 @@ class Server:
         """Start the server and wait until it answers.
 
         Raises:
-            ServerError: the port is taken, the server ended, or it did not answer in time; with the
-                end of its log.
+            ServerError: the port is taken, or, with the end of the log, the server ended or did not
+                answer in time.
         """
         if self.is_running():
             return
-        _require_free(self.host, self.port)
+        _require_free(self.port)
         self.work_dir.mkdir(parents=True, exist_ok=True)
         command = [str(self.python), "-m", "sglang.launch_server"]
-        command += ["--model-path", str(self.model_path), "--host", self.host]
+        command += ["--model-path", str(self.model_path), "--host", HOST]
         command += ["--port", str(self.port), *self.arguments]
         if self.api_key:
             command += ["--api-key", self.api_key]
@@ -139,7 +142,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        atexit.register(self.stop)
+        atexit.register(self.stop)  # an orderly end; the guard is for all other ends
         try:
             self._wait_until_healthy()
         except BaseException:
@@ -147,11 +150,11 @@ class Server:
             raise
 
     def is_running(self) -> bool:
-        """Whether the process lives; it may still hang."""
+        """Whether the process is alive; it may hang all the same."""
         return self._process is not None and self._process.poll() is None
 
     def is_healthy(self, timeout_s: float = HUNG_S) -> bool:
-        """Whether it runs and answers in time; a busy one may take its time."""
+        """Whether it runs and answers in time; a busy server may be slow to answer."""
         if not self.is_running():
             return False
         try:
@@ -161,7 +164,7 @@ class Server:
             return False
 
     def restart(self) -> None:
-        """Stop what is left of it and start it again, on the same port."""
+        """Stop its processes, if any, and start it again on the same port."""
         self.stop()
         self.start()
 
@@ -188,17 +191,16 @@ class Server:
         return "\n".join(lines[-LOG_LINES:])
 
     def _environment(self) -> dict[str, str]:
-        # Its sleep path refuses expandable segments; torchrun's rendezvous is not the server's.
+        # SGLang cannot release memory with expandable segments, which this variable may ask for.
         variables = {
             name: value
             for name, value in os.environ.items()
             if name != "PYTORCH_CUDA_ALLOC_CONF" and not name.startswith(TORCHRUN)
         }
         variables |= {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
-        # Features of a photo must not outlive the vision tower that they were computed with.
+        # Cached features of photos would be those of an earlier vision tower.
         variables.setdefault("SGLANG_VLM_CACHE_SIZE_MB", "0")
-        if self.host == "127.0.0.1":
-            variables["GLOO_SOCKET_IFNAME"] = "lo"
+        variables["GLOO_SOCKET_IFNAME"] = "lo"
         return variables | self.environment
 
     def _wait_until_healthy(self) -> None:
@@ -215,7 +217,7 @@ class Server:
 
 
 def start_all(servers: Sequence[Server]) -> None:
-    """Start servers at once; none is left running where one does not start."""
+    """Start servers, all at the same time; if one does not start, all are stopped."""
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
         starts = [pool.submit(server.start) for server in servers]
     try:
@@ -227,29 +229,29 @@ def start_all(servers: Sequence[Server]) -> None:
 
 
 def stop_all(servers: Sequence[Server]) -> None:
-    """Stop servers at once."""
+    """Stop servers, all at the same time."""
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
         list(pool.map(Server.stop, servers))
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Ports that nothing listens on now, all different."""
+def free_ports(count: int) -> list[int]:
+    """Different ports that nothing listens on at the moment."""
     with ExitStack() as probes:
         ports = []
         for _ in range(count):
             probe = probes.enter_context(socket.socket())
-            probe.bind((host, 0))
+            probe.bind((HOST, 0))
             ports.append(probe.getsockname()[1])
     return ports
 
 
-def _require_free(host: str, port: int) -> None:
+def _require_free(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind((HOST, port))
         except OSError as error:
-            raise ServerError(f"port {port} of {host} is taken: {error}") from None
+            raise ServerError(f"port {port} of {HOST} is taken: {error}") from None
 
 
 def _signal_group(group: int, number: int) -> None:

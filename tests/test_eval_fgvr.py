@@ -1,4 +1,4 @@
-"""Evaluation with a scripted engine: the right question to each answer, and hand-counted tables."""
+"""Evaluation with a scripted engine: answers belong to their questions; tables by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def questions() -> list[EvalQuestion]:
 
 
 class Scripted:
-    """Says OUTPUTS[n] to question n, last one first; remembers what it was asked."""
+    """Answers OUTPUTS[n] to question n, the last question first; keeps the requests."""
 
     weight_version = 0
 

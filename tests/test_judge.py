@@ -21,7 +21,7 @@ pytestmark = pytest.mark.core
 
 
 class Endpoint:
-    """Answers with what `say` makes of a request's body; `statuses` come first."""
+    """A chat endpoint that answers `say(body)`, after replies with `statuses`."""
 
     def __init__(self, say=lambda body: "85", statuses=()):
         self.say, self.statuses = say, list(statuses)
@@ -147,7 +147,7 @@ def test_an_endpoint_that_is_down_is_an_error_after_a_while():
 
 
 def test_a_reward_asks_about_every_response_at_once(photos):
-    """Several groups in several event loops; no more at a time than allowed."""
+    """Two calls, each in its own event loop, with no more questions in flight than allowed."""
     chat = Endpoint(lambda body: body["messages"][0]["content"][1]["text"].split()[-1])
     rows = [
         {
@@ -168,7 +168,7 @@ def test_a_reward_asks_about_every_response_at_once(photos):
     assert chat.most == 3
     texts = {body["messages"][0]["content"][1]["text"] for body in chat.bodies}
     assert "Which bird? wren answer 10" in texts
-    assert len(chat.bodies) == 10  # the second round was known
+    assert len(chat.bodies) == 10  # the second call found all answers in the cache
 
 
 def test_a_reward_whose_judge_is_down_names_its_group(photos):

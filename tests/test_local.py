@@ -42,7 +42,7 @@ def request_of(parts, photo: str | None, n: int = 1, name: str = "r", question=Q
 
 
 def run(engine: LocalEngine, requests, sampling: Sampling) -> dict[tuple[str, int], Completion]:
-    """Completions by (request, sample); each must come once."""
+    """Completions by (request, sample); each must be yielded once."""
 
     async def collect():
         return [completion async for completion in engine.generate(requests, sampling)]
@@ -264,7 +264,7 @@ def test_greedy_equals_generate_where_the_photo_matters(namer, colour_photos):
         LocalEngine(namer, PromptEncoder(namer)), requests, Sampling(0, max_tokens=40)
     )
     decoding = [count for count, new in rows if new == 1]
-    assert decoding[0] == 8 and decoding[-1] == 2  # rows that are done have left
+    assert decoding[0] == 8 and decoding[-1] == 2  # finished rows are removed
     plain, encoder = copy.deepcopy(namer.model), PromptEncoder(namer)
     plain.set_attn_implementation("sdpa")
     for request in requests:
@@ -388,7 +388,7 @@ def test_a_sample_does_not_depend_on_what_is_beside_it(parts, photos):
 
 
 def test_each_token_takes_the_next_number_of_the_samples_own_stream(photos):
-    """With equal logits a token is the number's place among the allowed tokens."""
+    """With equal logits the random number is the token's relative place among the allowed ones."""
     parts = tiny()
     engine = endless(parts)
     parts.model.lm_head.register_forward_hook(lambda module, args, output: output * 0)
@@ -445,7 +445,7 @@ def test_image_tokens_are_never_sampled(photos):
         completions = run(engine, [request_of(parts, photos[0], 8)], sampling).values()
         tokens = {token for c in completions for token in c.token_ids}
         assert tokens and not tokens & set(parts.banned_ids)
-        # Log-probs are those of the full vocabulary, in which the image tokens have it all.
+        # Log-probs are those of the full vocabulary, where image tokens have all the probability.
         assert max(value for c in completions for value in c.rollout_logprobs) < -40
 
 

@@ -1,4 +1,4 @@
-"""Evaluation metrics on outputs judged by hand."""
+"""Evaluation metrics against verdicts by hand."""
 
 import math
 

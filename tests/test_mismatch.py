@@ -1,4 +1,4 @@
-"""Sampler against trainer: figures and weights worked by hand, and inside a training step."""
+"""Sampler against trainer: figures and weights by hand, and in a training step."""
 
 from __future__ import annotations
 

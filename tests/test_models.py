@@ -1,4 +1,4 @@
-"""Policies: what is built, saved and loaded is what plain transformers reads."""
+"""Policies that are built, saved and loaded, against plain transformers."""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tercet.core.data.photos import check_images, read_eval, read_photos, read_sft
+from tercet.core.data.photos import check_images, read_photos
+from tercet.core.data.records import read_eval, read_sft
 from tercet.core.data.vision import load_image
 from tercet.core.types import Photo
 
@@ -103,7 +104,7 @@ def listed_folder(tmp_path, **changes):
     return listing
 
 
-def test_a_manifest_gives_world_and_split_and_only_its_classes_are_read(tmp_path):
+def test_a_manifest_gives_partition_and_split_and_only_its_classes_are_read(tmp_path):
     listed_folder(tmp_path)
     read = read_photos(tmp_path)
     key = {name: str(tmp_path / "bird" / f"{name}.jpg") for name in ("tit/1", "wren/1", "wren/2")}
@@ -331,6 +332,7 @@ USER = {"role": "user", "content": "<image>Which?"}
             "'role' must be system or user or as",
         ),
         (record(messages=[USER, {"role": "assistant", "content": ""}]), "'content' must be a text"),
+        (record(messages=["Which?"]), "'role' must be system or user or as"),
         (record(images=[3]), "'images' must be a list of paths"),
         ({"images": []}, "needs a list 'messages'"),
     ],

@@ -1,4 +1,4 @@
-"""Rewards judged by hand, and how reward functions are found, called and checked."""
+"""Rewards against values by hand, and how reward functions are found, called and checked."""
 
 import asyncio
 import math
@@ -113,7 +113,7 @@ def test_built_in_names():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A current directory whose modules do not outlive the test."""
+    """A current directory whose modules are forgotten after the test."""
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)
     yield tmp_path
@@ -185,7 +185,7 @@ def test_numbers_become_floats():
 
 
 def test_a_plain_function_leaves_the_event_loop_free():
-    """The function waits for what only the running loop can set."""
+    """The function waits for an event that only the running loop can set."""
     released = threading.Event()
 
     def patient(batch):

@@ -1,4 +1,4 @@
-"""Dynamic sampling against hand-played rounds: a scripted engine, rewards told by the script."""
+"""Dynamic sampling with a scripted engine and scripted rewards, against results by hand."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from PIL import Image
 from support import tiny
 
 from tercet.core.config import RolloutConfig
+from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.types import Anchor, Completion
 from tercet.rollout.engine import Sampling
-from tercet.rollout.sampler import GroupSampler, NotEnoughGroups, TripletStream
+from tercet.rollout.sampler import GroupSampler, NotEnoughGroups
 
 pytestmark = pytest.mark.core
 
@@ -93,7 +94,7 @@ class ScriptedEngine:
 
 
 class Script:
-    """A reward: in each step the groups of these ranks pass (one right answer of all)."""
+    """A reward with which the groups of these ranks in a step pass, by one correct answer."""
 
     def __init__(self, *passing: set[int]):
         self.passing = passing
@@ -198,7 +199,7 @@ def test_groups_stand_in_request_order_whatever_the_order_of_completion(make, pa
             assert [r[0]["group_id"] for r in script.rows] != sorted(
                 r[0]["group_id"] for r in script.rows
             )
-        tables.append((result.groups, sampler.carried, result.seen))
+        tables.append((result.groups, sampler.carried, result.sampled))
     assert all(table == tables[0] for table in tables[1:])
 
 
@@ -267,7 +268,7 @@ def test_what_the_reward_sees(make, parts):
 
 @pytest.mark.parametrize("n_anchor, n_positive", [(5, 0), (3, 2), (1, 4)])
 def test_only_groups_with_right_and_wrong_answers_are_kept(make, parts, n_anchor, n_positive):
-    """Group k has k right answers of five, for k = 0 to 5."""
+    """Group k has k correct answers of five, for k = 0 to 5."""
 
     def reward(rows):
         right = int(rows[0]["group_id"].split(".")[1])
@@ -301,10 +302,10 @@ def test_figures_count_every_response(make, parts):
     assert ranks(result.groups) == ["0.1", "0.4", "0.6", "0.8"]
     assert (result.prompts_sent, result.groups_done, result.groups_kept) == (9, 9, 4)
     assert result.acceptance == 4 / 9 and result.filled_up == 0
-    assert len(result.seen) == 45 and [n for n in progressed if n] == [1] * 45
+    assert len(result.sampled) == 45 and [n for n in progressed if n] == [1] * 45
     texts = [f"{k}.{role}.{j}" for k in range(9) for role, n in (("anchor", 3), ("positive", 2))
              for j in range(n)]  # fmt: skip
-    assert [response.text for response in result.seen] == texts
+    assert [response.text for response in result.sampled] == texts
     lengths = [len(parts.tokenizer.encode(text)) + 1 + int(text[-1]) % 2 for text in texts]
     assert result.tokens == sum(lengths)
 
@@ -315,7 +316,7 @@ def test_reward_seconds_are_those_waited_after_the_last_response(make):
         return [{"overall": float(i)} for i in range(len(rows))]
 
     result = collect(make(slow, groups_per_step=8))
-    assert 0.25 < result.reward_seconds < 1.5  # not 8 times 0.3: they run side by side
+    assert 0.25 < result.reward_seconds < 1.5  # not 8 times 0.3: rewards run concurrently
 
 
 # Rounds -------------------------------------------------------------------------------------------
@@ -334,7 +335,7 @@ def test_surplus_is_carried_to_the_next_step(make, parts):
     assert [r.weight_version for group in second.groups for r in group.responses] == [0] * 10 + [
         1
     ] * 10
-    assert (second.prompts_sent, second.groups_kept, len(second.seen)) == (6, 2, 30)
+    assert (second.prompts_sent, second.groups_kept, len(second.sampled)) == (6, 2, 30)
     assert second.filled_up == 0
     assert sampler.carried == []
 
@@ -348,7 +349,7 @@ def test_a_step_of_carried_groups_alone_asks_for_nothing(make, parts):
     assert ranks(second.groups) == ["0.4", "0.5", "0.6", "0.7"]
     assert ranks(sampler.carried) == ["0.8"]
     assert len(engine.batches) == 1 and sampler._stream.state() == position
-    assert (second.prompts_sent, second.groups_done, second.seen) == (0, 0, [])
+    assert (second.prompts_sent, second.groups_done, second.sampled) == (0, 0, [])
 
 
 def test_surplus_is_dropped(make):
@@ -420,20 +421,20 @@ def test_no_limit_goes_on_until_the_step_is_full(make):
 @pytest.mark.parametrize(
     "passing, batch, rounds, expected, filled_up, carried",
     [
-        # The rounds are spent: the last batch fills up, in request order among what passed.
+        # The rounds are used up: groups of the last batch fill the step up, in request order.
         ({1, 6}, 4, 2, [1, 4, 5, 6], 2, []),
         ({1, 4, 7}, 4, 2, [1, 4, 5, 7], 1, []),
-        # Only the last batch can fill up; where it is too small, the step stays short.
+        # Only the last batch can fill the step up; if it is too small, the step stays short.
         ({0, 7}, 3, 2, [0, 3, 4, 5], 3, []),
         ({0, 3, 7}, 3, 2, [0, 3, 6, 7], 1, []),
         ({0, 3, 7}, 3, None, [0, 3, 7, 9], 1, []),
-        # A batch in which nothing passes is kept whole, whether or not rounds are left ...
+        # A batch in which no group passes is kept whole, even if rounds are left ...
         (set(), 4, 5, [0, 1, 2, 3], 4, []),
         (set(), 2, None, [0, 1, 2, 3], 4, []),
-        # ... as far as the step has room, and what did not pass is never carried.
+        # ... as far as the step has room; groups that did not pass are never carried.
         ({0, 2}, 3, 5, [0, 2, 3, 4], 2, []),
         (set(), 7, 5, [0, 1, 2, 3], 4, []),
-        # Enough passed: nothing is filled up, and surplus that passed is carried.
+        # Enough groups passed: none fill the step up, and the surplus is carried.
         ({0, 1, 4, 5, 6}, 4, 2, [0, 1, 4, 5], 0, [6]),
         ({0, 1, 2, 3}, 4, 1, [0, 1, 2, 3], 0, []),
     ],
@@ -484,7 +485,8 @@ def test_cut_off_responses(make, parts, cut_off, penalty):
 
 
 def with_carried(make, parts, reward):
-    """A sampler after a step that left two groups, and what it must still hold after a failure."""
+    """A sampler after a step that carried two groups; its engine, these groups, and the stream's
+    state."""
     engine = ScriptedEngine(parts.tokenizer)
 
     def first_then(rows):
@@ -550,7 +552,7 @@ def test_an_interruption_loses_nothing(make, parts):
 
 
 def test_progress_is_called_while_nothing_comes(make, monkeypatch):
-    """So that a signal is seen within a second, whatever engine and reward are waiting for."""
+    """A signal is then noticed within a second, whatever engine and reward are waiting for."""
 
     async def endless(rows):
         await asyncio.sleep(60)
@@ -638,7 +640,7 @@ def test_the_same_seed_gives_the_same_steps(make, parts):
 
 
 class TimedEngine(ScriptedEngine):
-    """Groups take as many turns of the event loop as `turns` says by rank (None: for ever)."""
+    """Each group takes `turns[rank]` turns of the event loop; None: it never ends."""
 
     def __init__(self, tokenizer, turns=lambda rank: 1):
         super().__init__(tokenizer, shuffle=None)
@@ -683,14 +685,14 @@ def test_a_stream_does_not_wait_for_slow_responses(make, parts):
 
 
 def triplet_of(sampler: GroupSampler, rank: int) -> str:
-    """Id of the triplet that a fresh stream of the same seed gives at a rank."""
+    """Id of the triplet at a rank of a new stream with the same seed."""
     fresh = TripletStream(sampler._stream._anchors, positive="redraw", seed=0)
     return [next(fresh).id for _ in range(rank + 1)][-1]
 
 
 def test_a_stream_sends_by_the_share_that_passes(make, parts):
-    """One of two expected at first: ceil(1.25 * 4 * 2) = 10 in flight, later fewer; never more
-    than the servers hold."""
+    """One of two groups is expected to pass at first: ceil(1.25 * 4 * 2) = 10 are in flight, later
+    fewer, and never more than the servers hold."""
     engine = TimedEngine(parts.tokenizer)
     everyone = set(range(100))
     sampler = make(Script(*[everyone] * 3), engine=engine, dispatch="stream", surplus="drop")
@@ -710,7 +712,7 @@ def test_a_stream_replaces_groups_that_do_not_pass(make, parts):
     result = collect(sampler)
     assert ranks(result.groups) == ["0.11", "0.12", "0.13", "0.14"]
     assert result.filled_up == 0 and result.groups_kept >= 4
-    assert len(result.seen) == 5 * result.groups_done >= 5 * 15
+    assert len(result.sampled) == 5 * result.groups_done >= 5 * 15
 
 
 @pytest.mark.parametrize("on_exhausted", ["error", "train_kept", "keep_last_round"])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support import tiny
 
 from tercet.core.config import ModelConfig, SftConfig
-from tercet.core.data.photos import read_sft
+from tercet.core.data.records import read_sft
 from tercet.core.models import load_policy
 from tercet.train import sft
 from tercet.train.learner.command_line import parse

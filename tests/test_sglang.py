@@ -31,13 +31,14 @@ from sglang_support import (
 from support import LENGTH, tiny
 
 from tercet.core.config import RolloutConfig, TapoConfig
+from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.prompts import chat_ids
 from tercet.core.types import Anchor, Request
 from tercet.rollout.engine import Sampling
 from tercet.rollout.judge import Judge
 from tercet.rollout.launch import SAME_PIXELS
-from tercet.rollout.sampler import GroupSampler, TripletStream
+from tercet.rollout.sampler import GroupSampler
 from tercet.rollout.server import ServerError
 from tercet.train import tapo
 from tercet.train.learner.command_line import parse
@@ -49,7 +50,7 @@ pytestmark = NEEDS_SERVER
 def test_every_way_of_weights_gives_the_local_engines_answers(
     policy, server, photos, tmp_path, way
 ):
-    """Tokens and log-probs, after each of two updates: nothing of the old weights is left."""
+    """Tokens and log-probs after each of two updates: no trace of the old weights is left."""
     engine = make_engine(policy, [server], tmp_path, way=way)
     requests = make_requests(policy, photos)
     for version in (1, 2):
@@ -139,7 +140,7 @@ def test_a_stream_fills_a_step_from_the_server(policy, engine, photos):
     result = collect_groups(policy, engine, photos, seed=1)
     assert len(result.groups) == 3
     assert all(len(group.responses) == 4 for group in result.groups)
-    assert {r.weight_version for r in result.seen} == {4}
+    assert {r.weight_version for r in result.sampled} == {4}
 
 
 @pytest.mark.gpu
@@ -159,7 +160,7 @@ def test_batches_of_seeded_samples_are_the_same_in_every_run(policy, photos, tmp
 
 
 def test_several_calls_share_the_server_and_can_be_aborted(policy, engine, photos):
-    """As a stream of groups does; what is aborted is not yielded, the rest is all there."""
+    """As with streaming: aborted samples are not yielded, all others are."""
     engine.update_weights(policy.model.named_parameters(), 4)
     requests = make_requests(policy, photos, n=3)
     long = Sampling(temperature=1.0, max_tokens=500)
@@ -245,7 +246,7 @@ def train_three_steps(folder, monkeypatch, *more: str) -> list[dict]:
 
 
 def assert_trained_with_synced_weights(rows: list[dict], log: str, ending: str) -> None:
-    """Weights went over before the first step and after each; the samplers' log-probs are the
+    """Weights are sent before the first step and after each; the sampler's log-probs are the
     trainer's."""
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["grad_norm"] > 0 and row["groups"] == 4 for row in rows)
@@ -263,7 +264,7 @@ def test_training_samples_on_a_server_and_leaves_none(tmp_path, monkeypatch):
 
 
 def test_training_shares_a_running_server_that_sleeps_during_updates(tmp_path, monkeypatch, server):
-    """Attached, colocated, weights handed over; the server goes on without the trainer."""
+    """Attached, colocated, weights as handles; the server runs on after the trainer has ended."""
     before = len(server.log_path.read_text())
     more = [f"--rollout.urls=['{server.url}']", "--rollout.weight_sync=tensor"]
     rows = train_three_steps(tmp_path, monkeypatch, *more, "--rollout.colocated=true")
@@ -308,7 +309,7 @@ def train_on_two_ranks(folder: Path, *more: str) -> list[dict]:
 
 
 def test_two_ranks_share_a_server(tmp_path, server):
-    """Sharded weights reach it whole: its log-probs are the trainer's."""
+    """The server gets the full weights of a sharded policy: its log-probs are the trainer's."""
     (tmp_path / "lengths.py").write_text(LENGTH)
     more = ["--rollout.reward=lengths:length", f"--rollout.urls=['{server.url}']"]
     rows = train_on_two_ranks(tmp_path, *more)
@@ -316,7 +317,7 @@ def test_two_ranks_share_a_server(tmp_path, server):
 
 
 def test_two_ranks_restart_a_server_that_dies(tmp_path):
-    """During the weight sync and while it samples: both ranks put the weights together again."""
+    """During the weight sync and while it samples: both ranks gather the weights again."""
     own = [f"--rollout.sglang_python={PYTHON}", f"--rollout.sglang_args={' '.join(FLAGS)}"]
     (tmp_path / "killing.py").write_text(f"RUN = {str(tmp_path / 'run')!r}\n" + KILLING)
     # Two samples in flight: when a step's first group is whole, others have still to be drawn.

@@ -1,4 +1,4 @@
-"""What servers, networks and people do wrong, on a real SGLang server and a proxy before it.
+"""Faults of servers, networks and users, on a real SGLang server behind a proxy.
 
 Needs TERCET_SGLANG_PYTHON, the Python of the server's environment: `make test-sglang` sets it.
 """
@@ -49,7 +49,7 @@ def proxy(server):
 
 
 def changed(**about):
-    """Changes an answer, or the last message of a streamed one."""
+    """A change of a reply, or of the last message of a streamed one."""
 
     def change(content: bytes) -> bytes:
         *before, last = [line for line in content.decode().split("\n\n") if "meta_info" in line]
@@ -66,7 +66,7 @@ def changed(**about):
 
 
 def with_token(token: int):
-    """The sampled tokens, another one in place of the first."""
+    """The sampled tokens with the first one replaced."""
     return lambda about: [[-1.0, token, None], *about["output_token_logprobs"][1:]]
 
 
@@ -93,8 +93,8 @@ FAULTS = {
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_spoilt_answer_is_asked_for_again(policy, proxy, photos, tmp_path, name, n, short_pauses):
-    """Nothing is lost, nothing comes twice, nothing spoilt gets in; streamed answers (the first of
-    two samples) and answers in one piece."""
+    """Every sample is yielded once, and none from a faulty reply, be it streamed (the first of two
+    samples) or whole."""
     if n == 1 and name == "no end":
         pytest.skip("an answer in one piece has no end mark")
     engine = make_engine(policy, [proxy.url], tmp_path, timeout_s=3.0 if name == "late" else 60.0)
@@ -175,7 +175,7 @@ def test_a_server_killed_during_a_weight_update_is_restarted(policy, server, pho
 
 
 def test_a_server_killed_while_it_generates_is_restarted(policy, server, engine, photos):
-    """Nothing is lost and nothing comes twice; the new server has the current weights."""
+    """Every sample is yielded once, and the new server has the current weights."""
     requests = make_requests(policy, photos, n=2)
     engine.update_weights(policy.model.named_parameters(), 4)
     long = Sampling(temperature=0.0, max_tokens=64)

@@ -26,7 +26,7 @@ from tercet.core.types import Anchor, Photo
 
 pytestmark = pytest.mark.core
 
-# Unit vectors by angle in degrees, so that nearness can be read off: of bird, a-b, c-d, e-d.
+# Unit vectors by angle in degrees, which show what is nearest; of bird: a-b, c-d, e-d.
 ANGLES = {"a": 0, "b": 10, "c": 40, "d": 65, "e": 78, "x": 0, "y": 30, "z": 50}
 NEAREST = {
     "bird": {"a": "bcd", "b": "acd", "c": "dbe", "d": "ecb", "e": "dcb"},
@@ -45,7 +45,7 @@ def draw_folder(folder, photos=7, classes=None):
 
 
 class AngleEmbedder:
-    """Embeds a photo by its sub-category's angle, turned a little by the photo's number."""
+    """Embed a photo as its sub-category's angle plus a little by the photo's number."""
 
     def __init__(self):
         self.calls = []
@@ -391,7 +391,7 @@ def test_eval_questions_about_unseen_names_draw_the_others():
     assert set(Counter(q.truth for q in questions).values()) == {30} and len(questions) == 180
     assert all(len(set(q.options)) == 4 and q.truth in q.options for q in questions)
     wrong = Counter(name for q in questions for name in q.options if name != q.truth)
-    # A name is wrong in 3/8 of the questions about others: 180 or 150 of them.
+    # A name is a wrong option of 3/8 of the questions about others: 180 or 150 of them.
     for name in names:
         expected = 3 / 8 * (150 if name in names[:6] else 180)
         assert abs(wrong[name] - expected) < 4 * (expected * 5 / 8) ** 0.5
@@ -433,7 +433,7 @@ def test_real_photos_become_triplets_of_similar_birds(real_photos):
     for anchor in manifest.anchors:
         entry = listed[anchor.id]
         assert (entry["split"], entry["world"]) == ("train", "seen") and not entry["in_stage1"]
-    # Even a grid of hues tells sea birds of one family.
+    # Even a grid of hues finds sea birds of one family.
     near = {name: others[0].split()[-1] for name, others in manifest.nearest["bird"].items()}
     for name, family in near.items():
         if name != "Red Winged Blackbird":

@@ -1,4 +1,4 @@
-"""Weights on their way to servers: names, buckets, files, payloads."""
+"""Sending weights to servers: names, buckets, files, payloads."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_written_weights_are_loaded_by_transformers(parts, tmp_path, shard_bytes
 
 
 def test_a_payload_is_the_tensors_and_no_code():
-    """SGLang unpickles only names that it knows: torch's own."""
+    """SGLang unpickles only names that it knows: those of torch."""
     named = [("a", torch.arange(6.0).reshape(2, 3)), ("b", torch.ones(2, dtype=torch.bfloat16))]
     payload = base64.b64decode(pickled(named))
     for (name, tensor), (want, original) in zip(pickle.loads(payload), named, strict=True):

@@ -2,10 +2,10 @@
 
     python -m tercet.train.eval_fgvr --model.path CHECKPOINT --data triplets.json --out eval.json
 
-`--data` is a triplets.json (its held-out photos) or JSON Lines of questions. Closed-world: the
-options are in the prompt; right when the answer includes the true one. Open-world: right when
-exactly one known name occurs in the answer and it is the true one (`exact`), or when the true name
-occurs (`included`, the published text inclusion).
+`--data` is a triplets.json, for its held-out photos, or JSON Lines of questions. Closed-world: the
+prompt shows the options, and an answer is correct when it includes the true one. Open-world: an
+answer is correct when the true name is the only known name in it (`exact`), or when the true name
+occurs in it (`included`, the published text inclusion).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def evaluate(options: jsonargparse.Namespace) -> None:
-    """Ask, score, write and print what the options say."""
+    """Ask the questions, score the answers, write them and print the table."""
     # Here, so that --help does not wait for torch and transformers.
     from tercet.core.data.vision import PromptEncoder
     from tercet.core.models import load_policy

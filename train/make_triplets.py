@@ -1,11 +1,11 @@
-"""Photos in, triplets.json out: who is seen, which photos train, who is most similar.
+"""Photos to triplets.json: which sub-categories are seen, what each photo is for, what looks alike.
 
     python -m tercet.train.make_triplets --data.path PHOTOS --model.path MODEL --out DIR
 
-PHOTOS is a folder `<super_category>/<sub_category>/<photo>` or a JSON Lines file (core/data.py has
-their form); training takes DIR as its data.path. Similarity comes from MODEL's own vision tower, or
-from a SigLIP or CLIP folder: `--data.embedder FOLDER`. `--parquet FILE` also writes the rows in the
-released Parquet columns, sized by MODEL's pixel limits.
+PHOTOS is a folder `<super_category>/<sub_category>/<photo>` or a JSON Lines file (their form is in
+core/data/photos.py); training takes DIR as its data.path. Similarity comes from MODEL's own vision
+tower, or from a SigLIP or CLIP folder: `--data.embedder FOLDER`. `--parquet FILE` also writes the
+rows in the released Parquet columns, photos resized to MODEL's pixel limits.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def make_triplets(
 
     Args:
         data: photos, split, shots, embedder and seed.
-        model: policy whose vision tower embeds, and whose pixel limits size the Parquet photos.
-        out: folder that gets triplets.json.
-        parquet: file that gets the released Parquet columns; None: none is written.
+        model: policy whose vision tower embeds, and whose pixel limits the Parquet photos get.
+        out: folder for triplets.json.
+        parquet: file for the released Parquet columns; None: it is not written.
     """
     # Here, so that --help does not wait for torch and transformers.
     import torch
@@ -65,7 +65,7 @@ def make_triplets(
 
 
 def summary(manifest: Manifest) -> str:
-    """What a manifest holds, a line for each super-category, and what was left out."""
+    """The numbers of a manifest, one line a super-category, and the photos that were left out."""
     anchors = Counter(anchor.super_category for anchor in manifest.anchors)
     sft = Counter(photo.super_category for photo in manifest.sft)
     lines = []

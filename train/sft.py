@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 import torch
 
-from tercet.core.data.photos import SftSample, read_sft
+from tercet.core.data.records import SftSample, read_sft
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.draws import EndlessOrder
 from tercet.core.packing import Encode, Prompts, packed_tokens, plain_batch, prompts_of

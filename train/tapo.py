@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from tercet.core.advantages import set_advantages
+from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.mismatch import mismatch_figures
 from tercet.core.packing import (
@@ -52,7 +53,7 @@ from tercet.core.rewards import load_reward
 from tercet.core.types import Group, MicroBatch, PolicyParts
 from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
-from tercet.rollout.sampler import GroupSampler, TripletStream
+from tercet.rollout.sampler import GroupSampler
 from tercet.train.learner.assemble import (
     build_policy,
     open_manifest,

@@ -1,4 +1,4 @@
-"""Image embedders that tell which sub-categories look alike."""
+"""Image embedders: they decide which sub-categories look alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, BaseImageProcessor, PreTrainedModel
 
-# Not from the top level: there, transformers 5.17 wants torchvision for it.
+# Not from the top level, where transformers 5.17 asks for torchvision to import it.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tercet.core.data.vision import load_image
@@ -22,11 +22,11 @@ FOLDER_IMAGES_AT_ONCE = 32
 def embedder(
     name: str, policy: Callable[[], PolicyParts], device: str | torch.device = "cpu"
 ) -> Callable[[list[str]], Tensor]:
-    """The embedder that `data.embedder` names, loaded only when photos are to be embedded.
+    """The embedder that `data.embedder` names; its model is loaded when it is first called.
 
     Args:
-        name: "policy", or folder or hub id of an image encoder.
-        policy: gives the policy's parts; called for "policy" only.
+        name: "policy" for the policy's own vision tower, else folder or hub id of an image encoder.
+        policy: loads the policy's parts; called for "policy" only.
         device: where an image encoder runs.
 
     Returns:
@@ -48,7 +48,7 @@ def vision_tower_embedder(
     """Embed by the policy's own vision tower: the mean over a photo's merged tokens.
 
     Args:
-        model: of a supported family, its vision tower on any device.
+        model: of a supported family, on any device.
         image_processor: resizes and cuts the photos.
 
     Returns:
@@ -78,7 +78,7 @@ def folder_embedder(path: str, device: str | torch.device = "cpu") -> Callable[[
         A function from image keys to embeddings [N, D] float32 on the CPU.
 
     Raises:
-        ValueError: naming the path, when it cannot be loaded or pools nothing.
+        ValueError: naming the path, when it cannot be loaded or gives no pooled embedding.
     """
     try:
         model = AutoModel.from_pretrained(path).to(device).eval()
@@ -102,6 +102,6 @@ def folder_embedder(path: str, device: str | torch.device = "cpu") -> Callable[[
 
 
 def _inputs(image_processor, keys: list[str]):
-    # Arrays with their layout named: a photo 1 or 3 pixels high would be taken for channels-first.
+    # The layout is named, since a photo 1 or 3 pixels high would be taken for channels-first.
     photos = [np.asarray(load_image(key)) for key in keys]
     return image_processor(images=photos, return_tensors="pt", input_data_format="channels_last")

@@ -1,4 +1,4 @@
-"""The manifest: every choice made between the photos and the first step, in one readable file."""
+"""The manifest, triplets.json: every choice made between the photos and the first step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
+from tercet.core.data.fields import load_json
 from tercet.core.data.photos import OnBadImage, check_images
 from tercet.core.types import Anchor, Partition, Photo
 
@@ -27,17 +28,17 @@ class Manifest:
     names: dict[str, list[str]]
     """All sub-categories, seen and unseen, of each super-category."""
     nearest: dict[str, dict[str, list[str]]]
-    """Per super-category and seen sub-category, the most similar others, nearest first."""
+    """By super-category and seen sub-category: the most similar others, nearest first."""
     settings: dict[str, object]
-    """The data options that the choices were made with."""
+    """The data options that these choices were made with."""
     skipped: list[str] = field(default_factory=list)
     """Bad photos that were left out, with the reason."""
 
     def write(self, folder: str | Path) -> Path:
         """Write `folder`/triplets.json, whole or not at all.
 
-        Image keys are stored relative to the photos' common folder, and that one (`root`) relative
-        to `folder`: when photos move, that one line is to be edited.
+        Image keys are stored relative to `root`, the photos' common folder, and `root` relative to
+        `folder`. When the photos move, only `root` has to be edited.
 
         Returns:
             The path of the file.
@@ -61,19 +62,16 @@ class Manifest:
         """
         path = Path(os.path.abspath(path))
         path = path / MANIFEST_NAME if path.is_dir() else path
+        stored = load_json(path)
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
             root = path.parent / stored.pop("root")
             stored["anchors"] = [_anchor(record) for record in stored["anchors"]]
             stored["sft"] = [Photo(**record) for record in stored["sft"]]
             stored["test"] = {
-                w: [Photo(**p) for p in stored["test"][w]] for w in get_args(Partition)
+                partition: [Photo(**record) for record in stored["test"][partition]]
+                for partition in get_args(Partition)
             }
             return cls(**stored).with_keys(lambda key: os.path.normpath(root / key))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a manifest of triplets: {error!r}") from error
 
@@ -102,7 +100,7 @@ class Manifest:
         return list(dict.fromkeys(keys + [photo.image for photo in photos]))
 
     def common_folder(self) -> str:
-        """The deepest folder that holds every photo (of a Parquet cell: its file)."""
+        """The deepest folder that holds every photo, or the Parquet file that the photo is in."""
         folders = {
             os.path.dirname(os.path.abspath(key.rpartition(".parquet#")[0] or key))
             for key in self.image_keys()
@@ -110,10 +108,13 @@ class Manifest:
         return os.path.commonpath(folders) if folders else os.sep
 
     def without_bad(self, on_bad_image: OnBadImage) -> Manifest:
-        """Check every photo and leave out the bad ones, with the anchors that cannot do without.
+        """Copy without the bad photos, nor the anchors that have no good photo of each kind left.
+
+        Args:
+            on_bad_image: "error" raises for a bad photo, "skip" leaves it out.
 
         Raises:
-            ValueError: naming a bad photo, with on_bad_image "error"; or when no anchor is left.
+            ValueError: naming a bad photo, with "error"; or when no anchor is left.
         """
         bad = check_images(self.image_keys(), on_bad_image)
         if not bad:
@@ -131,7 +132,10 @@ class Manifest:
                 f"no anchor has its photos; {len(bad)} are bad: {next(iter(bad.values()))}"
             )
         sft = [photo for photo in self.sft if photo.image not in bad]
-        test = {w: [photo for photo in self.test[w] if photo.image not in bad] for w in self.test}
+        test = {
+            partition: [photo for photo in photos if photo.image not in bad]
+            for partition, photos in self.test.items()
+        }
         return replace(self, anchors=anchors, sft=sft, test=test, skipped=skipped)
 
 

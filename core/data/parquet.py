@@ -1,9 +1,9 @@
 """Triplets in the released Parquet columns: problem, images, answer, image_noisy, image_aug.
 
-`image_noisy` is the positive and `image_aug` the negative. The released trainer expands the
-anchor's image tokens and reuses those ids for both, so the three photos of a written row have one
-size; it adds the stage-2 instruction itself, so `problem` is written without. Reading needs
-neither.
+`image_noisy` is the positive and `image_aug` the negative. The released trainer reuses the
+anchor's expanded image tokens for the other two photos, so the three photos of a written row have
+one size. It adds the stage-2 instruction itself, so `problem` is written without it. The reader
+asks for neither.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ _SCHEMA = pa.schema(
 
 
 def read_parquet(path: str | Path) -> list[Anchor]:
-    """Read triplets from Parquet, one anchor a row; the photos themselves are not looked at.
+    """Read triplets from Parquet, one anchor a row; the photos themselves are not checked.
 
-    A photo cell is a list of, or one, struct of bytes and path, bytes, or path. `<image>` and the
-    stage-2 instruction are taken off `problem`; the super-category is not known and stays empty.
+    A photo cell holds one photo or a list of them; a photo is its bytes, its path, or a struct of
+    both. `<image>` and the stage-2 instruction are removed from `problem`. The super-category is
+    not known and stays empty.
 
     Args:
         path: a Parquet file, or a folder of them.
@@ -62,15 +63,16 @@ def read_parquet(path: str | Path) -> list[Anchor]:
 
 
 def write_parquet(anchors: Iterable[Anchor], path: str | Path, resized: Resized) -> None:
-    """Write each anchor with its fixed positive and negative, the three photos in one size.
+    """Write each anchor with its first positive and negative, the three photos in one size.
 
-    The size is the one that the image processor would give the anchor, so a policy with the same
-    pixel limits does not resize it again. Photos are stored as JPEG, quality 95, full chroma.
+    It is the size that the image processor would give the anchor, so a policy with the same pixel
+    limits does not resize the photos again. They are stored as JPEG, quality 95, full chroma.
 
     Args:
         anchors: at least one, each with a positive and a negative.
-        path: the file, which appears only when it is whole.
-        resized: height and width, in pixels, that the policy's image processor gives a photo.
+        path: the file; it appears only when it is complete.
+        resized: from a photo's height and width, in pixels, to those that the policy's image
+            processor gives it.
 
     Raises:
         ValueError: naming the photo that cannot be read.

@@ -1,4 +1,4 @@
-"""Questions for photos that bring none: templates by super-category, overridable by a YAML file."""
+"""Questions for photos without one: templates by super-category, overridable by a YAML file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "flower": _SPECIES,
     "pet": _BREED,
 }
-"""Question templates by super-category, in lower case and singular; "default" for any other."""
+"""Question templates by super-category (lower case, singular); "default" serves all others."""
 
 
 def read_questions(path: str | Path | None = None) -> dict[str, tuple[str, ...]]:
@@ -55,7 +55,7 @@ def read_questions(path: str | Path | None = None) -> dict[str, tuple[str, ...]]
 
 
 def questions_for(super_category: str, templates: dict[str, tuple[str, ...]]) -> list[str]:
-    """The templates of a super-category with its name filled in ("birds" asks as "bird" does)."""
+    """The templates of a super-category, its name filled in; "birds" uses those of "bird"."""
     key = super_category.lower()
     if key not in templates and key.endswith("s") and key[:-1] in templates:
         key = super_category = key[:-1]

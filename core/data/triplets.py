@@ -1,13 +1,11 @@
-"""Photos to triplets: who is seen, which photos train, and who is the most similar other one.
+"""Photos to triplets: which sub-categories are seen, what each photo is for, what looks alike.
 
-Every choice ranks its candidates by blake2b(seed, purpose, candidate), so it depends on the seed
-and on names alone: not on the order of files, on the folder they lie in, or on Python's salted
-hash().
+Every choice ranks its candidates by blake2b(seed, purpose, candidate). It depends on the seed and
+on names alone, not on the order of the files or the folder that they are in.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -25,6 +23,7 @@ from tercet.core.data.manifest import MANIFEST_NAME, Manifest
 from tercet.core.data.parquet import read_parquet
 from tercet.core.data.photos import PhotoSet, read_photos
 from tercet.core.data.questions import questions_for, read_questions
+from tercet.core.draws import digest_int
 from tercet.core.types import Anchor, EvalQuestion, Partition, Photo, Triplet
 
 MAX_OPTIONS = 4
@@ -38,9 +37,9 @@ SubCategory = tuple[str, str]
 def prepare_manifest(config: DataConfig, embed: Embed) -> Manifest:
     """Read or make the triplets that `config.path` stands for.
 
-    A triplets.json (or its folder) is read back, and its choices hold whatever the other options
-    say; a Parquet file (or a folder of them) gives its rows as they are; from a folder of photos
-    or a JSON Lines file everything is chosen here. A choice that falls short warns.
+    A triplets.json (or its folder) is read back; its choices hold, whatever the other options say.
+    A Parquet file (or a folder of them) gives its rows as they are. For a folder of photos or a
+    JSON Lines file everything is chosen here, with a warning where there are too few photos.
 
     Args:
         config: path, split, shots, question templates, seed.
@@ -77,11 +76,11 @@ def draw_triplet(
     Args:
         anchor: with at least one positive and one negative.
         epoch: from 0.
-        seed: decides with epoch and anchor.id what is drawn.
-        positive: "redraw" draws positive and negative anew every epoch, "fixed" takes the first.
+        seed: together with epoch and anchor.id it decides what is drawn.
+        positive: "redraw" draws positive and negative in every epoch, "fixed" takes the first ones.
 
     Raises:
-        ValueError: when `positive` is something else, or there is nothing to draw from.
+        ValueError: `positive` is something else, or there is nothing to draw from.
     """
     if positive not in ("redraw", "fixed"):
         raise ValueError(f"data.positive must be 'redraw' or 'fixed', got {positive!r}")
@@ -106,19 +105,19 @@ def draw_triplet(
 def eval_questions(
     manifest: Manifest, partition: Partition, per_class: int | None = None, seed: int = 0
 ) -> list[EvalQuestion]:
-    """Questions about held-out photos, each with the truth and up to three other names.
+    """Questions about held-out photos, each with the true name and up to three others as options.
 
-    The others are of the same super-category: the most similar ones where they are known, then
-    drawn ones.
+    The others come from the same super-category: first the most similar ones, where these are
+    known, then drawn ones.
 
     Args:
-        manifest: its `test` photos are asked about.
+        manifest: the questions are about its `test` photos.
         partition: seen or unseen.
         per_class: photos of each sub-category, drawn; None: all.
         seed: of the drawn photos and names, and of the order of the options.
 
     Raises:
-        ValueError: when there are no test photos of that partition.
+        ValueError: an unknown partition, or one without test photos.
     """
     if partition not in get_args(Partition):
         raise ValueError(f"partition must be 'seen' or 'unseen', got {partition!r}")
@@ -142,13 +141,12 @@ def eval_questions(
 
 
 def seeded_int(*parts: int | str) -> int:
-    """First 63 bits of blake2b over the parts: the same on every machine and in every process."""
-    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    """63-bit number drawn from the parts: the same on every machine and in every process."""
+    return digest_int(json.dumps(parts).encode())
 
 
 def seeded_order(items: Iterable[str], *parts: int | str) -> list[str]:
-    """The items shuffled by a seed, whatever order they come in."""
+    """The items in an order that depends on the parts, not on the order in which they come."""
     return sorted(items, key=lambda item: (seeded_int(*parts, item), item))
 
 
@@ -159,8 +157,8 @@ def draw_partitions(
 
     Args:
         classes: (super-category, sub-category) pairs.
-        seen_fraction: share of each super-category that is seen, rounded to whole sub-categories;
-            at least 2 are where there are 2.
+        seen_fraction: share of each super-category's sub-categories that is seen, rounded; at least
+            2 are seen where there are 2.
         seed: of the draw.
     """
     subs = defaultdict(list)
@@ -181,7 +179,7 @@ def rank_similar(embeddings: Mapping[str, Tensor]) -> dict[str, list[str]]:
         embeddings: [photos, D] float of each sub-category, all of one super-category.
 
     Returns:
-        The other names of each name, most similar first, equal ones by name.
+        For each name the other names, most similar first; ties are ordered by name.
     """
     names = sorted(embeddings)
     means = torch.stack([embeddings[name].double().mean(dim=0) for name in names])
@@ -195,7 +193,7 @@ def rank_similar(embeddings: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class _Shots:
-    """What each photo of the seen sub-categories, and of the tests, is for."""
+    """The photos chosen for TAPO, for stage 1 and for the tests."""
 
     tapo: dict[SubCategory, list[Photo]]
     sft: list[Photo]
@@ -203,7 +201,7 @@ class _Shots:
 
 
 def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
-    # Inside, a photo's key is its name below the root, so that nothing drawn depends on the root.
+    # In here a photo's key is its path below the root, so that no draw depends on the root.
     root = photo_set.root
     templates = read_questions(config.questions)
     photos = [_local(photo, root, templates, config.seed) for photo in photo_set.photos]
@@ -267,7 +265,7 @@ def _choose_shots(
             train, stage1, test = [], [], order
         shots.test[partitions[labels]].extend(test)
         if partitions[labels] == "seen":
-            # Where photos are few TAPO comes first: stage 1 can do without some sub-categories.
+            # TAPO gets its photos first: stage 1 can do without some sub-categories.
             shots.tapo[labels] = train[: config.shots]
             shots.sft.extend([*stage1, *train[config.shots :]][: config.sft_shots])
     return shots

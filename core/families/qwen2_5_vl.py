@@ -1,23 +1,20 @@
-"""Qwen2.5-VL: Qwen2-VL's language model behind a vision tower with windows and gated MLPs."""
+"""Qwen2.5-VL: Qwen2-VL's language model behind a vision tower with windows and gated MLPs.
+
+`core.models.Family` says what each name means. What is the same as for Qwen2-VL is taken from it.
+"""
 
 from __future__ import annotations
 
 from transformers import PretrainedConfig, Qwen2_5_VLForConditionalGeneration
 
 from tercet.core.costs import Shape
-from tercet.core.families.qwen2_vl import (
-    CHECKPOINT_PREFIXES,
-    IMAGE_PROCESSOR,
-    resized,
-    text_config,
-    text_inputs,
-    text_shape,
-    tiny_text,
-)
-
-__all__ = ["CHECKPOINT_PREFIXES", "IMAGE_PROCESSOR", "resized", "text_inputs", "tiny_text"]
+from tercet.core.families import qwen2_vl
 
 MODEL = Qwen2_5_VLForConditionalGeneration
+IMAGE_PROCESSOR = qwen2_vl.IMAGE_PROCESSOR
+CHECKPOINT_PREFIXES = qwen2_vl.CHECKPOINT_PREFIXES
+SPECIAL_TOKENS = qwen2_vl.SPECIAL_TOKENS
+CHAT_TEMPLATE = qwen2_vl.CHAT_TEMPLATE
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
 TEXT = {
     # D, I, layers, heads, key heads, V, tied head
@@ -25,35 +22,24 @@ TEXT = {
     "Qwen/Qwen2.5-VL-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
 }
 
+resized = qwen2_vl.resized
+text_inputs = qwen2_vl.text_inputs
+tiny_text = qwen2_vl.tiny_text
+
 
 def published() -> dict[str, PretrainedConfig]:
-    """Configurations of the published models, by hub id, as far as sizes go."""
     return {
         name: MODEL.config_class(
-            vision_config=VISION | {"out_hidden_size": sizes[0]}, **text_config(sizes)
+            vision_config=VISION | {"out_hidden_size": sizes[0]}, **qwen2_vl.text_config(sizes)
         )
         for name, sizes in TEXT.items()
     }
 
 
-def tiny_vision(size: int, layers: int, out: int) -> dict:
-    """Vision configuration of a small model: width, blocks, and D of the language model."""
-    return {
-        "depth": layers,
-        "num_heads": size // 32,
-        "hidden_size": size,
-        "intermediate_size": 3 * size,
-        "out_hidden_size": out,
-        "window_size": 112,
-        "fullatt_block_indexes": [layers - 1],
-    }
-
-
 def shape(config: PretrainedConfig) -> Shape:
-    """Sizes of a configuration, for counting operations and bytes."""
     vision = config.vision_config
     return Shape(
-        **text_shape(config),
+        **qwen2_vl.text_shape(config),
         vision_layers=vision.depth,
         vision_hidden=vision.hidden_size,
         vision_heads=vision.num_heads,
@@ -62,3 +48,15 @@ def shape(config: PretrainedConfig) -> Shape:
         full_layers=len(vision.fullatt_block_indexes),
         window=vision.window_size // vision.spatial_merge_size // vision.patch_size,
     )
+
+
+def tiny_vision(size: int, layers: int, hidden_size: int) -> dict:
+    return {
+        "depth": layers,
+        "num_heads": size // 32,
+        "hidden_size": size,
+        "intermediate_size": 3 * size,
+        "out_hidden_size": hidden_size,
+        "window_size": 112,
+        "fullatt_block_indexes": [layers - 1],
+    }

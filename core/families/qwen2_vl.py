@@ -1,14 +1,17 @@
 """Qwen2-VL: what a packed, prefix-shared forward pass and the tools around it need to know of it.
 
-A family's file is the only one that names it. `core.models.family_of` finds it by the model type
-of a configuration; each file offers the same names.
+`core.models.Family` says what each name means.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, Qwen2VLForConditionalGeneration
+from transformers import (
+    BaseImageProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
     smart_resize,
@@ -20,7 +23,26 @@ from tercet.core.types import PackedBatch
 MODEL = Qwen2VLForConditionalGeneration
 IMAGE_PROCESSOR = Qwen2VLImageProcessorPil
 CHECKPOINT_PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
-"""Beginnings of parameter names, as transformers has them in memory and in checkpoints."""
+SPECIAL_TOKENS = {
+    "end_of_text": "<|endoftext|>",
+    "turn_start": "<|im_start|>",
+    "turn_end": "<|im_end|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+    "image": "<|image_pad|>",
+    "video": "<|video_pad|>",
+}
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for item in message['content'] %}"
+    "{% if item['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 VISION = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}
 TEXT = {
     # D, I, layers, heads, key heads, V, tied head
@@ -30,7 +52,6 @@ TEXT = {
 
 
 def published() -> dict[str, PretrainedConfig]:
-    """Configurations of the published models, by hub id, as far as sizes go."""
     return {
         name: MODEL.config_class(
             vision_config=VISION | {"hidden_size": sizes[0]}, **text_config(sizes)
@@ -39,45 +60,7 @@ def published() -> dict[str, PretrainedConfig]:
     }
 
 
-def text_config(sizes: tuple) -> dict:
-    """What TEXT's row says, as a configuration's arguments."""
-    hidden, intermediate, layers, heads, key_heads, vocabulary, tied = sizes
-    text = {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_heads,
-        "vocab_size": vocabulary,
-    }
-    return {"text_config": text, "tie_word_embeddings": tied, "dtype": "bfloat16"}
-
-
-def tiny_vision(size: int, layers: int, out: int) -> dict:
-    """Vision configuration of a small model: width, blocks, and D of the language model."""
-    # in_chans: published configurations have it, and SGLang reads it.
-    return {
-        "depth": layers,
-        "num_heads": size // 32,
-        "embed_dim": size,
-        "hidden_size": out,
-        "mlp_ratio": 3,
-        "in_chans": 3,
-    }
-
-
-def tiny_text(hidden_size: int) -> dict:
-    """What a small model's text configuration needs besides its sizes; heads are 32 wide."""
-    sections = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    return {
-        "num_attention_heads": hidden_size // 32,
-        "num_key_value_heads": max(1, hidden_size // 64),
-        "rope_parameters": sections,
-    }
-
-
 def shape(config: PretrainedConfig) -> Shape:
-    """Sizes of a configuration, for counting operations and bytes."""
     vision = config.vision_config
     return Shape(
         **text_shape(config),
@@ -91,8 +74,67 @@ def shape(config: PretrainedConfig) -> Shape:
     )
 
 
+def resized(processor: BaseImageProcessor, height: int, width: int) -> tuple[int, int]:
+    return smart_resize(
+        height,
+        width,
+        factor=processor.patch_size * processor.merge_size,
+        min_pixels=processor.size["shortest_edge"],
+        max_pixels=processor.size["longest_edge"],
+    )
+
+
+def text_inputs(model: PreTrainedModel, packed: PackedBatch) -> dict:
+    embeddings = model.model.get_input_embeddings()(packed.input_ids)
+    if packed.pixel_values is not None:
+        features = model.model.get_image_features(packed.pixel_values, packed.image_grid_thw)
+        image = (packed.input_ids == model.config.image_token_id)[:, None]
+        merged = torch.cat(features.pooler_output).to(embeddings.dtype)
+        embeddings = embeddings.masked_scatter(image, merged)
+    return {
+        "inputs_embeds": embeddings[None],
+        # With exactly three rows of positions transformers builds no mask of its own.
+        "position_ids": packed.position_ids[:, None],
+        "attention_mask": {"full_attention": None},
+    }
+
+
+def tiny_vision(size: int, layers: int, hidden_size: int) -> dict:
+    return {
+        "depth": layers,
+        "num_heads": size // 32,
+        "embed_dim": size,
+        "hidden_size": hidden_size,
+        "mlp_ratio": 3,
+        "in_chans": 3,  # published configurations have it, and SGLang reads it
+    }
+
+
+def tiny_text(hidden_size: int) -> dict:
+    sections = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    return {
+        "num_attention_heads": hidden_size // 32,
+        "num_key_value_heads": max(1, hidden_size // 64),
+        "rope_parameters": sections,
+    }
+
+
+def text_config(sizes: tuple) -> dict:
+    """A row of TEXT as arguments of a configuration."""
+    hidden, intermediate, layers, heads, key_heads, vocabulary, tied = sizes
+    text = {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "vocab_size": vocabulary,
+    }
+    return {"text_config": text, "tie_word_embeddings": tied, "dtype": "bfloat16"}
+
+
 def text_shape(config: PretrainedConfig) -> dict[str, int]:
-    """The sizes that do not depend on the vision tower's blocks."""
+    """The part of a Shape that does not depend on the vision tower's blocks."""
     text, vision = config.text_config, config.vision_config
     return {
         "layers": text.num_hidden_layers,
@@ -104,39 +146,4 @@ def text_shape(config: PretrainedConfig) -> dict[str, int]:
         "vocabulary": text.vocab_size,
         "merge": vision.spatial_merge_size,
         "patch": vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-    }
-
-
-def resized(processor: Qwen2VLImageProcessorPil, height: int, width: int) -> tuple[int, int]:
-    """Height and width in pixels that the image processor gives a photo."""
-    return smart_resize(
-        height,
-        width,
-        factor=processor.patch_size * processor.merge_size,
-        min_pixels=processor.size["shortest_edge"],
-        max_pixels=processor.size["longest_edge"],
-    )
-
-
-def text_inputs(model: PreTrainedModel, packed: PackedBatch) -> dict[str, Tensor | None]:
-    """What the language model is given for a pack: embeddings with the photos' tokens in place.
-
-    Args:
-        model: of this family.
-        packed: T tokens on the model's device.
-
-    Returns:
-        inputs_embeds [1, T, D]; position_ids [3, 1, T]; attention_mask, None: with exactly three
-        rows of positions transformers builds no mask, and shared-prefix attention needs none.
-    """
-    embeddings = model.model.get_input_embeddings()(packed.input_ids)
-    if packed.pixel_values is not None:
-        features = model.model.get_image_features(packed.pixel_values, packed.image_grid_thw)
-        image = (packed.input_ids == model.config.image_token_id)[:, None]
-        merged = torch.cat(features.pooler_output).to(embeddings.dtype)
-        embeddings = embeddings.masked_scatter(image, merged)
-    return {
-        "inputs_embeds": embeddings[None],
-        "position_ids": packed.position_ids[:, None],
-        "attention_mask": {"full_attention": None},
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tercet.core.data.manifest import Manifest
-from tercet.core.data.photos import read_eval
+from tercet.core.data.records import read_eval
 from tercet.core.data.triplets import eval_questions
 from tercet.core.prompts import chat_ids, closed_world_text, open_world_text, stage2_text
 from tercet.core.types import EvalQuestion, PolicyParts, Request
@@ -30,7 +30,7 @@ Prompt = Literal["stage2", "open_world", "closed_world"]
 
 @dataclass(frozen=True)
 class Answer:
-    """A question with what the model said to it."""
+    """A question with the model's answer and its scores."""
 
     question: EvalQuestion
     output: str
@@ -46,20 +46,18 @@ def ask(
     names: Mapping[str, Sequence[str]],
     system_prompt: str | None = None,
     max_tokens: int = 2048,
-    progress: Callable[[int], None] = lambda answers: None,
 ) -> list[Answer]:
     """Greedy answers with their scores, in the order of the questions.
 
     Args:
-        engine: where answers come from.
+        engine: samples the answers.
         parts: for the tokenizer.
         questions: about held-out photos.
-        prompt: wording; `closed_world` shows the options and gives the score `closed`, the others
+        prompt: wording. `closed_world` shows the options and gives the score `closed`; the others
             give `exact` and `included`.
-        names: known names by super-category, for `exact`; without them it is left out.
+        names: known names by super-category, for `exact`, which is left out without them.
         system_prompt: system message of every prompt.
         max_tokens: longest answer.
-        progress: called with the number of answers that just came in.
     """
 
     def request(i: int, question: EvalQuestion) -> Request:
@@ -75,7 +73,6 @@ def ask(
             outputs[int(completion.request_id)] = parts.tokenizer.decode(
                 completion.token_ids, skip_special_tokens=True
             )
-            progress(1)
         return outputs
 
     outputs = asyncio.run(collect())
@@ -96,7 +93,7 @@ def _scores(question: EvalQuestion, output: str, prompt: str, names) -> dict[str
 
 
 def table(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
-    """Mean of every score, by partition, in percent, with the number of answers as `n`."""
+    """By partition: the mean of every score in percent, and the number of answers as `n`."""
     by_partition: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         by_partition[answer.question.partition or "all"].append(answer)

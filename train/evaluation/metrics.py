@@ -1,4 +1,4 @@
-"""Evaluation metrics: one answer, or one pair of similarities, at a time."""
+"""Evaluation metrics, each of one answer or of one pair of similarities."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def open_world_included(output: str, truth: str, cars: bool) -> bool:
     """Whether the true name occurs in the answer: text inclusion.
 
     Args:
-        output: the whole raw output; where its longest answer is missing or empty, all of it is
-            looked through.
-        truth: the true name; case is ignored, and `_` in it reads as a space.
+        output: the whole raw output; all of it is searched if its longest answer is missing or
+            empty.
+        truth: the true name; case is ignored, and `_` in it is read as a space.
         cars: drop the last two words of the truth (body and year).
 
     Raises:
@@ -63,7 +63,7 @@ def relative_similarity(s_pred: float, s_super: float) -> float:
         s_super: cosine similarity of super-category word and true name.
 
     Returns:
-        0 for a prediction no nearer than the super-category word, 1 for the true name.
+        0 for a prediction no more similar than the super-category word, 1 for the true name.
 
     Raises:
         ValueError: a similarity is NaN, or `s_super` is not below 1.

@@ -1,0 +1,134 @@
+"""Records about photos: stage-1 conversations and evaluation questions."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from tercet.core.data.fields import (
+    as_words,
+    choice_of,
+    has_partition,
+    json_lines,
+    load_json,
+    partition_of,
+    text_of,
+)
+from tercet.core.data.photos import OnBadImage, check_images
+from tercet.core.types import EvalQuestion, Partition
+
+
+@dataclass(frozen=True)
+class SftSample:
+    """One stage-1 conversation; its user turns hold one `<image>` per photo."""
+
+    id: str
+    messages: tuple[tuple[str, str], ...]
+    """(role, content) in order; the last one is the only assistant turn."""
+    images: tuple[str, ...]
+
+
+def read_sft(
+    path: str | Path, on_bad_image: OnBadImage = "error"
+) -> tuple[list[SftSample], list[str]]:
+    """Read stage-1 records, a JSON list of {"messages": [...], "images": [...]}.
+
+    Args:
+        path: the JSON file; image paths are relative to its folder.
+        on_bad_image: "error" raises for a bad photo, "skip" leaves its record out and lists it.
+
+    Returns:
+        The samples, and for each record that was left out the reason.
+
+    Raises:
+        ValueError: naming file and record at fault.
+    """
+    path = Path(os.path.abspath(path))
+    records = load_json(path)
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{path} must hold a JSON list of at least one record")
+    samples = [_sft_sample(record, path, index) for index, record in enumerate(records)]
+    bad = check_images([image for sample in samples for image in sample.images], on_bad_image)
+    kept, skipped = [], []
+    for sample in samples:
+        reasons = [bad[image] for image in sample.images if image in bad]
+        if reasons:
+            skipped.append(f"record {sample.id}: {reasons[0]}")
+        else:
+            kept.append(sample)
+    return kept, skipped
+
+
+def read_eval(path: str | Path) -> list[EvalQuestion]:
+    """Read questions from JSON Lines of {"image_path", "question", "options", "ground_truth"}.
+
+    `_` in names is read as a space. The super-category is the record's `super_category`, else the
+    first folder of `image_path`; the partition is the record's `partition`, else the end of the
+    file's name (`..._seen.jsonl`, `..._unseen.jsonl`). The photos are not checked (see
+    `check_images`).
+
+    Args:
+        path: the file; image paths are relative to its folder.
+
+    Raises:
+        ValueError: naming file, line and field at fault.
+    """
+    path = Path(os.path.abspath(path))
+    questions = [_eval_question(record, path, where) for where, record in json_lines(path)]
+    if not questions:
+        raise ValueError(f"{path} holds no questions")
+    return questions
+
+
+def _sft_sample(record: object, path: Path, index: int) -> SftSample:
+    where = f"{path}: record {index}"
+    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
+        raise ValueError(f"{where}: needs a list 'messages'")
+    images = record.get("images")
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"{where}: 'images' must be a list of paths, got {images!r}")
+    messages = tuple(
+        (
+            choice_of(message, "role", ("system", "user", "assistant"), where),
+            text_of(message, "content", where),
+        )
+        for message in record["messages"]
+    )
+    roles = [role for role, _ in messages]
+    if roles.count("assistant") != 1 or roles[-1] != "assistant":
+        raise ValueError(
+            f"{where}: needs exactly one assistant message, the last one; its roles are {roles}"
+        )
+    pads = sum(content.count("<image>") for role, content in messages if role == "user")
+    if pads != len(images):
+        raise ValueError(f"{where}: {pads} <image> in its user turns, but {len(images)} images")
+    keys = tuple(os.path.normpath(path.parent / image) for image in images)
+    return SftSample(f"{path.stem}/{index}", messages, keys)
+
+
+def _eval_question(record: dict, path: Path, where: str) -> EvalQuestion:
+    image = text_of(record, "image_path", where)
+    options = record.get("options")
+    if not isinstance(options, list) or not all(isinstance(name, str) for name in options):
+        raise ValueError(f"{where}: 'options' must be a list of names, got {options!r}")
+    names = tuple(as_words(option) for option in options)
+    truth = as_words(text_of(record, "ground_truth", where))
+    if truth not in names:
+        raise ValueError(f"{where}: ground_truth {truth!r} is not among the options {names}")
+    super_category = image.split("/")[0] if "/" in image else ""
+    if "super_category" in record:
+        super_category = text_of(record, "super_category", where)
+    partition = path.stem.rpartition("_")[2]
+    partition = partition if partition in get_args(Partition) else ""
+    if has_partition(record):
+        partition = partition_of(record, where)
+    return EvalQuestion(
+        image=os.path.normpath(path.parent / image),
+        question=text_of(record, "question", where),
+        options=names,
+        truth=truth,
+        super_category=as_words(super_category),
+        partition=partition,
+    )

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from tercet.core.config import LossConfig
 from tercet.kernels.reference import tapo_loss_reference
 from tercet.kernels.tapo_loss import fused_linear_tapo_loss
 
 SEQUENCE = 64  # tokens that share one advantage
-LOSS = {"kl_coef": 0.0, "entropy_coef": 0.0, "neg_entropy_coef": 0.0}
-CLIPS = {"epsilon_low": 0.2, "epsilon_high": 0.28, "delta": 3.0}
+LOSS = LossConfig(kl_coef=0.0, entropy_coef=0.0, neg_entropy_coef=0.0)
+CLIPS = {"epsilon_low": LOSS.clip_low, "epsilon_high": LOSS.clip_high, "delta": LOSS.clip_dual}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Case:
     def loss(self, logprobs: Tensor) -> Tensor:
         """The loss all methods share, from log-probs [R]."""
         rows = (logprobs, self.old_logprobs, None, self.advantages)
-        return tapo_loss_reference(*rows, num_loss_tokens=len(self.labels), **LOSS)[0]
+        return tapo_loss_reference(*rows, loss=LOSS, num_loss_tokens=len(self.labels))[0]
 
     def by_sequence(self, rows: Tensor) -> Tensor:
         """[R, ...] as [sequences, tokens, ...]."""
@@ -81,8 +82,8 @@ def ours(case: Case) -> Tensor:
         case.labels,
         case.old_logprobs,
         case.advantages,
+        loss=LOSS,
         num_loss_tokens=len(case.labels),
-        **LOSS,
     )[0]
 
 

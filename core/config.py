@@ -1,4 +1,4 @@
-"""Every option of the training commands: one dataclass a concern, one docstring a field.
+"""Every option of the training commands: one dataclass per concern, one docstring per field.
 
 The command line and YAML use the same names: `--loss.kl_coef 0.02`, `loss: {kl_coef: 0.02}`.
 `run.preset` names a set of options (see PRESETS) that applies before both.
@@ -105,11 +105,11 @@ class RolloutConfig:
     weight_sync: Literal["disk", "distributed", "tensor"] = "disk"
     """How weights reach the servers. disk: by files, kept in memory where there is room; servers of
     `urls` must see run.out. distributed: by a broadcast; the servers need GPUs of their own.
-    tensor: by shared memory on one host."""
+    tensor: as handles of the trainer's memory; servers on the same host."""
     weight_bucket_mib: PositiveInt = 512
     """Size in MiB of the weights that are sent at once."""
     sync_host: str = "127.0.0.1"
-    """Address of this machine under which servers reach it for `weight_sync: distributed`."""
+    """Address at which servers reach this machine for `weight_sync: distributed`."""
     api_key: str | None = None
     """Key that is sent to the servers; servers that are started require it."""
     start_timeout_s: PositiveFloat = 600.0
@@ -117,7 +117,7 @@ class RolloutConfig:
     request_timeout_s: PositiveFloat = 600.0
     """Longest that one response may take."""
     max_in_flight: PositiveInt = 256
-    """Most requests that the servers work on at once."""
+    """Most requests sent to the servers at once."""
     n_anchor: PositiveInt = 5
     """n1: responses sampled on the anchor image."""
     n_positive: NonNegativeInt = 5

@@ -298,8 +298,8 @@ def fused_linear_tapo_loss(
     if neg_hidden is not None and loss.neg_grad == "detach":
         branches, kept = [hidden], head.without_masked(neg_hidden)
         with torch.no_grad():
-            scored = linear_logprobs(kept, weight, labels, temperature, chunk_rows=chunk_rows)
-        rows["neg_logprobs"] = scored[0]
+            found = linear_logprobs(kept, weight, labels, temperature, chunk_rows=chunk_rows)
+        rows["neg_logprobs"] = found[0]
     return _tapo_loss(head, branches, rows, loss, return_logprobs)
 
 

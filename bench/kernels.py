@@ -4,10 +4,9 @@
     make bench-kernels        # the matrix of shapes on this machine, into bench/results/kernels.csv
     make bench-gpu-kernels    # the same on a GPU
 
-Every method of `peers` computes the same loss, forward and backward. Before anything is timed its
-gradients are compared with plain PyTorch's in float32, a chunk of rows at a time; a method whose
-error is over the gate gets a row without times. Memory is what a call has at most above its inputs
-and the gradients that it returns.
+Every method in `peers` computes the same loss, forward and backward. Before a method is timed, its
+gradients are compared with those of plain PyTorch in float32; a method whose error is over the gate
+gets a row without times. Memory is a call's peak above its inputs and the gradients it returns.
 """
 
 from __future__ import annotations

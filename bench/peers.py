@@ -1,8 +1,8 @@
-"""What computes the same loss as `fused_linear_tapo_loss`: plain PyTorch, Liger, Apple, TRL, torch.
+"""Other ways to compute the loss of `fused_linear_tapo_loss`: plain PyTorch, Liger, CCE, TRL.
 
-The loss is the token-level clipped one with old log-probs given: no KL, no entropy terms and no
-negative, which is what all of them can do. Peers are called through their own packages, with their
-own defaults; Liger's fused linear cross entropy is not among them, as it takes no weight a row.
+The loss is the token-level clipped policy loss with old log-probs: no KL, no entropy terms and no
+negative, as all peers can compute it. Peers are called through their own packages with their own
+defaults. Liger's fused linear cross entropy is missing because it takes no row weights.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from tercet.core.config import LossConfig
 from tercet.kernels.reference import tapo_loss_reference
 from tercet.kernels.tapo_loss import fused_linear_tapo_loss
 
 SEQUENCE = 64  # tokens that share one advantage
-LOSS = {"kl_coef": 0.0, "entropy_coef": 0.0, "neg_entropy_coef": 0.0}
-CLIPS = {"epsilon_low": 0.2, "epsilon_high": 0.28, "delta": 3.0}
+LOSS = LossConfig(kl_coef=0.0, entropy_coef=0.0, neg_entropy_coef=0.0)
+CLIPS = {"epsilon_low": LOSS.clip_low, "epsilon_high": LOSS.clip_high, "delta": LOSS.clip_dual}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Case:
     def loss(self, logprobs: Tensor) -> Tensor:
         """The loss all methods share, from log-probs [R]."""
         rows = (logprobs, self.old_logprobs, None, self.advantages)
-        return tapo_loss_reference(*rows, num_loss_tokens=len(self.labels), **LOSS)[0]
+        return tapo_loss_reference(*rows, loss=LOSS, num_loss_tokens=len(self.labels))[0]
 
     def by_sequence(self, rows: Tensor) -> Tensor:
         """[R, ...] as [sequences, tokens, ...]."""
@@ -45,7 +46,7 @@ class Case:
 
 
 def make_case(rows: int, dim: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
-    """Hidden states of unit scale whose labels are likely, as a trained policy's samples are."""
+    """Hidden states of unit scale with likely labels, like those of a trained policy's samples."""
     noise = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(rows, dim, generator=noise, device=device)
     weight = torch.randn(vocabulary, dim, generator=noise, device=device) * 2 / dim**0.5
@@ -64,7 +65,7 @@ def make_case(rows: int, dim: int, vocabulary: int, dtype: torch.dtype, device: 
 
 
 def gemms(case: Case) -> None:
-    """The three products alone: the ceiling. It computes no gradient of the loss."""
+    """The three GEMMs alone, as an upper limit on speed; computes no gradient of the loss."""
     with torch.no_grad():
         for hidden in case.hidden.split(2048):
             logits = hidden @ case.weight.T
@@ -81,8 +82,8 @@ def ours(case: Case) -> Tensor:
         case.labels,
         case.old_logprobs,
         case.advantages,
+        loss=LOSS,
         num_loss_tokens=len(case.labels),
-        **LOSS,
     )[0]
 
 
@@ -98,19 +99,19 @@ def eager(case: Case) -> Tensor:
 
 def compiled(case: Case) -> Tensor:
     """The same under torch.compile."""
-    scored = torch.compile(_logprobs, dynamic=False)(case.hidden, case.weight, case.labels)
-    return case.loss(scored)
+    logprobs = torch.compile(_logprobs, dynamic=False)(case.hidden, case.weight, case.labels)
+    return case.loss(logprobs)
 
 
 def checkpointed(case: Case) -> Tensor:
     """The same in checkpointed chunks of 1,024 rows."""
     parts = zip(case.hidden.split(1024), case.labels.split(1024), strict=True)
-    scored = [checkpoint(_logprobs, h, case.weight, of, use_reentrant=False) for h, of in parts]
-    return case.loss(torch.cat(scored))
+    found = [checkpoint(_logprobs, h, case.weight, of, use_reentrant=False) for h, of in parts]
+    return case.loss(torch.cat(found))
 
 
 def liger_grpo(case: Case) -> Tensor:
-    """Liger's chunked GRPO loss, as it comes (one sequence a chunk)."""
+    """Liger's chunked GRPO loss with its defaults (one sequence a chunk)."""
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 
     on_gpu = case.hidden.is_cuda
@@ -126,7 +127,7 @@ def liger_grpo(case: Case) -> Tensor:
 
 
 def liger_triton_grpo(case: Case) -> Tensor:
-    """Liger's GRPO loss on logits, with the head before it."""
+    """Liger's Triton GRPO loss, on logits of the whole batch."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     logits = case.by_sequence(case.hidden) @ case.weight.T
@@ -152,8 +153,8 @@ def cce(case: Case, filter_eps: str | None = "high") -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     inputs = (case.hidden, case.weight, case.labels)
-    scored = linear_cross_entropy(*inputs, reduction="none", impl="cce", filter_eps=filter_eps)
-    return case.loss(-scored.float())
+    losses = linear_cross_entropy(*inputs, reduction="none", impl="cce", filter_eps=filter_eps)
+    return case.loss(-losses.float())
 
 
 def cce_exact(case: Case) -> Tensor:
@@ -163,14 +164,14 @@ def cce_exact(case: Case) -> Tensor:
 
 def torch_linear_cross_entropy(case: Case) -> Tensor:
     """torch.nn.functional.linear_cross_entropy (torch >= 2.13), chunked."""
-    scored = functional.linear_cross_entropy(
+    losses = functional.linear_cross_entropy(
         case.hidden,
         case.weight,
         case.labels,
         reduction="none",
         options=torch.nn.LinearCrossEntropyOptions(),
     )
-    return case.loss(-scored.float())
+    return case.loss(-losses.float())
 
 
 def trl(case: Case) -> Tensor:

@@ -1,4 +1,4 @@
-"""From rewards to advantages, and from a way of averaging to a weight per response token."""
+"""Group advantages from rewards, and the row weights that express what the loss is a mean over."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def group_advantages(
 
     Args:
         rewards: [N] any float dtype.
-        group_ids: N ids, or an [N] tensor of them; a group's responses need not be neighbours.
+        group_ids: N ids, or an [N] tensor of them; the order of responses does not matter.
         eps: added to the unbiased standard deviation.
 
     Returns:
-        [N] in the dtype and on the device of `rewards`; 0 for a group of one response or of equal
+        [N] in the dtype and on the device of `rewards`; 0 in a group of one response or of equal
         rewards.
 
     Raises:
-        ValueError: not one id per reward, not a float dtype, or a reward is not finite.
+        ValueError: rewards that are not [N] floats, another number of ids, or a reward that is not
+            finite.
     """
     rewards = torch.as_tensor(rewards)
     ids = group_ids.tolist() if isinstance(group_ids, Tensor) else list(group_ids)
@@ -57,30 +58,30 @@ def row_weights(
     mean_over: Literal["batch", "group", "response", "micro_batch"] = "batch",
     mean_over_size: int = 4,
 ) -> list[float]:
-    """Weight of each token of each response, so that one weighted mean gives every `mean_over`.
+    """Weight of each response's tokens, so that one weighted mean gives every `mean_over`.
 
-    The loss is sum(weight * token loss) / sum(weight * length). The denominators, with n the
-    tokens that count:
+    The loss is sum(weight * token loss) / sum(weight * length). Weights and denominators are, with
+    n the number of tokens that count:
 
     - `batch`: every weight is 1, the denominator is n.
     - `group`: 1 / tokens of the response's group; the denominator is the number of groups.
     - `response`: 1 / its own tokens; the denominator is the number of responses.
-    - `micro_batch`: 1 / tokens of its virtual micro-batch, which is cut from the responses in
-      order (the last may be smaller); the denominator is the number of virtual micro-batches.
+    - `micro_batch`: 1 / tokens of its virtual micro-batch: `mean_over_size` responses in order,
+      fewer in the last; the denominator is the number of virtual micro-batches.
 
-    All but `batch` thus take a mean of token means. Both sums may be taken part by part, over
-    ranks for example, as long as no group or virtual micro-batch is cut between two calls.
+    All but `batch` thus take a mean of token means. Both sums may be added up over several calls,
+    for example over ranks, as long as no group or virtual micro-batch is split between two calls.
 
     Args:
         lengths: tokens of each response.
         group_ids: group of each response.
-        masked: which responses stay out of the loss. They, and empty ones, weigh 0 and count in
-            no denominator and no virtual micro-batch.
-        mean_over: what is averaged over.
+        masked: which responses stay out of the loss. They and empty responses have weight 0 and
+            count in no denominator and no virtual micro-batch.
+        mean_over: what the loss is a mean over.
         mean_over_size: responses of a virtual micro-batch.
 
     Returns:
-        One weight a response; all 0 when nothing counts.
+        One weight per response; all 0 when no token counts.
 
     Raises:
         ValueError: arguments of different lengths, a negative length, an unknown `mean_over`, or
@@ -96,6 +97,7 @@ def row_weights(
     if mean_over_size < 1:
         raise ValueError(f"mean_over_size must be at least 1, got {mean_over_size}")
     counted = [n for n, length in enumerate(lengths) if length and not masked[n]]
+    # The unit of each counted response: what its token mean is taken over.
     units: dict[str, list[Hashable]] = {
         "batch": [],
         "group": [group_ids[n] for n in counted],

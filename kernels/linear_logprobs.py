@@ -5,11 +5,11 @@
     entropy_i = logsumexp(logits_i) - sum_v p_iv logits_iv
     d logits_i = (g_i (onehot - p_i) - h_i p_i (log p_i + entropy_i)) / temperature
 
-for incoming gradients g of the log-probs and h of the entropies. A chunk of rows at a time: its
-logits from one GEMM (float32 accumulated and float32 kept: bfloat16 logits would put up to 0.05
-nat of noise on a log-prob), the row operators of `rows`, and in the backward pass two more GEMMs
-behind logits computed again: 2 R V D FLOPs forward, 6 R V D backward, chunk V logits of memory.
-Log-probs with and without gradient take the same path to the last bit.
+for incoming gradients g of the log-probs and h of the entropies. One chunk of rows at a time: one
+GEMM gives its logits (float32, as bfloat16 logits would put up to 0.05 nat of noise on a log-prob),
+then come the row operators of `rows`. The backward pass computes the logits again and adds two
+GEMMs. 2 R V D FLOPs forward, 6 R V D backward; memory for the logits of one chunk. Log-probs are
+the same to the last bit with and without gradient.
 """
 
 from __future__ import annotations
@@ -22,42 +22,13 @@ from tercet.kernels.reference import check_head
 from tercet.kernels.rows import operators
 
 GPU_CHUNK_ROWS = 2048
-"""A weight gradient in float32 is bound by memory below about 800 rows at V = 152k."""
+"""Below about 800 rows, at V = 152k, adding to the float32 weight gradient is bound by memory."""
 CPU_CHUNK_LOGITS = 6 << 20
 """Logits of a chunk on a CPU: 24 MiB in float32."""
 
 
-def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    temperature: float = 1.0,
-    *,
-    chunk_rows: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of labels under softmax(hidden weight^T / temperature), and its entropy.
-
-    Args:
-        hidden: [R, D] bf16, fp16, fp32 or fp64: hidden states.
-        weight: [V, D] dtype of `hidden`: the head.
-        labels: [R] int64 in [0, V).
-        temperature: what logits are divided by, positive.
-        chunk_rows: rows whose logits exist at once; None: as many as suit the device.
-
-    Returns:
-        logprobs: [R] float32 (float64 for float64): natural logarithms.
-        entropy: [R] same dtype: exact entropy of the whole distribution, in nats, differentiable.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a temperature or chunk_rows that is
-            not positive, or, on a CPU, a label outside [0, V). On a GPU such a row is NaN.
-    """
-    check_head(hidden, weight, labels, temperature)
-    return _LinearLogprobs.apply(hidden, weight, labels, temperature, chunk_rows)
-
-
 class Head:
-    """The head's GEMMs on chunks of rows, in max(float32, the weight's dtype).
+    """The head's GEMMs on chunks of rows; results are in max(float32, the weight's dtype).
 
     Args:
         weight: [V, D].
@@ -66,7 +37,7 @@ class Head:
 
     def __init__(self, weight: Tensor, needs_grad: bool = False):
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        # GPUs multiply 16-bit numbers into float32 sums; on a CPU both are float32 before.
+        # A GPU multiplies 16-bit numbers into float32 sums; on a CPU they become float32 first.
         self.mixed = weight.is_cuda and weight.dtype != self.dtype
         self.weight = weight.detach() if self.mixed else weight.detach().to(self.dtype)
         self.needs_grad = needs_grad
@@ -94,7 +65,7 @@ class Head:
 
 
 def chunks(rows: int, weight: Tensor, chunk_rows: int | None, branches: int = 1) -> list[slice]:
-    """Slices of rows whose logits, of all branches, exist at once; one empty slice for no rows."""
+    """Slices of the rows whose logits, of all branches, exist at once; for no rows an empty one."""
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, or None, got {chunk_rows}")
     if chunk_rows is None:
@@ -105,7 +76,7 @@ def chunks(rows: int, weight: Tensor, chunk_rows: int | None, branches: int = 1)
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Keeps hidden states, weight and three numbers a row; logits are computed again."""
+    """Saves hidden states, weight and three numbers a row; backward computes the logits again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, temperature, chunk_rows):
@@ -143,8 +114,37 @@ class _LinearLogprobs(torch.autograd.Function):
                 head.weight.dtype,
             )
             d_chunk = head.backward(d_logits, hidden[part], needs_hidden)
-            del d_logits  # its memory is the next chunk's
+            del d_logits  # frees its memory for the next chunk
             if needs_hidden:
                 d_hidden[part] = d_chunk
         d_weight = None if head.grad is None else head.grad.to(weight.dtype)
         return d_hidden, d_weight, None, None, None
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    *,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of labels under softmax(hidden weight^T / temperature), and its entropy.
+
+    Args:
+        hidden: [R, D] bf16, fp16, fp32 or fp64: hidden states.
+        weight: [V, D] dtype of `hidden`: the head.
+        labels: [R] int64 in [0, V).
+        temperature: what logits are divided by, positive.
+        chunk_rows: rows whose logits exist at once; None: as many as suit the device.
+
+    Returns:
+        logprobs: [R] float32 (float64 for float64): natural logarithms.
+        entropy: [R] same dtype: exact entropy of the whole distribution, in nats, differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a temperature or chunk_rows that is
+            not positive, or, on a CPU, a label outside [0, V). On a GPU such a row is NaN.
+    """
+    check_head(hidden, weight, labels, temperature)
+    return _LinearLogprobs.apply(hidden, weight, labels, temperature, chunk_rows)

@@ -1,20 +1,19 @@
-"""Shared-prefix attention: a group's prompt is computed once, its responses hang on it.
+"""Shared-prefix attention: a group's prompt is computed once and shared by its responses.
 
 A token attends causally to its own segment (prompt or response); a response's token also attends
-to its whole prompt. These are two variable-length attention calls over disjoint keys,
+to its whole prompt. This takes two variable-length attention calls over disjoint keys,
 
     out_a, lse_a = causal(q, k, v)                  every segment by itself
     out_b, lse_b = full(q[responses], k[prompts])   each response's token over its prompt
 
 merged exactly by their log-sum-exps: lse = log(e^lse_a + e^lse_b), out = sum of e^(lse_i - lse)
-out_i. In the backward pass each call's own flash backward is given the *merged* output and
+out_i. In the backward pass the flash backward of each call takes the *merged* output and
 log-sum-exp: its probabilities exp(s - lse) and its row term dO . out are then those of the whole
 attention, so the two gradients add up to the exact one (as in ring attention).
 
-Both calls are those of varlen.py; where it has no backend, the dense-masked twin of
-kernels/reference.py stands in. transformers reaches this as the registered attention
-`tercet_prefix`, with `segments=` passed through the model's forward; without segments it is
-transformers' own SDPA.
+varlen.py computes both calls; where it has no backend, the dense-masked twin in reference.py is
+used. transformers uses this as the registered attention `tercet_prefix`, with `segments=` passed
+through the model's forward; without segments it is transformers' own SDPA.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ ATTENTION_NAME = "tercet_prefix"
 
 
 def _own(segments: Segments) -> Bounds:
-    """Every segment over itself."""
+    """Queries and keys of the first call: each segment attends to itself."""
     bounds, longest = segments.cu_seqlens, segments.max_seqlen
     return Bounds(bounds, bounds, longest, longest)
 
 
 def _shared(segments: Segments) -> Bounds:
-    """What hangs on each prompt over that prompt."""
+    """Queries and keys of the second call: the responses of a prompt attend to that prompt."""
     return Bounds(
         segments.cu_seqlens_q, segments.cu_seqlens_k, segments.max_seqlen_q, segments.max_seqlen_k
     )
@@ -96,9 +95,9 @@ def prefix_attention(
         q: [T, heads, head_dim] any float dtype: queries with their positions applied.
         k: [T, key_heads, head_dim]: keys; key_heads divides heads.
         v: [T, key_heads, head_dim]: values.
-        segments: where prompts and responses lie (see core.types.Segments).
-        scale: factor of the scores, 1 / sqrt(head_dim) as a rule.
-        backend: of the two calls; None: what suits q.
+        segments: the pack's prompts and responses (see core.types.Segments).
+        scale: what q . k is multiplied by, usually 1 / sqrt(head_dim).
+        backend: computes the two calls; None: the one for q's device and dtype.
 
     Returns:
         [T, heads, head_dim] in q's dtype.

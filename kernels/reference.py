@@ -1,35 +1,33 @@
 """PyTorch twins of the fused kernels: the head's log-probs and the TAPO loss, by autograd.
 
-Loss of a response token with log-probs a (policy), o (old), n (policy on the negative image) and
-advantage A (Fine-R1, ICLR 2026, eq. 1-4, negated to be minimised):
+Loss of a response token with log-probs a (policy), o (old), n (policy on the negative image), f
+(reference policy) and advantage A (Fine-R1, ICLR 2026, eq. 1-4, negated to be minimised):
 
-    pg - kl_coef k3 - entropy_coef a - neg_entropy_coef n [+ ref_kl_coef k3(reference)]
+    pg - kl_coef k3(d) - entropy_coef a - neg_entropy_coef n + ref_kl_coef k3(f - a)
 
-with r = exp(a - o), pg = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), at most clip_dual |A|
-where A < 0, and k3 = e^d - d - 1, d = n - a (`neg_over_policy`) or a - n (`policy_over_neg`).
-A clamp that binds stops the gradient; a value on its bound still passes it. With w = loss_mask /
-num_loss_tokens the gradients are, `[...]` being 1 where no clamp binds:
+with r = exp(a - o); pg = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), at most clip_dual |A|
+where A < 0; k3(d) = e^d - d - 1; and d = n - a (`neg_over_policy`) or a - n (`policy_over_neg`).
+A clamp that binds stops the gradient; exactly on its bound the gradient still flows. For
+`neg_over_policy`, no reference policy, w = loss_mask / num_loss_tokens and [...] = 1 where no clamp
+binds, else 0, the gradients are
 
-    d loss / d a = w (-A r [pg] + kl_coef (e^d - 1) [k3] - entropy_coef)       neg_over_policy
+    d loss / d a = w (-A r [pg] + kl_coef (e^d - 1) [k3] - entropy_coef)
     d loss / d n = w (          - kl_coef (e^d - 1) [k3] - neg_entropy_coef)   0 when detached
 
-and the same with the sign of `kl_coef` turned for `policy_over_neg`.
+For `policy_over_neg` kl_coef has the other sign in both.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tercet.core.config import LossConfig
 from tercet.core.types import Segments
 
-KlRatio = Literal["neg_over_policy", "policy_over_neg"]
 TERMS = (
     "pg_loss",
     "kl",
@@ -50,7 +48,7 @@ def linear_logprobs_reference(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of labels under softmax(hidden weight^T / temperature), and its entropy.
 
-    All [R, V] logits exist at once: hand over rows in chunks.
+    All [R, V] logits exist at once: for many rows, call it once a chunk.
 
     Args:
         hidden: [R, D] any float dtype: hidden states.
@@ -80,53 +78,29 @@ def tapo_loss_reference(
     neg_logprobs: Tensor | None,
     advantages: Tensor,
     *,
+    loss: LossConfig = LossConfig(),
     num_loss_tokens: float,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    clip_dual: float | None = 3.0,
-    log_ratio_clamp: float | None = 20.0,
-    kl_coef: float = 0.01,
-    kl_ratio: KlRatio = "neg_over_policy",
-    kl_log_clamp: float | None = 20.0,
-    kl_clamp: float | None = 10.0,
-    entropy_coef: float = 0.03,
-    neg_entropy_coef: float = 0.03,
-    neg_grad: Literal["flow", "detach"] = "flow",
     loss_mask: Tensor | None = None,
     is_weights: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
-    ref_kl_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """TAPO loss of response rows (see the head of this file) and its metrics.
+    """TAPO loss of response rows (equation at the top of this file) and its metrics.
 
-    Gradients flow into `logprobs` and, with `neg_grad="flow"`, into `neg_logprobs`; every other
-    tensor is a constant. Sums are taken in float32, or in float64 for float64 log-probs. None
-    switches a clamp off.
+    Gradients flow into `logprobs` and, with `loss.neg_grad` "flow", into `neg_logprobs`; every
+    other tensor is a constant. Sums are taken in float32, or in float64 for float64 log-probs.
 
     Args:
         logprobs: [R] any float dtype: policy on the image of the update.
         old_logprobs: [R] policy at the start of the step; None: the current ones, so that r = 1.
         neg_logprobs: [R] policy on the negative image; None drops the KL and Hneg terms.
         advantages: [R].
+        loss: coefficients, clamps and forms of the loss.
         num_loss_tokens: what sums are divided by: `loss_mask` summed over the whole mini-batch and
             all ranks.
-        clip_low: 1 - clip_low is the ratio's lower bound where A < 0.
-        clip_high: 1 + clip_high is the ratio's upper bound where A >= 0.
-        clip_dual: the ratio's upper bound where A < 0, at least 1.
-        log_ratio_clamp: bound on |a - o|.
-        kl_coef: gamma, weight of k3, which is maximised.
-        kl_ratio: `neg_over_policy`: k3 of KL(pi || pi_neg); `policy_over_neg`: the paper's text,
-            unbounded when maximised; warned of once.
-        kl_log_clamp: bound on the |log-ratio| inside every k3.
-        kl_clamp: upper bound on every k3.
-        entropy_coef: eta_1, weight of -a.
-        neg_entropy_coef: eta_2, weight of -n.
-        neg_grad: whether gradients flow into `neg_logprobs`.
         loss_mask: [R] float or bool: row weight; None: 1. Rows of weight 0 may hold anything, NaN
             included.
         is_weights: [R] importance weights of the policy term alone; None: 1.
-        ref_logprobs: [R] frozen reference model, for GRPO: k3 of KL(pi || reference) is minimised.
-        ref_kl_coef: its weight.
+        ref_logprobs: [R] reference policy; None drops its KL.
 
     Returns:
         loss: 0-d; 0 with zero gradients when R = 0.
@@ -137,23 +111,29 @@ def tapo_loss_reference(
             kl and neg_entropy are 0 without `neg_logprobs`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an option out of its range, or a
+        ValueError: shapes, dtypes or devices that do not fit, num_loss_tokens not positive, or a
             coefficient other than 0 for a term whose log-probs are None.
     """
-    check_rows(
-        logprobs,
-        old_logprobs=old_logprobs,
-        neg_logprobs=neg_logprobs,
-        advantages=advantages,
-        loss_mask=loss_mask,
-        is_weights=is_weights,
-        ref_logprobs=ref_logprobs,
-    )
-    check_terms(neg_logprobs, kl_coef, neg_entropy_coef, ref_logprobs, ref_kl_coef, entropy_coef)
-    check_bounds(clip_low, clip_high, clip_dual, log_ratio_clamp, kl_log_clamp, kl_clamp)
-    check_choices(neg_grad, kl_ratio)
+    rows = {"old_logprobs": old_logprobs, "neg_logprobs": neg_logprobs, "advantages": advantages}
+    rows |= {"loss_mask": loss_mask, "is_weights": is_weights, "ref_logprobs": ref_logprobs}
+    check_rows(logprobs, **rows)
+    check_terms(loss, neg_logprobs, ref_logprobs)
     require_positive("num_loss_tokens", num_loss_tokens)
+    return unchecked_tapo_loss(logprobs, loss=loss, num_loss_tokens=num_loss_tokens, **rows)
 
+
+def unchecked_tapo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    neg_logprobs: Tensor | None,
+    advantages: Tensor,
+    loss: LossConfig,
+    num_loss_tokens: float,
+    loss_mask: Tensor | None,
+    is_weights: Tensor | None,
+    ref_logprobs: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`tapo_loss_reference` without its checks, for callers that have made them."""
     weight = torch.ones_like(logprobs) if loss_mask is None else loss_mask.detach()
     weight = weight.to(torch.promote_types(logprobs.dtype, torch.float32))
 
@@ -163,36 +143,36 @@ def tapo_loss_reference(
 
     a = select(logprobs)
     old = a.detach() if old_logprobs is None else select(old_logprobs.detach())
-    log_ratio = _clamp(a - old, log_ratio_clamp)
-    terms = _policy_rows(log_ratio, select(advantages.detach()), clip_low, clip_high, clip_dual)
+    terms = _policy_terms(a - old, select(advantages.detach()), loss)
     if is_weights is not None:
         terms["pg_loss"] = terms["pg_loss"] * select(is_weights.detach())
     terms |= {"entropy": -a, "kl": torch.zeros_like(a), "neg_entropy": torch.zeros_like(a)}
     if neg_logprobs is not None:
-        n = select(neg_logprobs.detach() if neg_grad == "detach" else neg_logprobs)
-        d = n - a if kl_ratio == "neg_over_policy" else a - n
-        terms |= {"kl": _k3(d, kl_log_clamp, kl_clamp), "neg_entropy": -n}
+        n = select(neg_logprobs.detach() if loss.neg_grad == "detach" else neg_logprobs)
+        d = n - a if loss.kl_ratio == "neg_over_policy" else a - n
+        terms |= {"kl": _k3(d, loss), "neg_entropy": -n}
     if ref_logprobs is not None:
-        terms["ref_kl"] = _k3(select(ref_logprobs.detach()) - a, kl_log_clamp, kl_clamp)
-
+        terms["ref_kl"] = _k3(select(ref_logprobs.detach()) - a, loss)
     metrics = {name: (weight * rows).sum() / num_loss_tokens for name, rows in terms.items()}
-    loss = metrics["pg_loss"] - kl_coef * metrics["kl"] + entropy_coef * metrics["entropy"]
-    loss = loss + neg_entropy_coef * metrics["neg_entropy"] + ref_kl_coef * metrics.get("ref_kl", 0)
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    return loss_value(metrics, loss), {name: value.detach() for name, value in metrics.items()}
 
 
-def _policy_rows(
-    log_ratio: Tensor,
-    advantages: Tensor,
-    clip_low: float,
-    clip_high: float,
-    clip_dual: float | None,
-) -> dict[str, Tensor]:
-    """Policy loss of each row, where each bound on its ratio holds it, and its part of the KL."""
+def loss_value(metrics: dict[str, Tensor], loss: LossConfig) -> Tensor:
+    """The loss from its terms, each summed over the rows."""
+    value = metrics["pg_loss"] - loss.kl_coef * metrics["kl"]
+    value = value + loss.entropy_coef * metrics["entropy"]
+    value = value + loss.neg_entropy_coef * metrics["neg_entropy"]
+    return value + loss.ref_kl_coef * metrics.get("ref_kl", 0)
+
+
+def _policy_terms(log_ratio: Tensor, advantages: Tensor, loss: LossConfig) -> dict[str, Tensor]:
+    """Policy loss of each row, which bound holds its ratio, and its share of approx_kl."""
+    log_ratio = _clamp(log_ratio, loss.log_ratio_clamp)
     ratio, negative = log_ratio.exp(), advantages < 0
     # -min(r A, clip(r) A), at most clip_dual |A|, is -A times r between bounds set by A's sign.
-    upper = torch.full_like(ratio, 1 + clip_high).masked_fill(negative, clip_dual or math.inf)
-    lower = torch.full_like(ratio, -math.inf).masked_fill(negative, 1 - clip_low)
+    upper = torch.full_like(ratio, 1 + loss.clip_high)
+    upper = upper.masked_fill(negative, loss.clip_dual or math.inf)
+    lower = torch.full_like(ratio, -math.inf).masked_fill(negative, 1 - loss.clip_low)
     high, low = ratio > upper, ratio < lower
     # exp never sees a held row: its overflow times a zero gradient would be NaN.
     free = log_ratio.masked_fill(high | low, 0.0).exp()
@@ -206,34 +186,26 @@ def _policy_rows(
     }
 
 
-def _k3(log_ratio: Tensor, log_clamp: float | None, clamp: float | None) -> Tensor:
-    """e^d - d - 1 of each row, d held to +-log_clamp and the result to clamp."""
-    d = _clamp(log_ratio, log_clamp)
-    if clamp is None:
+def _k3(log_ratio: Tensor, loss: LossConfig) -> Tensor:
+    """e^d - d - 1 of each row, with d held to +-kl_log_clamp and the result to kl_clamp."""
+    d = _clamp(log_ratio, loss.kl_log_clamp)
+    if loss.kl_clamp is None:
         return torch.expm1(d) - d
-    high = torch.expm1(d) - d > clamp
+    high = torch.expm1(d) - d > loss.kl_clamp
     free = d.masked_fill(high, 0.0)
-    return (torch.expm1(free) - free).masked_fill(high, clamp)
+    return (torch.expm1(free) - free).masked_fill(high, loss.kl_clamp)
 
 
 def _clamp(values: Tensor, bound: float | None) -> Tensor:
+    """Values held to +-bound."""
     if bound is None:
         return values
-    # Unlike clamp, a NaN here has a NaN gradient, too.
+    # Unlike that of torch.clamp, the gradient of a NaN is NaN.
     return torch.where(values > bound, bound, torch.where(values < -bound, -bound, values))
 
 
-@cache
-def _warn_policy_over_neg() -> None:
-    warnings.warn(
-        "kl_ratio='policy_over_neg' is unbounded when maximised: at a log-ratio of 8 its gradient "
-        "is 3,000 times that of 'neg_over_policy'",
-        stacklevel=4,
-    )
-
-
 def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> None:
-    """Raises ValueError where arguments of a head do not fit; labels on a GPU are not looked at."""
+    """Raises ValueError where a head's arguments do not fit; labels on a GPU are not read."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             "hidden must be [R, D] and weight [V, D], got "
@@ -254,7 +226,7 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: floa
             f"{hidden.device}, {weight.device} and {labels.device}"
         )
     require_positive("temperature", temperature)
-    if labels.is_cuda:  # to look would be to wait for the device
+    if labels.is_cuda:  # reading them would wait for the device
         return
     outside = (labels < 0) | (labels >= weight.shape[0])
     if outside.any():
@@ -265,6 +237,7 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: floa
 
 
 def check_rows(logprobs: Tensor, **others: Tensor | None) -> None:
+    """Raises ValueError where rows do not fit `logprobs` in shape, dtype or device."""
     if logprobs.dim() != 1 or not logprobs.is_floating_point():
         raise ValueError(
             f"logprobs must be [R] floats, got {logprobs.dtype} of shape {tuple(logprobs.shape)}"
@@ -282,57 +255,15 @@ def check_rows(logprobs: Tensor, **others: Tensor | None) -> None:
             )
 
 
-def check_terms(
-    neg_logprobs: Tensor | None,
-    kl_coef: float,
-    neg_entropy_coef: float,
-    ref_logprobs: Tensor | None,
-    ref_kl_coef: float,
-    entropy_coef: float,
-) -> None:
+def check_terms(loss: LossConfig, neg_logprobs: Tensor | None, ref_logprobs: Tensor | None) -> None:
+    """Raises ValueError for a coefficient other than 0 whose log-probs are None."""
     for name, coefficient, needed, rows in (
-        ("kl_coef", kl_coef, "neg_logprobs", neg_logprobs),
-        ("neg_entropy_coef", neg_entropy_coef, "neg_logprobs", neg_logprobs),
-        ("ref_kl_coef", ref_kl_coef, "ref_logprobs", ref_logprobs),
-        ("entropy_coef", entropy_coef, "logprobs", True),
+        ("kl_coef", loss.kl_coef, "neg_logprobs", neg_logprobs),
+        ("neg_entropy_coef", loss.neg_entropy_coef, "neg_logprobs", neg_logprobs),
+        ("ref_kl_coef", loss.ref_kl_coef, "ref_logprobs", ref_logprobs),
     ):
-        if not math.isfinite(coefficient):
-            raise ValueError(f"{name} must be finite, got {coefficient}")
         if coefficient and rows is None:
             raise ValueError(f"{name} is {coefficient}, but {needed} is None: it must be 0 then")
-
-
-def check_bounds(
-    clip_low: float,
-    clip_high: float,
-    clip_dual: float | None,
-    log_ratio_clamp: float | None,
-    kl_log_clamp: float | None,
-    kl_clamp: float | None,
-) -> None:
-    for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if value is None or not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
-    if clip_dual is not None and not clip_dual >= 1:
-        raise ValueError(f"clip_dual must be at least 1, or None for off, got {clip_dual}")
-    for name, value in (
-        ("log_ratio_clamp", log_ratio_clamp),
-        ("kl_log_clamp", kl_log_clamp),
-        ("kl_clamp", kl_clamp),
-    ):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, or None for off, got {value}")
-
-
-def check_choices(neg_grad: str, kl_ratio: str) -> None:
-    if neg_grad not in ("flow", "detach"):
-        raise ValueError(f"neg_grad must be 'flow' or 'detach', got {neg_grad!r}")
-    if kl_ratio not in ("neg_over_policy", "policy_over_neg"):
-        raise ValueError(
-            f"kl_ratio must be 'neg_over_policy' or 'policy_over_neg', got {kl_ratio!r}"
-        )
-    if kl_ratio == "policy_over_neg":
-        _warn_policy_over_neg()
 
 
 def require_positive(name: str, value: float) -> None:
@@ -343,14 +274,14 @@ def require_positive(name: str, value: float) -> None:
 def prefix_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float
 ) -> Tensor:
-    """Shared-prefix attention with one dense [T, T] mask, on any device.
+    """Shared-prefix attention by one dense [T, T] mask, on any device.
 
     Args:
         q: [T, heads, head_dim] any float dtype.
         k: [T, key_heads, head_dim]; key_heads divides heads.
         v: [T, key_heads, head_dim].
-        segments: where prompts and responses lie.
-        scale: factor of the scores.
+        segments: the pack's prompts and responses.
+        scale: what q . k is multiplied by.
 
     Returns:
         [T, heads, head_dim] in q's dtype.

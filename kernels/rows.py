@@ -1,14 +1,14 @@
-"""What the head and the loss do row by row, between the GEMMs: PyTorch, and the choice of kernels.
+"""What the head and the loss compute row by row, between the GEMMs: in PyTorch.
 
 Three operators work on a chunk of response rows:
 
     row_logprobs   logits -> log-prob of the label, log-sum-exp and exact entropy of each row
-    tapo_rows      log-probs -> d loss / d log-prob of each row, and the sums that loss and metrics
-                   are made of
-    logits_grad_   logits -> d loss / d logits, in the logits' own storage
+    tapo_rows      log-probs -> d loss / d log-prob of each row, and the sums over rows from which
+                   loss and metrics are computed
+    logits_grad_   logits -> d loss / d logits, in the logits' own memory
 
-Here they are plain PyTorch, for CPUs and for float64; `rows_triton` holds the same three as
-kernels. `operators(tensor)` says which of the two modules a tensor is for.
+These are for CPUs and for float64; `rows_triton` has the same three as Triton kernels, and
+`operators(tensor)` gives the module that suits a tensor.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tercet.kernels import reference
-from tercet.kernels.reference import TERMS
+from tercet.core.config import LossConfig
+from tercet.kernels.reference import TERMS, unchecked_tapo_loss
 
 BLOCK_LOGITS = 1 << 19
-"""Logits worked on at once on a CPU: 2 MiB, so that they stay in the cache between passes."""
+"""Logits processed at once on a CPU: 2 MiB, so that they stay in the cache between passes."""
 
 
 def operators(like: Tensor) -> ModuleType:
-    """The module whose operators suit a tensor: Triton's on a GPU, and where it is interpreted."""
+    """`rows_triton` for float32 on a GPU or in Triton's interpreter, else this module."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if like.dtype != torch.float64 and (like.is_cuda or interpreted):
         from tercet.kernels import rows_triton
@@ -48,8 +48,8 @@ def row_logprobs(
         temperature: what logits are divided by.
 
     Returns:
-        logprobs, log-sum-exp and entropy, each [R] in the dtype of `logits`. In `rows_triton` a
-        label outside [0, V) gives NaN (telling the host would mean to wait for the device).
+        logprobs, log-sum-exp and entropy, each [R] in the dtype of `logits`. In `rows_triton` the
+        log-prob of a label outside [0, V) is NaN: an error would have to wait for the device.
     """
     size = max(1, BLOCK_LOGITS // logits.shape[1])
     done = []
@@ -83,7 +83,7 @@ def logits_grad_(
     Args:
         logits: [R, V] float32 or float64.
         labels: [R] int64 in [0, V).
-        lse, entropy: [R] as `row_logprobs` gives them.
+        lse, entropy: [R] log-sum-exp and entropy that `row_logprobs` returns.
         d_logprobs: [R] gradient of the log-probs.
         d_entropy: [R] gradient of the entropy, or None for 0.
         temperature: what logits are divided by.
@@ -106,43 +106,43 @@ def logits_grad_(
 def tapo_rows(
     logprobs: Tensor,
     entropy: Tensor,
+    loss: LossConfig,
     *,
-    old_logprobs: Tensor | None,
     neg_logprobs: Tensor | None,
-    advantages: Tensor,
     loss_mask: Tensor | None,
-    **options,
+    **rows: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """d loss / d log-prob of each row, by autograd of the loss's definition, and sums over rows.
 
     Args:
         logprobs: [R] float32 or float64: policy on the image of the update.
         entropy: [R] its exact entropies, summed up for the metrics.
-        old_logprobs, neg_logprobs, advantages, loss_mask, options: all others of
-            `tapo_loss_reference`, but for num_loss_tokens.
+        loss: coefficients, clamps and forms of the loss.
+        neg_logprobs, loss_mask: [R] as in `tapo_loss_reference`.
+        rows: its old_logprobs, advantages, is_weights and ref_logprobs, each [R] or None.
 
     Returns:
         coefficients: [R] d loss / d logprobs, times num_loss_tokens.
-        neg_coefficients: [R] the same for neg_logprobs; None without them.
+        neg_coefficients: [R] the same for neg_logprobs; None where no gradient flows into them.
         sums: [len(TERMS)] sums over the rows, times their weights.
     """
     leaves = [logprobs.detach().requires_grad_()]
     if neg_logprobs is not None:
-        leaves.append(neg_logprobs.detach().requires_grad_())
+        neg_logprobs = neg_logprobs.detach().requires_grad_()
+        leaves.append(neg_logprobs)
     with torch.enable_grad():
-        loss, metrics = reference.tapo_loss_reference(
+        value, metrics = unchecked_tapo_loss(
             leaves[0],
-            old_logprobs,
-            leaves[-1] if neg_logprobs is not None else None,
-            advantages,
+            neg_logprobs=neg_logprobs,
+            loss=loss,
             num_loss_tokens=1.0,
             loss_mask=loss_mask,
-            **options,
+            **rows,
         )
-    coefficients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    coefficients = torch.autograd.grad(value, leaves, allow_unused=True)
     if loss_mask is not None:
         entropy = torch.where(loss_mask != 0, entropy * loss_mask, 0)
     metrics["exact_entropy"] = entropy.sum()
-    zero = torch.zeros_like(loss.detach())
+    zero = torch.zeros_like(value.detach())
     sums = torch.stack([metrics.get(name, zero).to(zero.dtype) for name in TERMS])
     return coefficients[0], (*coefficients, None)[1], sums

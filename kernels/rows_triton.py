@@ -1,16 +1,18 @@
-"""The operators of `rows` as Triton kernels: everything of the head and loss that is no GEMM.
+"""The operators of `rows` as Triton kernels: all of the head and the loss except the GEMMs.
 
-    row_logprobs   one program a row, over tiles of BLOCK logits; reads 4 V bytes a row. Every lane
+    row_logprobs   one program per row, over tiles of BLOCK logits; reads 4 V bytes a row. Each lane
                    keeps its own running maximum m, sum of e^(z - m) and sum of (z - m) e^(z - m);
-                   lanes meet once, behind the last tile. entropy = log-sum-exp - mean of z.
-    logits_grad_   one program a row; reads 4 V bytes and writes 2 V (bf16) or 4 V of them again.
-                   A narrower result is written to the front of the row it is read from: a barrier
-                   between reading and writing a tile keeps warps from overtaking each other.
-    tapo_rows      one program 1,024 rows; 40 bytes a row (Fine-R1, ICLR 2026, eq. 1-4; the
-                   gradient is in `reference`'s head).
+                   lanes are combined once, after the last tile.
+                   entropy = log-sum-exp - sum of p z.
+    logits_grad_   one program per row; reads 4 V bytes and writes 2 V (bf16) or 4 V bytes.
+                   A 16-bit result is written to the front half of the row that it is read from: a
+                   barrier between reading and writing a tile keeps one warp from overwriting
+                   logits that another has not read.
+    tapo_rows      one program per 1,024 rows; 40 bytes a row (Fine-R1, ICLR 2026, eq. 1-4;
+                   equation and gradient are at the top of `reference`).
 
-All arithmetic is float32; offsets of rows are 64-bit (T V passes 2^31 at 14,135 rows of V =
-151,936). Nothing is atomic: the same input gives the same bits.
+All arithmetic is float32. Row offsets are 64-bit: R V passes 2^31 at 14,135 rows of V = 151,936.
+There are no atomics: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tercet.core.config import LossConfig
 from tercet.kernels.reference import TERMS
 
 BLOCK = 2048
@@ -56,7 +59,7 @@ def row_logprobs_kernel(
     fade = tl.exp(highest - top)
     moment = tl.sum(fade * (moment + total * (highest - top)), 0)
     total = tl.sum(fade * total, 0)
-    # A maximum may lose a NaN; these sums keep it.
+    # tl.max may drop a NaN; these sums keep it.
     row_lse = top + tl.log(total)
     label = tl.load(labels + row)
     known = (label >= 0) & (label < vocabulary)
@@ -69,7 +72,7 @@ def row_logprobs_kernel(
 @triton.jit
 def logits_grad_kernel(
     logits,
-    grad,  # the same memory, seen in the result's dtype
+    grad,  # the same memory, viewed in the result's dtype
     labels,
     lse,
     entropy,
@@ -126,6 +129,20 @@ def _k3(log_ratio, log_clamp, clamp):
 
 
 @triton.jit
+def _policy_term(log_ratio, advantage, clip_low, clip_high, clip_dual, log_ratio_clamp):
+    """Policy loss, its slope by the log-prob, and where the upper and the lower bound hold."""
+    ratio = tl.exp(_held(log_ratio, log_ratio_clamp))
+    negative = advantage < 0
+    upper = tl.where(negative, clip_dual, 1 + clip_high)
+    high = ratio > upper
+    low = negative & (ratio < 1 - clip_low)
+    bounded = tl.where(high, upper, tl.where(low, 1 - clip_low, ratio))
+    stopped = high | low | (tl.abs(log_ratio) > log_ratio_clamp)
+    pg_loss = -advantage * bounded
+    return pg_loss, tl.where(stopped, 0.0, pg_loss), high, low
+
+
+@triton.jit
 def tapo_rows_kernel(
     logprobs,
     old_logprobs,
@@ -169,16 +186,9 @@ def tapo_rows_kernel(
     log_ratio = tl.zeros([ROWS], tl.float32)
     if HAS_OLD:
         log_ratio = a - tl.load(old_logprobs + row, mask=used, other=0.0)
-    x = _held(log_ratio, log_ratio_clamp)
-    ratio = tl.exp(x)
-    negative = advantage < 0
-    upper = tl.where(negative, clip_dual, 1 + clip_high)
-    high = ratio > upper
-    low = negative & (ratio < 1 - clip_low)
-    bounded = tl.where(high, upper, tl.where(low, 1 - clip_low, ratio))
-    stopped = high | low | (tl.abs(log_ratio) > log_ratio_clamp)
-    pg_loss = -advantage * bounded
-    coefficient = tl.where(stopped, 0.0, pg_loss)
+    pg_loss, coefficient, high, low = _policy_term(
+        log_ratio, advantage, clip_low, clip_high, clip_dual, log_ratio_clamp
+    )
     if HAS_IS_WEIGHTS:
         is_weight = tl.load(is_weights + row, mask=used, other=0.0)
         pg_loss *= is_weight
@@ -195,9 +205,8 @@ def tapo_rows_kernel(
         tl.store(terms + 1 * rows, tl.where(used, weight * k3, 0.0), mask=inside)
         tl.store(terms + 3 * rows, tl.where(used, -weight * n, 0.0), mask=inside)
     if HAS_REF:
-        ref_kl, slope = _k3(
-            tl.load(ref_logprobs + row, mask=used, other=0.0) - a, kl_log_clamp, kl_clamp
-        )
+        reference = tl.load(ref_logprobs + row, mask=used, other=0.0)
+        ref_kl, slope = _k3(reference - a, kl_log_clamp, kl_clamp)
         coefficient -= ref_kl_coef * slope
         tl.store(terms + 8 * rows, tl.where(used, weight * ref_kl, 0.0), mask=inside)
     tl.store(coefficients + row, tl.where(used, weight * coefficient, 0.0), mask=inside)
@@ -205,8 +214,8 @@ def tapo_rows_kernel(
     tl.store(terms + 2 * rows, tl.where(used, -weight * a, 0.0), mask=inside)
     tl.store(terms + 4 * rows, tl.where(used & high & (advantage > 0), weight, 0.0), mask=inside)
     tl.store(terms + 5 * rows, tl.where(used & low, weight, 0.0), mask=inside)
-    tl.store(terms + 6 * rows, tl.where(used & high & negative, weight, 0.0), mask=inside)
-    approx_kl = _exp_minus_1_minus(x)
+    tl.store(terms + 6 * rows, tl.where(used & high & (advantage < 0), weight, 0.0), mask=inside)
+    approx_kl = _exp_minus_1_minus(_held(log_ratio, log_ratio_clamp))
     tl.store(terms + 7 * rows, tl.where(used, weight * approx_kl, 0.0), mask=inside)
     exact = tl.load(entropy + row, mask=used, other=0.0)
     tl.store(terms + 9 * rows, tl.where(used, weight * exact, 0.0), mask=inside)
@@ -264,6 +273,7 @@ def logits_grad_(
 def tapo_rows(
     logprobs: Tensor,
     entropy: Tensor,
+    loss: LossConfig,
     *,
     old_logprobs: Tensor | None,
     neg_logprobs: Tensor | None,
@@ -271,53 +281,23 @@ def tapo_rows(
     loss_mask: Tensor | None,
     is_weights: Tensor | None,
     ref_logprobs: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    clip_dual: float | None,
-    log_ratio_clamp: float | None,
-    kl_coef: float,
-    kl_ratio: str,
-    kl_log_clamp: float | None,
-    kl_clamp: float | None,
-    entropy_coef: float,
-    neg_entropy_coef: float,
-    ref_kl_coef: float,
-    neg_grad: str,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    def given(values: Tensor | None) -> Tensor:
-        return logprobs if values is None else values.to(torch.float32).contiguous()
-
-    def bound(value: float | None) -> float:
-        return math.inf if value is None else float(value)
-
     rows = len(logprobs)
+    given = (old_logprobs, neg_logprobs, ref_logprobs, advantages, loss_mask, is_weights)
+    # An absent tensor's pointer is never read: the log-probs' stands in.
+    given = [logprobs if x is None else x.to(torch.float32).contiguous() for x in given]
     coefficients, neg_coefficients = torch.empty_like(logprobs), torch.empty_like(logprobs)
     terms = torch.zeros(len(TERMS), rows, device=logprobs.device)
     if rows:
         tapo_rows_kernel[(triton.cdiv(rows, ROWS),)](
             logprobs,
-            given(old_logprobs),
-            given(neg_logprobs),
-            given(ref_logprobs),
-            given(advantages),
-            given(loss_mask),
-            given(is_weights),
+            *given,
             entropy,
             coefficients,
             neg_coefficients,
             terms,
             rows,
-            float(clip_low),
-            float(clip_high),
-            bound(clip_dual),
-            bound(log_ratio_clamp),
-            float(kl_coef),
-            1.0 if kl_ratio == "neg_over_policy" else -1.0,
-            bound(kl_log_clamp),
-            bound(kl_clamp),
-            float(entropy_coef),
-            float(neg_entropy_coef),
-            float(ref_kl_coef),
+            **_numbers(loss),
             HAS_OLD=old_logprobs is not None,
             HAS_NEG=neg_logprobs is not None,
             HAS_REF=ref_logprobs is not None,
@@ -326,5 +306,23 @@ def tapo_rows(
             ROWS=ROWS,
             num_warps=4,
         )
-    flows = neg_logprobs is not None and neg_grad == "flow"
+    flows = neg_logprobs is not None and loss.neg_grad == "flow"
     return coefficients, neg_coefficients if flows else None, terms.sum(1)
+
+
+def _numbers(loss: LossConfig) -> dict[str, float]:
+    """The kernel's arguments of these names; a clamp that is off is infinite."""
+    numbers = {
+        "clip_low": loss.clip_low,
+        "clip_high": loss.clip_high,
+        "clip_dual": loss.clip_dual,
+        "log_ratio_clamp": loss.log_ratio_clamp,
+        "kl_coef": loss.kl_coef,
+        "kl_sign": 1.0 if loss.kl_ratio == "neg_over_policy" else -1.0,
+        "kl_log_clamp": loss.kl_log_clamp,
+        "kl_clamp": loss.kl_clamp,
+        "entropy_coef": loss.entropy_coef,
+        "neg_entropy_coef": loss.neg_entropy_coef,
+        "ref_kl_coef": loss.ref_kl_coef,
+    }
+    return {name: math.inf if x is None else float(x) for name, x in numbers.items()}

@@ -1,15 +1,15 @@
-"""Variable-length attention that gives its log-sum-exp and takes one back, on CPU and GPU.
+"""Variable-length attention whose log-sum-exp can be read and replaced, on CPU and GPU.
 
-Sequences lie one behind the other in [T, heads, head_dim], bounded by cu_seqlens. What the backward
-pass is given as out and log-sum-exp need not be its own forward's: with those of a larger attention
-that the call is a part of, its gradients are that part of the whole gradient (see
-prefix_attention.py). Key heads are not repeated for grouped queries.
+Sequences follow one another in [T, heads, head_dim], bounded by cu_seqlens. The backward pass takes
+output and log-sum-exp as arguments. They may be those of a larger attention that this call is a
+part of; the gradients are then this part's share of the whole gradient (see prefix_attention.py).
+Key heads are not repeated for grouped queries.
 
 On a GPU this is the package flash-attn where it is installed, else the flash attention behind
-torch.nn.attention.varlen (both 16-bit dtypes), on a CPU PyTorch's flash attention for CPUs,
-sequences of similar length padded together. The vision towers of transformers reach it as the
-registered attention `tercet_flash_vision`: all windows of all photos in one call, where other names
-make them loop over the windows.
+torch.nn.attention.varlen; both need a 16-bit dtype. On a CPU it is PyTorch's flash attention for
+CPUs, with sequences of similar length padded together. The vision towers of transformers use it as
+the registered attention `tercet_flash_vision`: all windows of all photos in one call. Under any
+name without "flash" they would loop over the windows.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-VISION_NAME = "tercet_flash_vision"  # "flash" in it makes transformers pass the bounds
-PADDING_LIMIT = 0.8  # shortest over longest sequence of one padded call
+VISION_NAME = "tercet_flash_vision"  # with "flash" in it, transformers passes the bounds
+PADDING_LIMIT = 0.8  # least ratio of shortest to longest sequence in one padded call
 
 aten = torch.ops.aten
 
@@ -41,7 +41,7 @@ class Bounds(NamedTuple):
 
 
 class Varlen(NamedTuple):
-    """A backend."""
+    """A backend: forward and backward of one attention call."""
 
     name: str
     forward: Callable[[Tensor, Tensor, Tensor, Bounds, bool, float], tuple[Tensor, Tensor]]
@@ -66,7 +66,7 @@ def _flash_backward(grad, q, k, v, out, lse, bounds: Bounds, causal: bool, scale
 
 @lru_cache(maxsize=64)
 def _buckets(bounds: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """Sequences of similar length, each bucket as (index [B, L], valid [B, L])."""
+    """Buckets of sequences of similar length, each as (token index [B, L], valid [B, L])."""
     spans = [s for s in zip(bounds[:-1], bounds[1:], strict=True) if s[0] < s[1]]
     spans.sort(key=lambda s: s[0] - s[1])
     buckets: list[list[tuple[int, int]]] = []
@@ -79,7 +79,7 @@ def _buckets(bounds: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
     for bucket in buckets:
         first, last = torch.tensor(bucket).unbind(1)
         steps = first[:, None] + torch.arange(int((last - first).max()))
-        # A padded place repeats the sequence's last token: finite, and its gradient is dropped.
+        # Padding repeats the sequence's last token: its values are finite, its gradient is dropped.
         result.append((torch.minimum(steps, last[:, None] - 1), steps < last[:, None]))
     return result
 
@@ -109,7 +109,7 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, causal: bool, 
             part = flash(*map(_heads_first, (q[of_q], k[of_k], v[of_k])), 0.0, False, scale=scale)
             out[of_q], lse[of_q] = map(_tokens_first, part)
         return out, lse
-    # A causal sequence does not see what its neighbours are padded with.
+    # Padding comes last, so causal attention never sees it.
     for index, valid in _buckets(tuple(bounds.cu_seqlens_q.tolist())):
         padded = [x[index].transpose(1, 2) for x in (q, k, v)]
         part, part_lse = flash(*padded, 0.0, True, scale=scale)
@@ -166,7 +166,7 @@ def package_backend() -> Varlen | None:
 
 
 def backend_of(q: Tensor) -> Varlen | None:
-    """The backend for tensors like q; None where there is none (float32 on a GPU)."""
+    """The backend for q's device and dtype; None where there is none (float32 on a GPU)."""
     if q.device.type == "cpu":
         return CPU
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
@@ -191,7 +191,7 @@ class _Attention(torch.autograd.Function):
 def _vision_attention(
     module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs
 ):
-    """What transformers calls: [1, heads, T, head_dim] to [1, T, heads, head_dim]."""
+    """Called by transformers: [1, heads, T, head_dim] to [1, T, heads, head_dim]."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     bounds = cu_seq_lens_q.int()
     longest = int(kwargs["max_length_q"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 
 import pytest
 import torch
 from torch import Tensor
 
+from tercet.core.config import LossConfig
 from tercet.kernels.reference import linear_logprobs_reference, tapo_loss_reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -44,6 +46,13 @@ def make_case(rows, vocabulary, dtype, device="cpu", dim=32, seed=0, spread=0.5)
     return {name: value.to(device) for name, value in case.items()}
 
 
+def with_loss(options: dict) -> dict:
+    """Options of the loss gathered in one LossConfig; without any, the default is left to act."""
+    names = {field.name for field in fields(LossConfig)} & options.keys()
+    rest = {name: value for name, value in options.items() if name not in names}
+    return rest | ({"loss": LossConfig(**{n: options[n] for n in names})} if names else {})
+
+
 def in_double(case: dict, name: str, temperature: float = 1.0) -> Tensor:
     """Log-probs of a branch in float64, a few rows at a time."""
     weight = case["weight"].double()
@@ -63,7 +72,7 @@ def run(function, case: dict, upstream: float = 1.0, frozen=(), **options):
         if case.get(name) is not None:
             leaf = case[name].detach().clone()
             case[name] = leaf.requires_grad_(name not in frozen)
-    loss, metrics = function(**case, **options)
+    loss, metrics = function(**case, **with_loss(options))
     (loss * upstream).backward()
     return loss.detach(), metrics, {n: case[n].grad for n in GRADS if case.get(n) is not None}
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tercet.core.config import LossConfig, TapoConfig
+from tercet.core.config import LossConfig
 from tercet.core.mismatch import importance_weights, mismatch_figures
 from tercet.core.types import Group, Response, Triplet
 
@@ -48,5 +48,5 @@ def test_importance_weights_are_truncated_ratios():
 
 
 def test_a_cap_must_be_positive():
-    with pytest.raises(ValueError, match="loss.is_cap must be positive, got 0"):
-        TapoConfig(loss=LossConfig(is_cap=0.0))
+    with pytest.raises(ValueError, match="loss.is_cap must be positive, or None for off, got 0"):
+        LossConfig(is_cap=0.0)

@@ -120,10 +120,8 @@ def compare(monkeypatch, parts, photos, update_on: str, dtype: torch.dtype, tole
         batch.old_logprobs.to(dtype),
         neg_logprobs,
         batch.advantages.to(dtype),
+        loss=config,
         num_loss_tokens=3.0,
-        kl_coef=0.3,
-        entropy_coef=0.1,
-        neg_entropy_coef=0.2,
         loss_mask=batch.loss_mask.to(dtype),
     )
     expected.backward()

@@ -52,8 +52,18 @@ def parse(
     resume = options.pop("resume")
     options.pop("config", None)
     sections = parser.instantiate(options)
+    for field in fields(config_class):
+        _plain_numbers(sections[field.name])
     config = config_class(**{field.name: sections[field.name] for field in fields(config_class)})
     return config, resume, parser.dump(options, skip_unset=False)
+
+
+def _plain_numbers(section) -> None:
+    """Turn numbers of jsonargparse's restricted types into int and float: checkpoints hold some."""
+    for name, value in vars(section).items():
+        for kind in (int, float):
+            if isinstance(value, kind) and type(value) not in (kind, bool):
+                setattr(section, name, kind(value))
 
 
 def show_help(config_class: type, description: str) -> None:

@@ -168,22 +168,11 @@ class Policy(nn.Module):
 
     def _loss(self, batch: MicroBatch) -> dict:
         """What the loss is told about a micro-batch's rows."""
-        loss = self.loss
         return {
+            "loss": self.loss,
             "old_logprobs": batch.old_logprobs,
             "advantages": batch.advantages,
             "num_loss_tokens": batch.num_loss_tokens,
-            "clip_low": loss.clip_low,
-            "clip_high": loss.clip_high,
-            "clip_dual": loss.clip_dual,
-            "log_ratio_clamp": loss.log_ratio_clamp,
-            "kl_coef": loss.kl_coef,
-            "kl_ratio": loss.kl_ratio,
-            "kl_log_clamp": loss.kl_log_clamp,
-            "kl_clamp": loss.kl_clamp,
-            "entropy_coef": loss.entropy_coef,
-            "neg_entropy_coef": loss.neg_entropy_coef,
-            "neg_grad": loss.neg_grad,
             "loss_mask": batch.loss_mask,
             "is_weights": batch.is_weights,
         }

@@ -1,0 +1,184 @@
+"""Options: what is refused and how it is named, presets, and who knows the options of the loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError, asdict, fields
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+
+from tercet.core.config import PRESETS, LossConfig, SftConfig, TapoConfig
+from tercet.train.learner.command_line import parse
+
+pytestmark = pytest.mark.core
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("update_on", "both", "'anchor' or 'own'"),
+        ("neg_grad", "stop", "'flow' or 'detach'"),
+        ("neg_at", "later", "'now' or 'step_start'"),
+        ("kl_ratio", "k1", "'neg_over_policy' or 'policy_over_neg'"),
+        ("mean_over", "tokens", "'batch' or 'group' or 'response' or 'micro_batch'"),
+        ("clip_low", -0.1, "at least 0"),
+        ("clip_low", math.nan, "at least 0"),
+        ("clip_high", None, "at least 0"),
+        ("clip_dual", 0.5, "at least 1, or None for off"),
+        ("log_ratio_clamp", 0.0, "positive, or None for off"),
+        ("kl_log_clamp", math.nan, "positive, or None for off"),
+        ("kl_clamp", -1.0, "positive, or None for off"),
+        ("is_cap", 0.0, "positive, or None for off"),
+        ("kl_coef", math.nan, "finite"),
+        ("entropy_coef", math.inf, "finite"),
+        ("neg_entropy_coef", -math.inf, "finite"),
+        ("ref_kl_coef", math.nan, "finite"),
+        ("mean_over_size", 0, "at least 1"),
+    ],
+)
+def test_a_loss_option_out_of_its_range_is_named_with_its_value(option, value, allowed):
+    with pytest.raises(ValueError) as raised:
+        LossConfig(**{option: value})
+    assert str(raised.value) == f"loss.{option} must be {allowed}, got {value!r}"
+
+
+def test_bounds_themselves_and_clamps_that_are_off_are_allowed():
+    LossConfig(clip_low=0.0, clip_high=0.0, clip_dual=1.0, mean_over_size=1, kl_coef=-1.0)
+    off = dict.fromkeys(["clip_dual", "log_ratio_clamp", "kl_log_clamp", "kl_clamp", "is_cap"])
+    assert {name: getattr(LossConfig(**off), name) for name in off} == off
+
+
+def test_pi_neg_of_the_start_of_a_step_has_no_gradient():
+    with pytest.raises(ValueError, match="loss.neg_at 'step_start' .* needs loss.neg_grad 'detach"):
+        LossConfig(neg_at="step_start")
+
+
+def test_the_options_of_the_loss_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        LossConfig().kl_coef = 0.5
+
+
+def test_one_loss_config_travels_from_the_command_line(monkeypatch):
+    made = []
+    check = LossConfig.__post_init__
+
+    def counted(self):
+        made.append(self)
+        check(self)
+
+    monkeypatch.setattr(LossConfig, "__post_init__", counted)
+    argv = ["--loss.kl_coef", "0.02", "--run.preset", "released"]
+    config = parse(TapoConfig, argv, "")[0]
+    assert (config.loss.kl_coef, config.loss.neg_grad) == (0.02, "detach")
+    assert [loss for loss in made if loss.kl_coef == 0.02] == [config.loss]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("data.shots", "0"),
+        ("data.sft_shots", "-1"),
+        ("model.max_pixels", "0"),
+        ("model.lora_rank", "-1"),
+        ("rollout.groups_per_step", "0"),
+        ("rollout.prompts_per_batch", "0"),
+        ("rollout.max_rounds", "-3"),
+        ("rollout.max_response_tokens", "0"),
+        ("rollout.max_rows", "0"),
+        ("rollout.max_in_flight", "0"),
+        ("rollout.weight_bucket_mib", "0"),
+        ("rollout.n_anchor", "0"),
+        ("rollout.n_positive", "-1"),
+        ("rollout.temperature", "0"),
+        ("rollout.top_p", "0.0"),
+        ("rollout.top_p", "1.5"),
+        ("rollout.request_timeout_s", "0"),
+        ("loss.clip_low", "-0.5"),
+        ("loss.mean_over_size", "0"),
+        ("loss.ref_kl_coef", "0.1"),
+        ("optim.lr", "-0.5"),
+        ("optim.groups_per_minibatch", "0"),
+        ("optim.max_skipped", "0"),
+        ("parallel.head_chunk_rows", "0"),
+        ("parallel.replicas", "0"),
+        ("run.steps", "0"),
+        ("run.save_every", "0"),
+        ("run.keep_last", "2.5"),
+    ],
+)
+def test_a_number_out_of_its_range_is_named_with_its_value(option, value):
+    with pytest.raises(ValueError) as raised:
+        parse(TapoConfig, [f"--{option}={value}"], "")
+    assert option in str(raised.value) and value in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("optim.samples_per_step", "0"), ("optim.max_tokens", "-4"), ("run.epochs", "0")],
+)
+def test_stage_1_refuses_them_too(option, value):
+    with pytest.raises(ValueError) as raised:
+        parse(SftConfig, [f"--{option}={value}"], "")
+    assert option in str(raised.value) and value in str(raised.value)
+
+
+def test_there_is_no_reference_policy_yet():
+    with pytest.raises(ValueError, match="ref_kl_coef must be 0, got 0.1: .* no reference policy"):
+        TapoConfig(loss=LossConfig(ref_kl_coef=0.1))
+
+
+def test_numbers_have_plain_types():
+    """A checkpoint holds some of them, and must not name classes of jsonargparse."""
+    argv = ["--optim.lr=2", "--rollout.max_rounds=3", "--run.steps=7", "--run.save_every=4"]
+    config = parse(TapoConfig, argv, "")[0]
+    assert (config.optim.lr, config.rollout.max_rounds, config.run.steps) == (2.0, 3, 7)
+    plain = {bool, int, float, str, list, type(None)}
+    for section in asdict(config).values():
+        assert {type(value) for value in section.values()} <= plain
+
+
+def test_the_paper_preset_is_the_default_of_every_option_that_released_sets():
+    default = TapoConfig()
+    for argv in ([], ["--run.preset=paper"]):
+        paper = parse(TapoConfig, argv, "")[0]
+        assert paper == default
+    released = parse(TapoConfig, ["--run.preset=released"], "")[0]
+    for name, value in PRESETS["released"].items():
+        assert attrgetter(name)(released) == value != attrgetter(name)(default)
+        assert attrgetter(name)(paper) == attrgetter(name)(default)
+
+
+def test_a_preset_gives_way_to_yaml_and_yaml_to_the_command_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "loss: {update_on: anchor, mean_over: response}\n"
+        "rollout: {max_rounds: 7, surplus: carry}\n"
+        "run: {preset: released}\n"
+    )
+    config = parse(TapoConfig, [f"--config={recipe}", "--rollout.max_rounds=9"], "")[0]
+    assert (config.loss.update_on, config.loss.mean_over) == ("anchor", "response")
+    assert (config.loss.neg_at, config.rollout.surplus) == ("step_start", "carry")
+    assert config.rollout.max_rounds == 9
+    recipe.write_text("run: {preset: released}\nrollout: {max_rounds: 7}\n")
+    config = parse(TapoConfig, [f"--config={recipe}", "--run.preset=paper"], "")[0]
+    assert (config.loss.neg_at, config.rollout.max_rounds) == ("now", 7)
+
+
+def test_the_loss_options_are_named_in_three_files_only():
+    """Everything between the command line and the kernels hands them on as one object."""
+    read_by_the_trainer = {"update_on", "neg_at", "is_cap", "mean_over", "mean_over_size"}
+    at_both_ends = {"neg_grad"}  # also decides which forward passes keep what gradients need
+    names = {field.name for field in fields(LossConfig)} - read_by_the_trainer - at_both_ends
+    assert len(names) == 11
+    files = {
+        file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
+        for folder in ("core", "kernels", "rollout", "train/learner")
+        for file in (ROOT / folder).rglob("*.py")
+    }
+    home = {"core/config.py", "kernels/reference.py", "kernels/rows_triton.py"}
+    for name in names:
+        assert {file for file, text in files.items() if name in text} == home, name

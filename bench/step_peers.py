@@ -19,8 +19,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tercet.bench.step_case import Micro
-from tercet.core.costs import Hung
-from tercet.core.packing import Prompts, hung_on, pack
+from tercet.core.costs import PromptLoad
+from tercet.core.packing import Prompts, pack, prompt_loads
 from tercet.core.types import EncodedPrompt, MicroBatch, PackedBatch, PolicyParts, to_device
 from tercet.kernels.prefix_attention import ATTENTION_NAME
 from tercet.kernels.reference import tapo_loss_reference
@@ -268,12 +268,12 @@ def grouper_step(policy: Policy, micros: Sequence[Micro]) -> Run:
     return run
 
 
-def unshared(prompts: Prompts) -> list[Hung]:
+def unshared(prompts: Prompts) -> list[PromptLoad]:
     """Work of a branch with a prompt a response."""
-    return hung_on([(prompt, [tokens]) for prompt, tokens in flat(prompts)])
+    return prompt_loads([(prompt, [tokens]) for prompt, tokens in flat(prompts)])
 
 
-def to_longest(prompts: Prompts) -> list[Hung]:
+def to_longest(prompts: Prompts) -> list[PromptLoad]:
     """Work of a branch padded to its longest response."""
     longest = max(len(tokens) for _, tokens in flat(prompts))
     return [one._replace(responses=[longest]) for one in unshared(prompts)]
@@ -284,16 +284,16 @@ class Method:
     """A way to compute the step, and what it costs."""
 
     make: Callable[[Policy, Sequence[Micro]], Run]
-    work: Callable[[Prompts], list[Hung]]
+    work: Callable[[Prompts], list[PromptLoad]]
     prompt_logits: bool = False
     """Whether prompt tokens reach the head, too."""
 
 
 METHODS = {
-    "ours": Method(ours, hung_on),
+    "ours": Method(ours, prompt_loads),
     "one_by_one": Method(plain(one_by_one), unshared, prompt_logits=True),
     "padded": Method(plain(padded), to_longest),
     "no_sharing": Method(no_sharing, unshared),
-    "plain_head": Method(plain_head, hung_on),
-    "prefix_grouper": Method(grouper_step, hung_on, prompt_logits=True),
+    "plain_head": Method(plain_head, prompt_loads),
+    "prefix_grouper": Method(grouper_step, prompt_loads, prompt_logits=True),
 }

@@ -16,10 +16,10 @@ from tercet.core.data.vision import PromptEncoder
 from tercet.core.packing import (
     Piece,
     branch_prompts,
-    hung_on,
     labels_of,
     micro_batch,
     pack_branch,
+    prompt_loads,
     split_by_budget,
 )
 from tercet.core.types import Response
@@ -136,7 +136,7 @@ class Updater:
 
         def cost(piece: Piece) -> float:
             prompts = [p for branch in branches for p in branch_prompts(piece, branch, encode)]
-            return forward_flops(self._shape, hung_on(prompts)).total
+            return forward_flops(self._shape, prompt_loads(prompts)).total
 
         mine = self._ranks.dealt(pieces, cost)
         filler = [Piece(pieces[0].group, pieces[0].responses[:1])]

@@ -198,7 +198,10 @@ Setting = tuple[str, object]
 
 
 def ladders(plan: Plan) -> Iterator[list[Setting]]:
-    """Settings that save memory: one list per option, the cheapest first, each ever stronger."""
+    """Settings that save memory: a list per option, the option that costs least speed first.
+
+    Each list goes from the mildest setting to the strongest.
+    """
     config = plan.config
     if not config.model.gradient_checkpointing:
         yield [("model.gradient_checkpointing", True)]

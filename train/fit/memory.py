@@ -108,7 +108,7 @@ def decoder_layer_bytes(shape: Shape, b: int, ranks: int = 0) -> int:
 
 
 def vision_block_bytes(shape: Shape, b: int) -> int:
-    """Bytes that autograd keeps of a vision block per patch: RMSNorm and gated MLP, or LayerNorm."""
+    """Bytes that autograd keeps of a vision block per patch: RMSNorm, gated MLP; or LayerNorm."""
     width, gated = shape.vision_hidden, shape.vision_matrices == 3
     mlp = (4 if gated else 3) * shape.vision_intermediate
     norm = max(4, b) * width + 2 * b * width + 4 if gated else 2 * b * width + 8

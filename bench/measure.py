@@ -140,7 +140,7 @@ def append(ledger: Path, rows: Sequence[object], shared: dict[str, str]) -> None
     """Add rows to a CSV file, which is created if it does not exist.
 
     A new file has a column for each field of a row and each shared value. An existing file keeps
-    its columns, some of the shared ones may be missing.
+    its columns, and may lack some of the shared ones.
 
     Args:
         ledger: the file.

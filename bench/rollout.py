@@ -197,18 +197,12 @@ def cache_hits(engine: SglangEngine, parts: PolicyParts, options, folder: Path) 
     engine.cached_tokens = engine.prompt_tokens = 0
     sample(engine, requests, options.tokens)
     share = engine.cached_tokens / engine.prompt_tokens
-    return [
-        row(
-            "cached prompt tokens",
-            "share",
-            [share],
-            "5 samples a prompt: 0.8, and the text before the photo",
-        )
-    ]
+    note = "5 samples a prompt: 0.8, and the text before the photo"
+    return [row("cached prompt tokens", "share", [share], note)]
 
 
 def sync_times(engine: SglangEngine, parts: PolicyParts, way: str, rounds: int) -> list[Row]:
-    """Seconds of a weight update."""
+    """Seconds of a weight sync by one of WAYS."""
     size = sum(p.nbytes for p in parts.model.parameters()) / 2**20
     seconds = []
     for version in range(2, rounds + 3):

@@ -136,7 +136,8 @@ def exact_gradients(policy: Policy, micros: Sequence[Micro]) -> list[Tensor]:
 def distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """Largest relative error (Frobenius norm) of a parameter's gradient.
 
-    The norm divided by is at least a thousandth of the whole gradient's.
+    The error is divided by the parameter's norm, or by a thousandth of the whole gradient's norm
+    where that is larger.
     """
     whole = torch.stack([b.norm() for b in exact]).norm().item()
     return max(
@@ -150,12 +151,12 @@ class Bench:
     """Measures methods on one policy.
 
     Args:
-        policy: is timed.
+        policy: the one that is timed.
         rounds: timed rounds.
         peak: FLOP/s of its device.
         gate: the policy on which gradients are compared; None: the same.
         clock: a clock of measure.CLOCKS.
-        model: what rows call it.
+        model: its name in the rows.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class Bench:
         """Percentiles of each; measuring memory was the warm-up."""
         return measure.interleaved(calls, self.rounds, 0, self.on_gpu, self.clock)
 
-    def take(self, row: Row, times: tuple[float, ...], micros: Sequence[Micro]) -> None:
+    def fill_times(self, row: Row, times: tuple[float, ...], micros: Sequence[Micro]) -> None:
         """Fill in times and what follows from them."""
         row.ms_20, row.ms_50, row.ms_80 = times
         row.tokens_per_s = 1e3 * row.response_tokens / row.ms_50
@@ -245,7 +246,7 @@ class Bench:
                 row.note = f"over the gate of {gate:.1g}: gradients are not exact"
         timed = {name: call for name, call in calls.items() if not rows[name].note}
         for name, times in self.times(timed).items():
-            self.take(rows[name], times, micros)
+            self.fill_times(rows[name], times, micros)
         for row in rows.values() if base else ():
             row.predicted_ratio = base.tflop / row.tflop
             if base.ms_50 and row.ms_50:
@@ -263,7 +264,7 @@ class Bench:
             self.policy.zero_grad(set_to_none=True)
             rows[-1].extra_mib = measure.extra_mib(calls[index], self.on_gpu)[1]
         for index, times in self.times(calls).items():
-            self.take(rows[index], times, steps[index])
+            self.fill_times(rows[index], times, steps[index])
         return rows
 
 

@@ -4,7 +4,7 @@
 
 For sm_86 (RTX A6000) and sm_90 (H100, H200): no register may spill, shared memory must fit an
 sm_86 block, and the PTX must hold no fp64 arithmetic (a Python float that slipped in). Prints the
-table that README shows; exits with 1 where a limit is broken.
+table that README shows; exits with 1 when a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes of one multiprocessor."""
+    """Resources that a compiled kernel uses."""
 
     kernel: str
     architecture: int
@@ -53,7 +53,7 @@ class Usage:
     """Barriers in the PTX."""
 
     def faults(self) -> list[str]:
-        """What is wrong with it, in words."""
+        """The limits that it exceeds, in words."""
         found = []
         if self.spilled_bytes:
             found.append(f"spills {self.spilled_bytes} bytes")
@@ -65,7 +65,7 @@ class Usage:
 
 
 def kernels() -> list[Kernel]:
-    """Every kernel, in the variants that differ in what they compute."""
+    """Every kernel, in each variant that computes something else."""
     rows = {"BLOCK": rows_triton.BLOCK}
     row_types = {
         "logits": "*fp32",
@@ -126,7 +126,7 @@ def compile_kernel(kernel: Kernel, architecture: int) -> Usage:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of local memory a thread (spills and stack)."""
+    """Registers per thread, and bytes of local memory per thread (spills and stack)."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -11,8 +11,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
-
-
 KERNEL_KEYS = ("device", "dtype", "rows", "hidden", "vocabulary")
 STEP_KEYS = ("device", "model", "dtype", "clock")
 SWEEPS = {
@@ -25,7 +23,7 @@ SWEEPS = {
 def newest(
     path: Path, keys: tuple[str, ...] = KERNEL_KEYS, names: tuple[str, ...] = ("method",)
 ) -> dict[tuple[str, ...], list[dict[str, str]]]:
-    """Timed rows of a ledger by `keys`, of each method (or other `names`) the last one written."""
+    """Timed rows of a ledger, grouped by `keys`; of rows with the same `names` only the last."""
     groups: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, str]]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -36,7 +34,7 @@ def newest(
 
 
 def draw_kernels(path: Path = RESULTS / "kernels.csv", out: Path = RESULTS / "kernels.png") -> None:
-    """Time and extra memory of each method, one line of panels a shape."""
+    """Time and extra memory of each method, one line of panels per shape."""
     groups = newest(path)
     if not groups:
         raise ValueError(f"{path} holds no timed row")
@@ -63,7 +61,7 @@ def draw_kernels(path: Path = RESULTS / "kernels.csv", out: Path = RESULTS / "ke
 
 
 def draw_step(path: Path = RESULTS / "step.csv", out: Path = RESULTS / "step.png") -> None:
-    """Time and memory of each method, and their growth; two lines of panels a device."""
+    """Time and memory of each method, and how ours grow; two lines of panels per device."""
     groups = newest(path, STEP_KEYS, ("sweep", "method", "update_on", "packed_tokens"))
     if not groups:
         raise ValueError(f"{path} holds no timed row")
@@ -80,7 +78,7 @@ def draw_step(path: Path = RESULTS / "step.csv", out: Path = RESULTS / "step.png
 
 
 def _step_bars(panels, rows: list[dict[str, str]]) -> None:
-    """Methods from slow to fast, a bar for each image that the update is computed on."""
+    """Methods from slow to fast, with one bar per `loss.update_on`."""
     cells = {(row["method"], row["update_on"]): row for row in rows}
     cost = {method: float(cells[method, on]["ms_50"]) for method, on in reversed(cells)}
     order = sorted(cost, key=lambda method: -cost[method])
@@ -127,7 +125,7 @@ def _bar_text(row: dict[str, str] | None, column: str, value: float) -> str:
 
 
 def _step_curves(panels, rows: list[dict[str, str]]) -> None:
-    """Ours: time against counted operations, memory against packed tokens."""
+    """Ours: time over counted operations, memory over packed tokens."""
     time, memory = panels
     for sweep, (label, marker, colour) in SWEEPS.items():
         points = sorted((r for r in rows if r["sweep"] == sweep), key=lambda r: float(r["tflop"]))

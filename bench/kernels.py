@@ -12,21 +12,19 @@ gets a row without times. Memory is a call's peak above its inputs and the gradi
 from __future__ import annotations
 
 import argparse
-import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from tercet.bench.measure import (
     GATE,
     append,
     commit,
-    device_name,
+    conditions,
     extra_mib,
     failure,
     interleaved,
@@ -66,11 +64,6 @@ class Row:
     extra_mib: float | None = None
     grad_error: float | None = None
     note: str = ""
-    device: str = ""
-    torch: str = torch.__version__
-    triton: str = triton.__version__
-    commit: str = ""
-    date: str = datetime.date.today().isoformat()
 
 
 def gradients(method: Callable[[Case], Tensor], case: Case) -> list[Tensor]:
@@ -147,11 +140,10 @@ def main() -> None:
     for shape in shapes:
         rows = measure(shape, dtype, options.device, options.rounds)
         for row in rows:
-            row.device, row.commit = device_name(options.device), options.commit
             time_s = "" if row.ms_50 is None else f"{row.ms_50:9.2f} ms"
             memory = "" if row.extra_mib is None else f"{row.extra_mib:9.0f} MiB"
             print(f"{shape!s:24} {row.method:28} {time_s:12} {memory:14} {row.note}", flush=True)
-        append(options.out, rows)
+        append(options.out, rows, conditions(options.device, options.commit))
 
 
 @pytest.mark.parametrize("method", [ours, eager, checkpointed], ids=lambda m: m.__name__)

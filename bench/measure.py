@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import datetime
 import itertools
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+import transformers
+import triton
 from torch import Tensor
 
 from tercet.train.fit.roofline import CARDS
@@ -21,12 +24,12 @@ from tercet.train.fit.roofline import CARDS
 GATE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest relative error (Frobenius norm) of a gradient that counts as exact."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""cpu: time on cores, all threads together: the steadier one for one thread on a shared machine."""
+"""cpu: CPU time of all threads, which varies less for one thread on a shared machine."""
 Key = TypeVar("Key")
 
 
 def seconds(call: Callable[[], object], on_gpu: bool, clock: str = "wall") -> float:
-    """Time of one call by a clock of CLOCKS."""
+    """Duration of one call by a clock of CLOCKS."""
     if on_gpu:
         torch.cuda.synchronize()
     start = CLOCKS[clock]()
@@ -43,7 +46,7 @@ def interleaved(
     on_gpu: bool,
     clock: str = "wall",
 ) -> dict[Key, tuple[float, float, float]]:
-    """Milliseconds (20, 50, 80 percentiles) of calls, in rounds in which each runs once."""
+    """Milliseconds (20th, 50th, 80th percentile) of each call; every round runs each call once."""
     taken: dict[Key, list[float]] = {key: [] for key in calls}
     for turn in range(warm_up + rounds):
         for key, call in calls.items():
@@ -58,7 +61,7 @@ def interleaved(
 
 
 def extra_mib(call: Callable[[], list[Tensor]], on_gpu: bool) -> tuple[list[Tensor], float]:
-    """What a call returns, and its peak memory above what was there and what it returns."""
+    """What a call returns, and its peak memory beyond what existed before and what it returns."""
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -75,9 +78,10 @@ def extra_mib(call: Callable[[], list[Tensor]], on_gpu: bool) -> tuple[list[Tens
 
 
 def keep_memory() -> None:
-    """Let the C library keep what is freed, as PyTorch does on a GPU.
+    """Let the C library keep freed memory, as PyTorch does on a GPU.
 
-    Else every large tensor begins with page faults: an eighth of the time of steps of three groups.
+    Otherwise every large tensor starts with page faults: an eighth of the time of a step of three
+    groups.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:  # glibc: M_MMAP_MAX, M_TRIM_THRESHOLD
@@ -86,7 +90,7 @@ def keep_memory() -> None:
 
 
 def peak_flops(device: str, dtype: torch.dtype, clock: str = "wall") -> float:
-    """FLOP/s of a device at best: a GPU's datasheet where it is known, else a measured product."""
+    """Peak FLOP/s of a device: from a known GPU's datasheet, else of a large product, measured."""
     if device == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name().replace(" ", "")
         for part, card in CARDS.items():
@@ -98,7 +102,7 @@ def peak_flops(device: str, dtype: torch.dtype, clock: str = "wall") -> float:
 
 
 def failure(error: Exception) -> str:
-    """A note on what a peer could not do."""
+    """A note on why a peer failed."""
     text = str(error).splitlines()[0] if str(error) else ""
     return f"{type(error).__name__}: {text}"[:160]
 
@@ -110,7 +114,7 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, `+` behind it with changes; empty outside of git."""
+    """The commit that is measured, followed by `+` if files have changed; empty outside git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
     try:
         return subprocess.run(
@@ -120,24 +124,46 @@ def commit() -> str:
         return ""
 
 
-def append(ledger: Path, rows: Sequence[object]) -> None:
-    """Add rows (dataclasses of one type) to a CSV file, which is made where it is not there.
+def conditions(device: str, commit: str) -> dict[str, str]:
+    """Where, with what and when rows were measured: the columns that all ledgers share."""
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def append(ledger: Path, rows: Sequence[object], shared: dict[str, str]) -> None:
+    """Add rows to a CSV file, which is created if it does not exist.
+
+    A new file has a column for each field of a row and each shared value. An existing file keeps
+    its columns, and may lack some of the shared ones.
+
+    Args:
+        ledger: the file.
+        rows: dataclasses of one type.
+        shared: the same values for every row, see `conditions`.
 
     Raises:
-        ValueError: when the file has other columns.
+        ValueError: when the file lacks a row's field, or has a column that is neither.
     """
-    names = [field.name for field in fields(rows[0])]
+    lines = [asdict(row) | shared for row in rows]
     ledger.parent.mkdir(parents=True, exist_ok=True)
-    if ledger.exists():
-        with ledger.open(newline="") as file:
-            found = next(csv.reader(file), None)
-        if found != names:
-            raise ValueError(f"{ledger} has the columns {found}, not {names}")
+    names = list(lines[0])
     is_new = not ledger.exists()
+    if not is_new:
+        with ledger.open(newline="") as file:
+            found = next(csv.reader(file), [])
+        if set(names) - set(shared) - set(found) or set(found) - set(names):
+            raise ValueError(f"{ledger} has the columns {found}, not {names}")
+        names = found
     with ledger.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if is_new:
             writer.writerow(names)
-        for row in rows:
-            values = [getattr(row, name) for name in names]
+        for line in lines:
+            values = [line[name] for name in names]
             writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in values])

@@ -3,16 +3,15 @@
     make bench-rollout
 
 The server is pinned to one core and the clients to another. Overhead is 1 - (our tokens/s) /
-(those of SGLang's bench_serving), with the same ids, photos and lengths, one sample a request, runs
-alternated after one to warm up, the prefix cache emptied before each.
+(tokens/s of SGLang's bench_serving) on the same ids, photos and lengths, with one sample per
+request. The two clients alternate after a warm-up of each, and the prefix cache is emptied before
+every run.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
-import datetime
 import json
 import os
 import resource
@@ -21,14 +20,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from tercet.bench.kernels import commit, device_name
+from tercet.bench.measure import append, commit, conditions
 from tercet.core.config import ModelConfig, RolloutConfig
 from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder, data_uri
@@ -52,17 +51,14 @@ WAYS = ("disk", "distributed", "tensor")
 
 @dataclass
 class Row:
+    """A row of the ledger: median and range of one quantity."""
+
     what: str
     unit: str
     median: float
     least: float
     most: float
     note: str
-    device: str = ""
-    sglang: str = ""
-    torch: str = torch.__version__
-    commit: str = ""
-    date: str = datetime.date.today().isoformat()
 
 
 def row(what: str, unit: str, values: Sequence[float], note: str = "") -> Row:
@@ -71,7 +67,7 @@ def row(what: str, unit: str, values: Sequence[float], note: str = "") -> Row:
 
 @contextmanager
 def pinned(*cores: int) -> Iterator[None]:
-    """This process, and those that it starts meanwhile, on some cores; all where there is one."""
+    """Pin this process, and those it starts meanwhile, to cores; to all if none of these exists."""
     before = os.sched_getaffinity(0)
     chosen = {sorted(before)[core] for core in cores if core < len(before)}
     os.sched_setaffinity(0, chosen or before)
@@ -118,7 +114,7 @@ def make_requests(parts: PolicyParts, photos: Sequence[str], n: int, name: str) 
 
 
 def sample(engine: SglangEngine, requests: Sequence[Request], length: int) -> tuple[int, float]:
-    """Greedy tokens, and the seconds that they took."""
+    """Number of tokens decoded greedily, and the seconds it took."""
 
     async def run() -> int:
         sampling = Sampling(temperature=0.0, max_tokens=length)
@@ -128,8 +124,42 @@ def sample(engine: SglangEngine, requests: Sequence[Request], length: int) -> tu
     return asyncio.run(run()), time.perf_counter() - started
 
 
+def our_client(
+    engine: SglangEngine, requests: Sequence[Request], length: int
+) -> tuple[float, float]:
+    """Tokens per second of our client, and the CPU seconds that it takes per 1,000 tokens."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    tokens, seconds = sample(engine, requests, length)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert tokens == length * len(requests), "the policy ended a response by itself"
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return tokens / seconds, 1000 * cpu / tokens
+
+
+def bench_serving(url: str, options: argparse.Namespace, folder: Path, out: Path) -> float:
+    """Tokens per second of SGLang's client, on the requests in rows.json.
+
+    Raises:
+        RuntimeError: when it fails.
+    """
+    command = f"""{options.python} {CLIENT} {folder / "rows.json"} --backend sglang
+        --base-url {url} --model {folder / "policy"} --dataset-name random
+        --num-prompts {options.prompts} --max-concurrency {options.concurrency} --disable-stream
+        --return-logprob --flush-cache --output-file {out} --disable-tqdm --temperature 0"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        command.split(), capture_output=True, text=True, timeout=600, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(f"bench_serving ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    found = json.loads(out.read_text().splitlines()[-1])
+    tokens = found["total_output_tokens"]
+    assert tokens == options.tokens * options.prompts, tokens
+    return found["output_throughput"]
+
+
 def overhead(engine: SglangEngine, parts: PolicyParts, options, folder: Path) -> list[Row]:
-    """Beside bench_serving, which gets the same ids, photos and lengths."""
+    """Our client beside bench_serving on the same ids, photos and lengths."""
     photos = noise_photos(folder, options.prompts, options.side)
     requests = make_requests(parts, photos, 1, "single")
     endpoint, length = engine._endpoints[0], options.tokens
@@ -142,37 +172,15 @@ def overhead(engine: SglangEngine, parts: PolicyParts, options, folder: Path) ->
         for r in requests
     ]
     (folder / "rows.json").write_text(json.dumps(rows))
-
-    def theirs(out: Path) -> float:
-        command = f"""{options.python} {CLIENT} {folder / "rows.json"} --backend sglang
-            --base-url {endpoint.url} --model {folder / "policy"} --dataset-name random
-            --num-prompts {len(rows)} --max-concurrency {options.concurrency} --disable-stream
-            --return-logprob --flush-cache --output-file {out} --disable-tqdm --temperature 0"""
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
-        done = subprocess.run(
-            command.split(), capture_output=True, text=True, timeout=600, env=environment
-        )
-        if done.returncode:
-            raise RuntimeError(
-                f"bench_serving ended with {done.returncode}:\n{done.stderr[-3000:]}"
-            )
-        found = json.loads(out.read_text().splitlines()[-1])
-        assert found["total_output_tokens"] == length * len(rows), found["total_output_tokens"]
-        return found["output_throughput"]
-
     found: dict[str, list[float]] = {"ours": [], "theirs": [], "cpu": []}
     for turn in range(options.rounds + 1):
         endpoint.post("/flush_cache", {})
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        tokens, seconds = sample(engine, requests, length)
-        spent = resource.getrusage(resource.RUSAGE_SELF)
-        assert tokens == length * len(rows), "the policy ended a response by itself"
-        beside = theirs(folder / f"theirs_{turn}.jsonl")
-        if turn:
-            cpu = spent.ru_utime + spent.ru_stime - used.ru_utime - used.ru_stime
-            found["cpu"].append(1000 * cpu / tokens)
-            found["ours"].append(tokens / seconds)
-            found["theirs"].append(beside)
+        ours, cpu = our_client(engine, requests, length)
+        theirs = bench_serving(endpoint.url, options, folder, folder / f"theirs_{turn}.jsonl")
+        if turn:  # the first round is the warm-up
+            found["ours"].append(ours)
+            found["theirs"].append(theirs)
+            found["cpu"].append(cpu)
     shares = [1 - a / b for a, b in zip(found["ours"], found["theirs"], strict=True)]
     note = f"{len(rows)} requests of {length} tokens, {options.concurrency} at once"
     return [
@@ -184,24 +192,18 @@ def overhead(engine: SglangEngine, parts: PolicyParts, options, folder: Path) ->
 
 
 def cache_hits(engine: SglangEngine, parts: PolicyParts, options, folder: Path) -> list[Row]:
-    """Prompt tokens that were found cached, with five samples a prompt."""
+    """Share of prompt tokens found in the prefix cache, with five samples per prompt."""
     requests = make_requests(parts, noise_photos(folder, options.prompts, options.side), 5, "many")
     engine._endpoints[0].post("/flush_cache", {})
     engine.cached_tokens = engine.prompt_tokens = 0
     sample(engine, requests, options.tokens)
     share = engine.cached_tokens / engine.prompt_tokens
-    return [
-        row(
-            "cached prompt tokens",
-            "share",
-            [share],
-            "5 samples a prompt: 0.8, and the text before the photo",
-        )
-    ]
+    note = "5 samples a prompt: 0.8, and the text before the photo"
+    return [row("cached prompt tokens", "share", [share], note)]
 
 
 def sync_times(engine: SglangEngine, parts: PolicyParts, way: str, rounds: int) -> list[Row]:
-    """Seconds of a weight update."""
+    """Seconds of a weight sync by one of WAYS."""
     size = sum(p.nbytes for p in parts.model.parameters()) / 2**20
     seconds = []
     for version in range(2, rounds + 3):
@@ -211,10 +213,48 @@ def sync_times(engine: SglangEngine, parts: PolicyParts, way: str, rounds: int) 
     return [row(f"weights by {way}", "s", seconds[1:], f"{size:.0f} MiB")]
 
 
-def stragglers(engine: SglangEngine, parts: PolicyParts, options, folder: Path) -> list[Row]:
-    """Seconds of a sampling step in which half of the groups pass, in batches and on a stream.
+def half_pass(rows: list[dict]) -> list[dict]:
+    """A reward that half of the groups pass, chosen by the text of the first response."""
+    kept = sum(map(ord, rows[0]["response"])) % 2
+    return [{"overall": float(n * kept)} for n in range(len(rows))]
 
-    One of 64 tokens ends a response: lengths spread as 1/64 exp(-length / 64).
+
+def make_sampler(
+    engine: SglangEngine,
+    parts: PolicyParts,
+    anchors: Sequence[Anchor],
+    dispatch: str,
+    max_in_flight: int,
+    seed: int,
+) -> GroupSampler:
+    """A sampler of 12 groups of 3 + 3 responses."""
+    config = RolloutConfig(
+        engine="sglang",
+        dispatch=dispatch,
+        groups_per_step=12,
+        n_anchor=3,
+        n_positive=3,
+        max_response_tokens=512,
+        max_in_flight=max_in_flight,
+        surplus="drop",
+    )
+    return GroupSampler(
+        engine,
+        TripletStream(anchors, positive="fixed", seed=seed),
+        parts.tokenizer,
+        PromptEncoder(parts),
+        config,
+        reward=half_pass,
+        names={},
+        system_prompt=None,
+        seed=seed,
+    )
+
+
+def stragglers(engine: SglangEngine, parts: PolicyParts, options, folder: Path) -> list[Row]:
+    """Seconds of a sampling step in which half of the groups pass, in batches and as a stream.
+
+    One token of 64 ends a response, so lengths are distributed as 1/64 exp(-length / 64).
     """
     photos = noise_photos(folder, 12, options.side)
     anchors = [
@@ -223,38 +263,13 @@ def stragglers(engine: SglangEngine, parts: PolicyParts, options, folder: Path) 
     ]
     generation = parts.model.generation_config
     generation.eos_token_id = list(range(7, len(parts.tokenizer), 64))
-
-    def half(rows: list[dict]) -> list[dict]:
-        kept = sum(map(ord, rows[0]["response"])) % 2
-        return [{"overall": float(n * kept)} for n in range(len(rows))]
-
     found: dict[str, list[float]] = {"batch": [], "stream": []}
     for turn in range(options.rounds + 1):
         for dispatch, seconds in found.items():
-            config = RolloutConfig(
-                engine="sglang",
-                dispatch=dispatch,
-                groups_per_step=12,
-                n_anchor=3,
-                n_positive=3,
-                max_response_tokens=512,
-                max_in_flight=options.concurrency,
-                surplus="drop",
-            )
-            sampler = GroupSampler(
-                engine,
-                TripletStream(anchors, positive="fixed", seed=turn),
-                parts.tokenizer,
-                PromptEncoder(parts),
-                config,
-                reward=half,
-                names={},
-                system_prompt=None,
-                seed=turn,
-            )
+            sampler = make_sampler(engine, parts, anchors, dispatch, options.concurrency, turn)
             started = time.perf_counter()
             asyncio.run(sampler.collect(turn))
-            if turn:
+            if turn:  # the first round is the warm-up
                 seconds.append(time.perf_counter() - started)
     saved = [1 - b / a for a, b in zip(found["batch"], found["stream"], strict=True)]
     note = "12 groups of 6, half of them pass, mean length 64, at most 512"
@@ -266,7 +281,7 @@ def stragglers(engine: SglangEngine, parts: PolicyParts, options, folder: Path) 
 
 
 def make_parts(options, hidden_size: int, layers: int) -> PolicyParts:
-    """The model that is asked for, or a random one that neither stops nor shows photos."""
+    """The model asked for, or a random one that never emits stop or image tokens."""
     if options.model:
         return load_policy(ModelConfig(path=options.model), options.device)
     parts = build_tiny([QUESTION], hidden_size=hidden_size, layers=layers, image_size=options.side)
@@ -276,7 +291,7 @@ def make_parts(options, hidden_size: int, layers: int) -> PolicyParts:
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    """All rows, as they come."""
+    """All rows, in the order in which they are measured."""
     sizes = [(0, 0)] if options.model else [(128, 3), (768, 8)]
     for place, size in enumerate(sizes):
         parts = make_parts(options, *size)
@@ -314,19 +329,11 @@ def main() -> None:
         check=True,
         timeout=60,
     ).stdout.strip()
-    is_new = not options.out.exists()
-    with options.out.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow([field.name for field in fields(Row)])
-        for found in measure(options):
-            found.device, found.sglang = device_name(options.device), version
-            found.commit = commit()
-            values = astuple(found)
-            writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in values])
-            file.flush()
-            spread = f"({found.least:.4g} to {found.most:.4g})"
-            print(f"{found.what:26} {found.median:9.4g} {spread:24} {found.unit:18} {found.note}")
+    shared = conditions(options.device, commit()) | {"sglang": version}
+    for found in measure(options):
+        append(options.out, [found], shared)
+        spread = f"({found.least:.4g} to {found.most:.4g})"
+        print(f"{found.what:26} {found.median:9.4g} {spread:24} {found.unit:18} {found.note}")
 
 
 if __name__ == "__main__":

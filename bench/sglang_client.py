@@ -2,8 +2,8 @@
 
     python sglang_client.py ROWS.json [flags of bench_serving]
 
-ROWS.json is a list of {"input_ids", "image_data", "output_len"}. Only where the requests come from
-is replaced; everything that is measured is bench_serving's.
+ROWS.json is a list of {"input_ids", "image_data", "output_len"}. Only the source of the requests
+is replaced; everything measured is bench_serving's own.
 """
 
 import json
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 
 def main() -> None:
-    if find_spec("datasets") is None:  # imported for a set of questions that is not used here
+    if find_spec("datasets") is None:  # imported by sglang for a dataset that is not used here
         sys.modules["datasets"] = SimpleNamespace(load_dataset=None)
     from sglang.benchmark import serving
     from sglang.benchmark.datasets.common import DatasetRow

@@ -4,26 +4,27 @@
     make bench-gpu-step    # Qwen2.5-VL-3B's shape on a GPU, random weights
     make bench             # a tiny one, by pytest-benchmark
 
-A step is a mini-batch of groups (5 + 5 responses of about 350 tokens on prompts of 316, 256 of them
-a photo), a group a micro-batch: forward and backward pass of update and negative branch with the
-TAPO loss, optimiser left out. Methods (step_peers.py) get the same tokens, the same responses in
-flight and the same loss. Each one's gradients are compared with plain transformers' in float32, one
-response at a time; one over the gate gets a row without times. (16-bit ones are compared on a model
-of the same widths with two layers: through 16 layers of random weights rounding moves gradients by
-a quarter in every method, and to pass there would mean nothing. Their gate is at least twice
-`one_by_one`'s own error.) Then rounds in which each runs once.
+A step is a mini-batch of groups (5 + 5 responses of about 350 tokens on prompts of 316 tokens, 256
+of them a photo) with one group per micro-batch: forward and backward pass of update and negative
+branch with the TAPO loss, without the optimiser. Methods (step_peers.py) get the same tokens, the
+same responses per micro-batch and the same loss. Their gradients are compared with those of plain
+transformers in float32, one response at a time; a method whose error is over the gate gets a row
+without times. (In 16 bits they are compared on a model of the same widths with two layers: with 16
+layers of random weights rounding changes gradients by a quarter in every method, and passing would
+mean nothing. The gate is then at least twice the error of `one_by_one`.) Then come rounds in which
+each method runs once.
 
 - extra_mib: peak memory above parameters and gradients.
-- tflop: operations that the method executes, by core/costs.py: 3 forward passes (one more of body
-  and vision tower with checkpointing), its own padding, repeated prompts and unused logits counted.
-- predicted_ratio: tflop of `one_by_one` over this method's; measured_ratio: the same of ms_50.
+- tflop: operations that the method executes, by core/costs.py: 3 forward passes (with checkpointing
+  one more of body and vision tower), including its padding, repeated prompts and unused logits.
+- predicted_ratio: tflop of `one_by_one` over that of this method; measured_ratio: likewise ms_50.
 - mfu: 3 forward passes of *ours*, the least that the step needs, over ms_50 and the device's peak
-  (a GPU's dense bf16 datasheet figure, else a large product timed in the same run): operations
-  that a method wastes or computes twice do not count for it.
-- clock: `wall`, or with one thread on a shared machine `cpu`, the time on the core.
+  (a GPU's dense bf16 datasheet figure, else a large product timed in the same run). Operations that
+  a method wastes or computes twice do not raise it.
+- clock: `wall`, or for one thread on a shared machine `cpu`, the thread's CPU time.
 - tokens_per_s: response tokens, each counted once though both branches compute it.
 
-The rows of `sweep` are ours alone, all groups in one micro-batch: groups, responses and response
+The rows with a `sweep` are ours only, all groups in one micro-batch: groups, responses and response
 length grow one at a time.
 """
 
@@ -31,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,16 +41,16 @@ import torch
 from torch import Tensor
 
 from tercet.bench import measure
-from tercet.bench.step_case import CPU_MODEL, Micro, Plan, build_policy, micro_batches, qwen_3b
-from tercet.bench.step_peers import METHODS, Method, Run, accumulate, flat, padded
+from tercet.bench.step_case import CPU_MODEL, Micro, Workload, build_policy, make_micros, qwen_3b
+from tercet.bench.step_peers import METHODS, Method, RunStep, accumulate, flat, padded
 from tercet.core.costs import Shape, forward_flops
 from tercet.train.learner.policy import Policy
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 SWEEPS = {
-    "groups": [Plan(groups=n, in_flight=n) for n in (1, 2, 3, 4)],
-    "responses": [Plan(n_anchor=n, n_positive=n) for n in (1, 2, 5, 8)],
-    "length": [Plan(length=n) for n in (88, 175, 350, 700)],
+    "groups": [Workload(groups=n, in_flight=n) for n in (1, 2, 3, 4)],
+    "responses": [Workload(n_anchor=n, n_positive=n) for n in (1, 2, 5, 8)],
+    "length": [Workload(length=n) for n in (88, 175, 350, 700)],
 }
 
 
@@ -71,7 +71,7 @@ class Row:
     dtype: str
     checkpointing: bool
     packed_tokens: int
-    """Of ours, both branches."""
+    """Of our packing, both branches."""
     response_tokens: int
     ms_20: float | None = None
     ms_50: float | None = None
@@ -86,35 +86,31 @@ class Row:
     note: str = ""
     clock: str = "wall"
     peak_tflops: float | None = None
-    device: str = ""
-    torch: str = torch.__version__
-    commit: str = ""
-    date: str = datetime.date.today().isoformat()
 
 
 def step_flops(
     method: Method, micros: Sequence[Micro], shape: Shape, checkpointing: bool = False
 ) -> float:
-    """Operations that a method executes in a step: see the head of this file."""
+    """Operations that a method executes in a step: see the top of this file."""
     total = 0.0
     for prompts in (branch for m in micros for branch in (m.update, m.negative)):
-        work = method.work(prompts)
-        forward = forward_flops(shape, work)
-        unused = sum(hung.prompt_tokens - 1 for hung in work) if method.prompt_logits else 0
+        loads = method.loads(prompts)
+        forward = forward_flops(shape, loads)
+        unused = sum(load.prompt_tokens - 1 for load in loads) if method.prompt_logits else 0
         total += 3 * (forward.total + 2 * unused * shape.hidden * shape.vocabulary)
         total += checkpointing * (forward.vision + forward.body)
     return total
 
 
-def gradients(policy: Policy, run: Run) -> list[Tensor]:
-    """Gradients of a step, as they lie in the parameters."""
+def gradients(policy: Policy, run: RunStep) -> list[Tensor]:
+    """The parameters' gradients after one step."""
     policy.zero_grad(set_to_none=True)
     run()
     return [parameter.grad for parameter in policy.parameters()]
 
 
 def exact_gradients(policy: Policy, micros: Sequence[Micro]) -> list[Tensor]:
-    """Plain transformers in at least float32, one response at a time; on the CPU."""
+    """Gradients of plain transformers in at least float32, one response at a time; on the CPU."""
     wide = copy.deepcopy(policy.model).to(torch.promote_types(policy.model.dtype, torch.float32))
     wide.set_attn_implementation("sdpa")
     wide.zero_grad(set_to_none=True)
@@ -132,15 +128,16 @@ def exact_gradients(policy: Policy, micros: Sequence[Micro]) -> list[Tensor]:
                     for name in ("advantages", "loss_mask", "old_logprobs")
                 },
             )
-            scores = [padded([(prompt, [tokens])], wide.device) for prompt, tokens in (one, other)]
-            accumulate(wide, batch, scores)
+            branches = [[(prompt, [tokens])] for prompt, tokens in (one, other)]
+            accumulate(wide, batch, [padded(branch, wide.device) for branch in branches])
     return [parameter.grad.cpu() for parameter in wide.parameters()]
 
 
 def distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """Largest relative error (Frobenius norm) of a parameter's gradient.
 
-    Parameters with less than a thousandth of the whole gradient's norm are measured against that.
+    The error is divided by the parameter's norm, or by a thousandth of the whole gradient's norm
+    where that is larger.
     """
     whole = torch.stack([b.norm() for b in exact]).norm().item()
     return max(
@@ -151,7 +148,16 @@ def distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 
 class Bench:
-    """A policy on a device, and rows about it; `gate` is what gradients are compared on."""
+    """Measures methods on one policy.
+
+    Args:
+        policy: the one that is timed.
+        rounds: timed rounds.
+        peak: FLOP/s of its device.
+        gate: the policy on which gradients are compared; None: the same.
+        clock: a clock of measure.CLOCKS.
+        model: its name in the rows.
+    """
 
     def __init__(
         self,
@@ -160,7 +166,7 @@ class Bench:
         peak: float,
         gate: Policy | None = None,
         clock: str = "wall",
-        **common,
+        model: str = "",
     ):
         self.policy, self.gate, self.rounds, self.peak = policy, gate or policy, rounds, peak
         self.clock = clock
@@ -168,32 +174,34 @@ class Bench:
         self.checkpointing = policy.model.model.language_model.gradient_checkpointing
         self.on_gpu = policy.device.type == "cuda"
         self.dtype = policy.model.dtype
-        self.common = common | dict(
+        self.common = dict(
+            model=model,
             dtype=str(self.dtype).removeprefix("torch."),
             checkpointing=self.checkpointing,
             clock=clock,
             peak_tflops=peak / 1e12,
-            device=measure.device_name(policy.device.type),
         )
 
-    def row(self, name: str, plan: Plan, micros: Sequence[Micro], sweep: str = "") -> Row:
-        said = {k: v for k, v in vars(plan).items() if k != "grid"}
+    def row(self, name: str, workload: Workload, micros: Sequence[Micro], sweep: str = "") -> Row:
+        """A row with everything but what is measured."""
+        sizes = {k: v for k, v in vars(workload).items() if k != "grid"}
         packs = [pack for m in micros for pack in (m.batch.update, m.batch.negative)]
-        row = Row(name, sweep, **said, **self.common, packed_tokens=0, response_tokens=0)
-        row.packed_tokens = sum(pack.num_tokens for pack in packs)
-        row.response_tokens = sum(len(m.batch.labels) for m in micros)
-        row.tflop = self.flops(name, micros) / 1e12
-        return row
-
-    def flops(self, name: str, micros: Sequence[Micro]) -> float:
-        return step_flops(METHODS[name], micros, self.shape, self.checkpointing)
+        return Row(
+            name,
+            sweep,
+            **sizes,
+            **self.common,
+            packed_tokens=sum(pack.num_tokens for pack in packs),
+            response_tokens=sum(len(m.batch.labels) for m in micros),
+            tflop=step_flops(METHODS[name], micros, self.shape, self.checkpointing) / 1e12,
+        )
 
     def times(self, calls: dict) -> dict:
-        """Percentiles; the pass that was measured for its memory has warmed up."""
+        """Percentiles of each; measuring memory was the warm-up."""
         return measure.interleaved(calls, self.rounds, 0, self.on_gpu, self.clock)
 
-    def take(self, row: Row, times: tuple[float, ...], micros: Sequence[Micro]) -> None:
-        """Fill in what follows from times."""
+    def fill_times(self, row: Row, times: tuple[float, ...], micros: Sequence[Micro]) -> None:
+        """Fill in times and what follows from them."""
         row.ms_20, row.ms_50, row.ms_80 = times
         row.tokens_per_s = 1e3 * row.response_tokens / row.ms_50
         least = step_flops(METHODS["ours"], micros, self.shape)
@@ -201,8 +209,8 @@ class Bench:
 
     def check(
         self, row: Row, method: Method, micros: Sequence[Micro], exact: Sequence[Tensor]
-    ) -> Run | None:
-        """Fill in memory and error, or why there are none; returns the step."""
+    ) -> RunStep | None:
+        """Fill in memory and gradient error, or a note on why there are none; returns the step."""
         self.policy.zero_grad(set_to_none=True)
         try:
             run = method.make(self.policy, micros)
@@ -221,11 +229,11 @@ class Bench:
             self.policy.zero_grad(set_to_none=True)
             self.gate.zero_grad(set_to_none=True)
 
-    def methods(self, plan: Plan, methods: Sequence[str] = tuple(METHODS)) -> list[Row]:
-        """Every method on one step: the gate, then rounds in which each runs once."""
-        micros = micro_batches(plan, self.policy)
+    def methods(self, workload: Workload, methods: Sequence[str] = tuple(METHODS)) -> list[Row]:
+        """Compare every method's gradients on one step, then time them in common rounds."""
+        micros = make_micros(workload, self.policy)
         exact = exact_gradients(self.gate, micros)
-        rows, calls = {name: self.row(name, plan, micros) for name in methods}, {}
+        rows, calls = {name: self.row(name, workload, micros) for name in methods}, {}
         for name, row in rows.items():
             run = self.check(row, METHODS[name], micros, exact)
             calls[name] = lambda run=run: gradients(self.policy, run)
@@ -238,30 +246,30 @@ class Bench:
                 row.note = f"over the gate of {gate:.1g}: gradients are not exact"
         timed = {name: call for name, call in calls.items() if not rows[name].note}
         for name, times in self.times(timed).items():
-            self.take(rows[name], times, micros)
+            self.fill_times(rows[name], times, micros)
         for row in rows.values() if base else ():
             row.predicted_ratio = base.tflop / row.tflop
             if base.ms_50 and row.ms_50:
                 row.measured_ratio = base.ms_50 / row.ms_50
         return list(rows.values())
 
-    def grow(self, sweep: str, plans: Sequence[Plan]) -> list[Row]:
-        """Ours on steps that grow, timed in the same rounds."""
-        steps = [micro_batches(plan, self.policy) for plan in plans]
+    def grow(self, sweep: str, workloads: Sequence[Workload]) -> list[Row]:
+        """Time ours on steps of growing size, in common rounds."""
+        steps = [make_micros(workload, self.policy) for workload in workloads]
         rows, calls = [], {}
-        for index, (plan, micros) in enumerate(zip(plans, steps, strict=True)):
+        for index, (workload, micros) in enumerate(zip(workloads, steps, strict=True)):
             run = METHODS["ours"].make(self.policy, micros)
             calls[index] = lambda run=run: gradients(self.policy, run)
-            rows.append(self.row("ours", plan, micros, sweep))
+            rows.append(self.row("ours", workload, micros, sweep))
             self.policy.zero_grad(set_to_none=True)
             rows[-1].extra_mib = measure.extra_mib(calls[index], self.on_gpu)[1]
         for index, times in self.times(calls).items():
-            self.take(rows[index], times, steps[index])
+            self.fill_times(rows[index], times, steps[index])
         return rows
 
 
 def show(row: Row) -> str:
-    """A line about a row."""
+    """A row as a line of text."""
     what = f"{row.method:15} {row.sweep:10} {row.update_on:7} {row.packed_tokens:6} tokens"
     if row.ms_50 is None:
         return f"{what} {row.note}"
@@ -294,14 +302,14 @@ def main() -> None:
         gate = build_policy(qwen_3b(layers=2, vision_layers=2), dtype, device, checkpointing)
     policy = build_policy(config, dtype, device, checkpointing)
     peak = measure.peak_flops(device, dtype, options.clock)
-    said = dict(clock=options.clock, model=name, commit=options.commit)
-    bench = Bench(policy, options.rounds, peak, gate, **said)
-    parts = {on: lambda on=on: bench.methods(Plan(update_on=on)) for on in ("anchor", "own")}
+    bench = Bench(policy, options.rounds, peak, gate, options.clock, name)
+    shared = measure.conditions(device, options.commit)
+    parts = {on: lambda on=on: bench.methods(Workload(update_on=on)) for on in ("anchor", "own")}
     parts |= {item[0]: lambda item=item: bench.grow(*item) for item in SWEEPS.items()}
     for part in options.parts:
         rows = parts[part]()
         print(*map(show, rows), sep="\n", flush=True)
-        measure.append(options.out, rows)
+        measure.append(options.out, rows, shared)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -309,8 +317,8 @@ def main() -> None:
 def test_step(benchmark, method):
     config = qwen_3b(**CPU_MODEL)
     policy = build_policy(config, torch.float32, "cpu")
-    plan = Plan(n_anchor=3, n_positive=3, prompt=96, grid=(1, 16, 16), length=64)
-    micros = micro_batches(plan, policy)
+    workload = Workload(n_anchor=3, n_positive=3, prompt=96, grid=(1, 16, 16), length=64)
+    micros = make_micros(workload, policy)
     if method == "prefix_grouper":
         pytest.importorskip("prefix_grouper")
     run = METHODS[method].make(policy, micros)

@@ -1,31 +1,32 @@
 """A step to measure: a model with random weights, groups of random responses, micro-batches.
 
-Everything from micro-batches on is what training uses (core/packing.py); random are the weights,
-the photos and the tokens.
+Weights, photos and tokens are random. Micro-batches are made by the code that training uses
+(core/packing.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tercet.core.config import LossConfig
 from tercet.core.costs import Grid
 from tercet.core.data.vision import PromptEncoder
-from tercet.core.packing import Piece, Prompts, branch_prompts, micro_batch
-from tercet.core.types import EncodedImage, Group, MicroBatch, PolicyParts, Response, Triplet
+from tercet.core.packing import Piece, Prompts, micro_batch, prompts_of, weigh_rows
+from tercet.core.types import Group, MicroBatch, PolicyParts, Response, Triplet
 from tercet.train.learner.policy import Policy
 
 CPU_MODEL = dict(hidden=192, layers=2, vision_layers=2, heads=6, vision_heads=3, vocabulary=800)
-"""Small, with the 3B model's ratios of widths and as large a share of the work in the head."""
+"""Small, with the 3B model's ratios of widths and the same share of FLOPs in the head."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a step is made of."""
+class Workload:
+    """Sizes of a step."""
 
     update_on: str = "anchor"
     groups: int = 1
@@ -34,15 +35,15 @@ class Plan:
     n_anchor: int = 5
     n_positive: int = 5
     prompt: int = 316
-    """Tokens, the photo's included."""
+    """Tokens of a prompt, with its photo."""
     grid: Grid = (1, 32, 32)
     length: int = 350
-    """Mean tokens of a response; they lie evenly within 20 % of it, in random order."""
+    """Mean tokens of a response; lengths are spaced evenly within 20 % of it, in random order."""
 
 
 @dataclass(frozen=True)
 class Micro:
-    """The responses in flight: as ours takes them, and as prompts and responses."""
+    """One micro-batch: as the trainer takes it, and as the prompts and responses of each branch."""
 
     batch: MicroBatch
     update: Prompts
@@ -58,9 +59,10 @@ def qwen_3b(
     vision_heads: int = 16,
     vocabulary: int = 151_936,
 ) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL-3B's sizes, or a smaller model whose other widths go with `hidden`."""
-    deviation = 0.02 * (2048 / hidden) ** 0.5  # activations of one size at any width
+    """Qwen2.5-VL-3B's sizes, or a smaller model whose other widths scale with `hidden`."""
+    deviation = 0.02 * (2048 / hidden) ** 0.5  # activations have the same scale at any width
     section = [part * hidden // heads // 128 for part in (16, 24, 24)]
+    rotations = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": vocabulary,
@@ -69,15 +71,10 @@ def qwen_3b(
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": max(1, heads // 8),
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": section,
-            },
+            "rope_parameters": rotations,
             "initializer_range": deviation,
             "bos_token_id": None,
             "eos_token_id": None,
-            "pad_token_id": None,
         },
         vision_config={
             "depth": vision_layers,
@@ -85,8 +82,6 @@ def qwen_3b(
             "intermediate_size": 3420 * hidden // 2048,
             "num_heads": vision_heads,
             "out_hidden_size": hidden,
-            "patch_size": 14,
-            "window_size": 112,
             "fullatt_block_indexes": list(range(min(8, vision_layers) - 1, vision_layers, 8)),
             "initializer_range": deviation,
         },
@@ -110,31 +105,33 @@ def build_policy(
 
 
 class RandomPhotos(PromptEncoder):
-    """Encodes prompts whose photos are noise, another one for every key."""
+    """Encodes prompts whose photos are noise, different for every key."""
 
     def __init__(self, policy: Policy, grid: Grid):
-        self._body, self._grid = policy.model.model, grid
-        self._image_token_id = policy.model.config.image_token_id
-        vision = policy.model.config.vision_config
-        self._merge_area = vision.spatial_merge_size**2
-        self._numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        super().__init__(PolicyParts(policy.model, None, None))
+        self._grid, self._numbers = torch.tensor([grid]), policy.shape.patch
 
-    def image(self, key: str) -> EncodedImage:
+    def grid(self, key: str) -> Tensor:
+        return self._grid
+
+    def pixels(self, key: str) -> tuple[Tensor, Tensor]:
         noise = np.random.default_rng(list(key.encode()))
-        patches = noise.standard_normal((int(np.prod(self._grid)), self._numbers), np.float32)
-        return EncodedImage(torch.from_numpy(patches), torch.tensor([self._grid]))
+        patches = noise.standard_normal((int(self._grid.prod()), self._numbers), np.float32)
+        return torch.from_numpy(patches), self._grid
 
 
-def make_group(plan: Plan, number: int, vocabulary: int, image_token: int, area: int) -> Group:
-    """Random tokens, advantages, and old log-probs close to a random policy's."""
+def make_group(
+    workload: Workload, number: int, vocabulary: int, image_token: int, area: int
+) -> Group:
+    """A group of random tokens and advantages; old log-probs are near a random policy's."""
     noise = np.random.default_rng(number)
-    text = plan.prompt - int(np.prod(plan.grid)) // area
+    text = workload.prompt - int(np.prod(workload.grid)) // area
     words = noise.integers(0, vocabulary - 8, text).tolist()
-    responses, count = [], plan.n_anchor + plan.n_positive
+    responses, count = [], workload.n_anchor + workload.n_positive
     for i, place in enumerate(noise.permutation(count)):
-        length = round(plan.length * (0.8 + 0.4 * (place + 0.5) / count))
+        length = round(workload.length * (0.8 + 0.4 * (place + 0.5) / count))
         tokens = tuple(noise.integers(0, vocabulary - 8, length).tolist())
-        role = "anchor" if i < plan.n_anchor else "positive"
+        role = "anchor" if i < workload.n_anchor else "positive"
         response = Response(role, tokens, (), "stop", 0, advantage=float(noise.standard_normal()))
         old = 0.1 * noise.standard_normal(length) - np.log(vocabulary)
         response.old_logprobs = torch.from_numpy(old.astype(np.float32))
@@ -144,29 +141,19 @@ def make_group(plan: Plan, number: int, vocabulary: int, image_token: int, area:
     return Group(str(number), triplet, (*words[:4], image_token, *words[4:]), responses)
 
 
-def micro_batches(plan: Plan, policy: Policy) -> list[Micro]:
-    """The micro-batches of a step, by core/packing.py, and what they were made of."""
-    config, encode = policy.model.config, RandomPhotos(policy, plan.grid)
+def make_micros(workload: Workload, policy: Policy) -> list[Micro]:
+    """The micro-batches of a step, and the prompts and responses that they were made of."""
+    config, encode = policy.model.config, RandomPhotos(policy, workload.grid)
     area = config.vision_config.spatial_merge_size**2
     sizes = (config.text_config.vocab_size, config.image_token_id, area)
-    groups = [make_group(plan, number, *sizes) for number in range(plan.groups)]
+    groups = [make_group(workload, number, *sizes) for number in range(workload.groups)]
     pieces = [Piece(group, tuple(range(len(group.responses)))) for group in groups]
-    weights = {id(r): 1.0 for group in groups for r in group.responses}
-    total = sum(len(r.token_ids) for group in groups for r in group.responses)
+    loss = replace(policy.loss, update_on=workload.update_on)
+    total = weigh_rows(pieces, loss, "keep")
     micros = []
-    for start in range(0, len(pieces), plan.in_flight):
-        some = pieces[start : start + plan.in_flight]
-        batch = micro_batch(
-            some,
-            encode,
-            weights,
-            update_on=plan.update_on,
-            negative=True,
-            num_loss_tokens=float(total),
-        )
-        branches = [
-            [pair for piece in some for pair in branch_prompts(piece, branch, encode)]
-            for branch in (plan.update_on, "negative")
-        ]
-        micros.append(Micro(batch, *branches))
+    for start in range(0, len(pieces), workload.in_flight):
+        some = pieces[start : start + workload.in_flight]
+        batch = micro_batch(some, encode, loss, total)
+        prompts = [prompts_of(some, photo, encode) for photo in (loss.update_on, "negative")]
+        micros.append(Micro(batch, *prompts))
     return micros

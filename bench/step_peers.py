@@ -1,9 +1,9 @@
 """Ways to compute one update step, beside ours: what other trainers do, and ours with a part less.
 
-Every method is handed the same micro-batches (groups of responses, both branches) and adds the same
+Every method gets the same micro-batches (groups of responses, both branches) and adds the same
 gradient of the TAPO loss to the model's parameters. Attention is ours (kernels/varlen.py) or
-PyTorch's SDPA, whichever the method's way of laying out tokens can use, so that what differs is the
-way and not the library. Inputs are laid out before anything is timed.
+PyTorch's SDPA, depending on the method's layout of tokens, so that methods differ in their layout
+and not in their library. Inputs are prepared before anything is timed.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tercet.bench.step_case import Micro
-from tercet.core.costs import Hung
-from tercet.core.packing import Prompts, hung_on, pack
+from tercet.core.costs import PromptLoad
+from tercet.core.packing import Prompts, pack, prompt_loads
 from tercet.core.types import EncodedPrompt, MicroBatch, PackedBatch, PolicyParts, to_device
 from tercet.kernels.prefix_attention import ATTENTION_NAME
 from tercet.kernels.reference import tapo_loss_reference
 from tercet.train.learner.policy import Policy
 
-Score = Callable[[torch.nn.Module], Tensor]
-"""A model to the log-probs [R] of one branch."""
-Run = Callable[[], Tensor]
-"""Adds the gradient of the mini-batch; returns its loss, 0-d."""
+Forward = Callable[[torch.nn.Module], Tensor]
+"""A forward pass of one branch: takes the model, returns log-probs [R]."""
+RunStep = Callable[[], Tensor]
+"""Adds the gradient of the mini-batch to the parameters; returns its loss, 0-d."""
 NO_MASK = {"full_attention": None}
 GROUPER_NAME = "bench_prefix_grouper"
 
@@ -48,17 +48,17 @@ def sequence(prompt: EncodedPrompt, tokens: tuple[int, ...]) -> EncodedPrompt:
 
 def flat(prompts: Prompts) -> list[tuple[EncodedPrompt, tuple[int, ...]]]:
     """Every response with its own prompt."""
-    return [(prompt, tokens) for prompt, hung in prompts for tokens in hung]
+    return [(prompt, tokens) for prompt, responses in prompts for tokens in responses]
 
 
 def logprobs(logits: Tensor, labels: Tensor) -> Tensor:
-    """[..., V] and [...] to log-probs [...] in at least float32."""
+    """Log-probs [...] of labels [...] from logits [..., V], in at least float32."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -cross_entropy(wide.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
 
 
 def photos(prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
-    """The model's arguments for the photos of prompts."""
+    """The model's arguments for the photos of all prompts."""
     images = [image for prompt in prompts for image in prompt.images]
     return {
         "pixel_values": torch.cat([image.pixel_values for image in images]),
@@ -70,9 +70,9 @@ def on_device(inputs: dict, device: torch.device) -> dict:
     return {name: to_device(value, device) for name, value in inputs.items()}
 
 
-def accumulate(model: torch.nn.Module, batch: MicroBatch, scores: Sequence[Score]) -> Tensor:
+def accumulate(model: torch.nn.Module, batch: MicroBatch, forwards: Sequence[Forward]) -> Tensor:
     """Add a micro-batch's gradient of the loss as `reference` defines it; returns the loss."""
-    update, negative = (score(model) for score in scores)
+    update, negative = (forward(model) for forward in forwards)
     loss, _ = tapo_loss_reference(
         update,
         batch.old_logprobs,
@@ -85,29 +85,32 @@ def accumulate(model: torch.nn.Module, batch: MicroBatch, scores: Sequence[Score
     return loss.detach()
 
 
-def plain(score_of: Callable[[Prompts, torch.device], Score]):
-    """A method from its way to score one branch; the loss is plain PyTorch's."""
+def plain(forward_of: Callable[[Prompts, torch.device], Forward]):
+    """A method from its forward pass of one branch; the loss is plain PyTorch's."""
 
-    def make(policy: Policy, micros: Sequence[Micro]) -> Run:
+    def make(policy: Policy, micros: Sequence[Micro]) -> RunStep:
         device = policy.device
         parts = [
-            (to_device(m.batch, device), [score_of(m.update, device), score_of(m.negative, device)])
+            (
+                to_device(m.batch, device),
+                [forward_of(m.update, device), forward_of(m.negative, device)],
+            )
             for m in micros
         ]
 
         def run() -> Tensor:
-            return sum(accumulate(policy.model, batch, scores) for batch, scores in parts)
+            return sum(accumulate(policy.model, batch, forwards) for batch, forwards in parts)
 
         return run
 
     return make
 
 
-def one_by_one(prompts: Prompts, device: torch.device) -> Score:
-    """Padding-free sequences, one a response, logits of all tokens: EasyR1 and the released code.
+def one_by_one(prompts: Prompts, device: torch.device) -> Forward:
+    """Padding-free sequences, one per response, logits of all tokens: EasyR1, the released code.
 
-    Sequences lie one behind the other and attend through the variable-length attention that ours
-    uses; each brings its prompt and runs its photo through the vision tower.
+    The sequences are concatenated and use the same variable-length attention as ours. Each repeats
+    its prompt and runs its photo through the vision tower.
     """
     pairs = flat(prompts)
     packed = pack([(sequence(prompt, tokens), []) for prompt, tokens in pairs])
@@ -117,7 +120,7 @@ def one_by_one(prompts: Prompts, device: torch.device) -> Score:
         labels[rows[-1]] = torch.tensor(tokens)
     packed, labels, rows = (to_device(x, device) for x in (packed, labels, torch.cat(rows)))
 
-    def score(model) -> Tensor:
+    def forward(model) -> Tensor:
         logits = model(
             input_ids=packed.input_ids[None],
             position_ids=packed.position_ids[:, None],
@@ -129,16 +132,16 @@ def one_by_one(prompts: Prompts, device: torch.device) -> Score:
         ).logits[0]
         return logprobs(logits, labels)[rows]
 
-    return score
+    return forward
 
 
-def padded(prompts: Prompts, device: torch.device) -> Score:
-    """Right-padded [B, L] with an attention mask and logits of the completions, whole.
+def padded(prompts: Prompts, device: torch.device) -> Forward:
+    """Right-padded [B, L] with an attention mask and all logits of the completions.
 
-    TRL's way, but for its newer releases' own chunked head (see bench/kernels.py for that one).
+    This is TRL's layout, without the chunked head of its newer releases (see bench/kernels.py).
     """
     pairs = flat(prompts)
-    assert len({len(prompt) for prompt, _ in pairs}) == 1, "completions begin at one place"
+    assert len({len(prompt) for prompt, _ in pairs}) == 1, "prompts differ in length"
     lines = [sequence(prompt, tokens) for prompt, tokens in pairs]
     positions = pad_sequence([line.position_ids.T for line in lines], batch_first=True)
     inputs = {
@@ -154,15 +157,15 @@ def padded(prompts: Prompts, device: torch.device) -> Score:
     valid = pad_sequence([torch.ones_like(a, dtype=torch.bool) for a in answers], batch_first=True)
     valid = valid.to(device)
 
-    def score(model) -> Tensor:
+    def forward(model) -> Tensor:
         logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1]).logits
         return logprobs(logits, labels)[valid]
 
-    return score
+    return forward
 
 
-def ours(policy: Policy, micros: Sequence[Micro]) -> Run:
-    """Shared prefix, fused head and loss: train/policy.py."""
+def ours(policy: Policy, micros: Sequence[Micro]) -> RunStep:
+    """Shared prefix, fused head and loss: train/learner/policy.py."""
     batches = [to_device(m.batch, policy.device) for m in micros]
 
     def run() -> Tensor:
@@ -171,42 +174,42 @@ def ours(policy: Policy, micros: Sequence[Micro]) -> Run:
     return run
 
 
-def no_sharing(policy: Policy, micros: Sequence[Micro]) -> Run:
-    """Ours with one response a prompt."""
+def no_sharing(policy: Policy, micros: Sequence[Micro]) -> RunStep:
+    """Ours with a prompt for every response."""
 
     def alone(prompts: Prompts) -> PackedBatch:
         return pack([(prompt, [tokens]) for prompt, tokens in flat(prompts)])
 
-    unshared = [
+    micros = [
         replace(m, batch=replace(m.batch, update=alone(m.update), negative=alone(m.negative)))
         for m in micros
     ]
-    return ours(policy, unshared)
+    return ours(policy, micros)
 
 
 class PlainHead(Policy):
-    """The policy with plain PyTorch's head and loss."""
+    """The policy with the head and loss of plain PyTorch."""
 
     def _tapo(self, batch, negative, return_logprobs=False, apart=False):
-        scored = [
+        found = [
             logprobs(self.model.lm_head(self._hidden(packed)), batch.labels)
             for packed in (batch.update, negative)
         ]
-        rows = self._loss(batch) | {"neg_logprobs": scored[1]}
-        loss, metrics = tapo_loss_reference(scored[0], **rows)
+        rows = self._loss(batch) | {"neg_logprobs": found[1]}
+        loss, metrics = tapo_loss_reference(found[0], **rows)
         return loss, metrics | {"hidden": []}  # one backward pass through all of it
 
 
-def plain_head(policy: Policy, micros: Sequence[Micro]) -> Run:
-    """Ours with all logits of the response tokens, kept."""
+def plain_head(policy: Policy, micros: Sequence[Micro]) -> RunStep:
+    """Ours, but keeping all logits of the response tokens."""
     return ours(PlainHead(PolicyParts(policy.model, None, None), policy.loss), micros)
 
 
-def prefix_grouper(prompts: Prompts, device: torch.device) -> Score:
-    """The package of that name, as its tutorial says, on transformers' SDPA.
+def prefix_grouper(prompts: Prompts, device: torch.device) -> Forward:
+    """The package of that name, used as in its tutorial, on transformers' SDPA.
 
-    Each group is a row; prefixes attend by themselves, responses to their repeated prefix and
-    themselves; logits of all tokens.
+    Each group is a row of the batch. Prefixes attend to themselves, responses to their repeated
+    prefix and themselves. Logits of all tokens.
     """
     from prefix_grouper import PrefixGrouper
 
@@ -226,7 +229,7 @@ def prefix_grouper(prompts: Prompts, device: torch.device) -> Score:
         batch_first=True,
     )
     grouper = PrefixGrouper.from_ungrouped_masks(
-        *masks, [len(hung) for _, hung in prompts], device=device
+        *masks, [len(responses) for _, responses in prompts], device=device
     )
     places = grouper.concat_input(prefix_places, masks[0], suffix_places, masks[1])
     inputs = {
@@ -236,7 +239,7 @@ def prefix_grouper(prompts: Prompts, device: torch.device) -> Score:
     inputs = on_device(inputs, device)
     labels = pad_sequence(answers, batch_first=True).to(device)
 
-    def score(model) -> Tensor:
+    def forward(model) -> Tensor:
         model.set_attn_implementation({"text_config": GROUPER_NAME})
         logits = model(
             **inputs, attention_mask=NO_MASK, use_cache=False, prefix_grouper=grouper
@@ -244,7 +247,7 @@ def prefix_grouper(prompts: Prompts, device: torch.device) -> Score:
         _, _, logits, valid = grouper.split_output(logits, include_prefix_last=1)
         return logprobs(logits, labels)[valid]
 
-    return score
+    return forward
 
 
 def _grouper_attention(module, query, key, value, mask, scaling=None, prefix_grouper=None, **_):
@@ -256,7 +259,7 @@ def _grouper_attention(module, query, key, value, mask, scaling=None, prefix_gro
     return prefix_grouper.forward(attend, query, key, value), None
 
 
-def grouper_step(policy: Policy, micros: Sequence[Micro]) -> Run:
+def grouper_step(policy: Policy, micros: Sequence[Micro]) -> RunStep:
     run_plain = plain(prefix_grouper)(policy, micros)
 
     def run() -> Tensor:
@@ -268,32 +271,32 @@ def grouper_step(policy: Policy, micros: Sequence[Micro]) -> Run:
     return run
 
 
-def unshared(prompts: Prompts) -> list[Hung]:
-    """Work of a branch with a prompt a response."""
-    return hung_on([(prompt, [tokens]) for prompt, tokens in flat(prompts)])
+def unshared(prompts: Prompts) -> list[PromptLoad]:
+    """Loads of a branch with a prompt for every response."""
+    return prompt_loads([(prompt, [tokens]) for prompt, tokens in flat(prompts)])
 
 
-def to_longest(prompts: Prompts) -> list[Hung]:
-    """Work of a branch padded to its longest response."""
+def to_longest(prompts: Prompts) -> list[PromptLoad]:
+    """Loads of a branch padded to its longest response."""
     longest = max(len(tokens) for _, tokens in flat(prompts))
     return [one._replace(responses=[longest]) for one in unshared(prompts)]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to compute the step, and what it costs."""
+    """A way to compute the step, and the loads from which its FLOPs are counted."""
 
-    make: Callable[[Policy, Sequence[Micro]], Run]
-    work: Callable[[Prompts], list[Hung]]
+    make: Callable[[Policy, Sequence[Micro]], RunStep]
+    loads: Callable[[Prompts], list[PromptLoad]]
     prompt_logits: bool = False
-    """Whether prompt tokens reach the head, too."""
+    """Whether the head also computes logits of prompt tokens."""
 
 
 METHODS = {
-    "ours": Method(ours, hung_on),
+    "ours": Method(ours, prompt_loads),
     "one_by_one": Method(plain(one_by_one), unshared, prompt_logits=True),
     "padded": Method(plain(padded), to_longest),
     "no_sharing": Method(no_sharing, unshared),
-    "plain_head": Method(plain_head, hung_on),
-    "prefix_grouper": Method(grouper_step, hung_on, prompt_logits=True),
+    "plain_head": Method(plain_head, prompt_loads),
+    "prefix_grouper": Method(grouper_step, prompt_loads, prompt_logits=True),
 }

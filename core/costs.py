@@ -1,8 +1,8 @@
 """What a forward pass costs: floating-point operations of a pack, counted from a model's sizes.
 
 A multiplication and an addition count as two; only matrix products count, as is the custom. Causal
-attention counts the half that is not masked. The backward pass takes twice the forward's, and
-recomputed layers (`model.gradient_checkpointing`) once more.
+attention counts the half that is not masked. The backward pass costs twice the forward pass, and
+recomputed layers (`model.gradient_checkpointing`) cost one forward pass more.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+CHUNK_ELEMENTS = 1 << 24
+"""Elements that the optimiser updates at a time, which bounds its float32 temporaries.
+
+Here, so that train/plan.py can count them without importing the trainer."""
 Grid = tuple[int, int, int]
 """Patches of a photo in time, height and width."""
 
@@ -31,37 +35,37 @@ class Shape:
     vision_heads: int
     vision_intermediate: int
     vision_matrices: int
-    """Matrices of a vision block's MLP: 3 where it is gated, else 2."""
+    """Matrices of a vision block's MLP: 3 when it is gated, else 2."""
     full_layers: int
     """Vision blocks that attend to the whole photo; the others see one window."""
     window: int
-    """Tokens (merged patches) a side of a window; 0: no block has windows."""
+    """Side of an attention window in tokens (merged patches); 0: no block has windows."""
     merge: int
-    """Patches a side of one token."""
+    """Side of one token in patches."""
     patch: int
-    """Numbers of a patch."""
+    """Values of one patch: channels x frames x height x width."""
 
     @property
     def layer_matrices(self) -> int:
-        """Numbers in the matrices of a decoder layer."""
+        """Parameters in the matrices of a decoder layer."""
         attention = 2 * self.hidden * (self.heads + self.key_heads) * self.head_dim
         return attention + 3 * self.hidden * self.intermediate
 
     @property
     def vision_block_matrices(self) -> int:
-        """Numbers in the matrices of a vision block."""
+        """Parameters in the matrices of a vision block."""
         width = self.vision_hidden
         return 4 * width**2 + self.vision_matrices * width * self.vision_intermediate
 
 
-class Hung(NamedTuple):
-    """A prompt and what hangs on it."""
+class PromptLoad(NamedTuple):
+    """Sizes of a prompt and of the responses that share it."""
 
     prompt_tokens: int
     """Image tokens included."""
     grids: Sequence[Grid]
     responses: Sequence[int]
-    """Tokens of each response; the last one of each is not fed."""
+    """Tokens of each response; the last token of each is not fed to the model."""
 
 
 class Flops(NamedTuple):
@@ -96,24 +100,24 @@ def vision_flops(shape: Shape, grids: Iterable[Grid]) -> float:
 
 
 def _cut(length: int, size: int) -> list[int]:
-    """Lengths of the windows that a side is cut into."""
+    """Lengths of the windows along a side; the last one may be shorter."""
     return [min(size, length - start) for start in range(0, length, size)]
 
 
-def forward_flops(shape: Shape, hung: Iterable[Hung]) -> Flops:
+def forward_flops(shape: Shape, loads: Iterable[PromptLoad]) -> Flops:
     """Forward pass over a pack in which responses share their prompts.
 
     Args:
         shape: of the model.
-        hung: prompts with their photos and responses. One response a prompt is the cost without
-            sharing.
+        loads: prompts with their photos and responses. One response per prompt gives the cost
+            without sharing.
 
     Returns:
         FLOPs of vision tower, language model and head.
     """
     vision = body = head = 0.0
     across_heads = shape.heads * shape.head_dim
-    for prompt, grids, responses in hung:
+    for prompt, grids, responses in loads:
         vision += vision_flops(shape, grids)
         fed = [max(0, length - 1) for length in responses]
         pairs = prompt**2 / 2 + sum(length**2 / 2 + length * prompt for length in fed)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tercet.core.advantages import row_weights
 from tercet.core.config import LossConfig
-from tercet.core.costs import Hung
+from tercet.core.costs import PromptLoad
 from tercet.core.mismatch import importance_weights
 from tercet.core.types import EncodedPrompt, Group, MicroBatch, PackedBatch, Response, Segments
 
@@ -146,10 +146,10 @@ def packed_tokens(prompts: Prompts) -> int:
     return sum(len(p) + sum(max(0, len(t) - 1) for t in tokens) for p, tokens in prompts)
 
 
-def hung_on(prompts: Prompts) -> list[Hung]:
-    """What core.costs counts of prompts and the responses that hang on them."""
+def prompt_loads(prompts: Prompts) -> list[PromptLoad]:
+    """Prompts and their responses as core.costs counts them."""
     return [
-        Hung(
+        PromptLoad(
             len(prompt),
             [tuple(image.grid_thw[0].tolist()) for image in prompt.images],
             [len(tokens) for tokens in responses],

@@ -9,7 +9,7 @@ import torch
 from support import shape_of, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from tercet.core.costs import Flops, Hung, forward_flops, vision_flops
+from tercet.core.costs import Flops, PromptLoad, forward_flops, vision_flops
 
 pytestmark = pytest.mark.core
 ARCHITECTURES = ["qwen2_vl", "qwen2_5_vl"]
@@ -42,7 +42,7 @@ def test_language_model_and_head(architecture):
     ids = torch.full((1, length), 9)
     parts = r"(language_model\.layers\.\d+|lm_head)"  # positions take a product in some versions
     found = counted(lambda: model(input_ids=ids, use_cache=False), parts)
-    ours = forward_flops(shape, [Hung(length, [], [])])
+    ours = forward_flops(shape, [PromptLoad(length, [], [])])
     masked = shape.layers * 4 * shape.heads * shape.head_dim * length**2 / 2
     assert ours.body + masked + 2 * length * shape.hidden * shape.vocabulary == found
 
@@ -50,12 +50,12 @@ def test_language_model_and_head(architecture):
 def test_responses_share_a_prompt_and_one_alone_is_a_sequence():
     shape = shape_of(tiny().model.config)
     grids = [(1, 8, 8)]
-    alone = forward_flops(shape, [Hung(30, grids, [12])])
-    sequence = forward_flops(shape, [Hung(41, grids, [])])  # 30 + 12, the last one not fed
+    alone = forward_flops(shape, [PromptLoad(30, grids, [12])])
+    sequence = forward_flops(shape, [PromptLoad(41, grids, [])])  # 30 + 12, the last one not fed
     assert alone.body == pytest.approx(sequence.body, rel=1e-12)
     assert alone.head == 2 * 12 * shape.hidden * shape.vocabulary
-    shared = forward_flops(shape, [Hung(30, grids, [12, 12, 12])])
-    prompt = forward_flops(shape, [Hung(30, grids, [])])
+    shared = forward_flops(shape, [PromptLoad(30, grids, [12, 12, 12])])
+    prompt = forward_flops(shape, [PromptLoad(30, grids, [])])
     assert shared.body == pytest.approx(3 * alone.body - 2 * prompt.body, rel=1e-12)
     assert shared.vision == prompt.vision == vision_flops(shape, grids)
     assert Flops(1, 2, 3).total == 6

@@ -19,16 +19,16 @@ from tercet.kernels.rows import BLOCK_LOGITS
 from tercet.kernels.varlen import VISION_NAME
 from tercet.train.fit.memory import (
     Activations,
+    Breakdown,
+    ElementBytes,
     Load,
     Memory,
-    Moment,
-    Numbers,
     Parameters,
     decoder_layer_bytes,
-    kv_bytes,
+    kv_bytes_per_token,
     vision_block_bytes,
 )
-from tercet.train.fit.sizes import count, numbers
+from tercet.train.fit.sizes import count, element_bytes
 from tercet.train.learner.lora import add_lora
 from tercet.train.learner.optim import build_optimizer, optimizer_step
 from tercet.train.learner.policy import Policy
@@ -66,7 +66,8 @@ def make_pack(policy: Policy, side: int, prompts: int, responses: int, length: i
     """Photos of side x side patches, questions of 12 tokens, responses of one length."""
     config, generator = policy.model.config, torch.Generator().manual_seed(0)
     grid, pads = torch.tensor([[1, side, side]]), side**2 // 4
-    image = EncodedImage(torch.randn(side**2, shape_of(config).patch, generator=generator), grid)
+    pixels = torch.randn(side**2, shape_of(config).patch, generator=generator)
+    image = EncodedImage(lambda: pixels, grid)
     ids = torch.cat([torch.full((pads,), config.image_token_id), torch.arange(7, 19)])
     positions, delta = policy.model.model.get_rope_index(
         ids[None],
@@ -108,7 +109,7 @@ def planned(policy: Policy, batch: MicroBatch, branches: str) -> tuple[float, fl
     model = policy.model
     shape, b = shape_of(model.config), model.dtype.itemsize
     counted = count(model)
-    memory = Memory(shape, counted, numbers(model.dtype))
+    memory = Memory(shape, counted, element_bytes(model.dtype))
     update, negative = (
         Activations(
             shape,
@@ -193,7 +194,7 @@ def test_the_optimiser(dtype, states):
     sizes = {"hidden_size": 256, "layers": 1, "vision_layers": 1, "vision_size": 64}
     policy = make_policy("qwen2_5_vl", dtype, vocabulary=32_768, **sizes)
     model = policy.model
-    memory = Memory(shape_of(model.config), count(model), numbers(dtype, states))
+    memory = Memory(shape_of(model.config), count(model), element_bytes(dtype, states))
     optimizer = build_optimizer(model.named_parameters(), TapoOptimConfig(states=states))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -252,8 +253,8 @@ COUNTED = Parameters(10_000, 2_000, 4_000, 800, 9_000, 1_500, 3_900, 800)
 
 
 def test_sharded_parts_by_hand():
-    memory = Memory(SHAPE, COUNTED, Numbers(2, 2, 6, 2, 36), True, 4)
-    assert memory.resident == Moment(5_000, 4_500, 13_500)
+    memory = Memory(SHAPE, COUNTED, ElementBytes(2, 2, 6, 2, 36), True, 4)
+    assert memory.resident == Breakdown(5_000, 4_500, 13_500)
     update = Activations(SHAPE, Load(10, 0, 6), 2, True)
     head = memory.at_head(update, None, 4)
     assert head.parameters == 5_000 + 2 * 2_000  # the root is whole
@@ -265,12 +266,12 @@ def test_sharded_parts_by_hand():
     step = memory.in_step()
     assert step.optimiser == 13_500 + 200 * 36
     sampling = memory.in_generate(7_000)
-    assert sampling == Moment(5_000 + 2 * 800, 0, 13_500, server=7_000)
+    assert sampling == Breakdown(5_000 + 2 * 800, 0, 13_500, server=7_000)
     assert sampling.total == 5_000 + 1_600 + 13_500 + 7_000
 
 
 def test_joint_branches_are_gone_through_one_after_the_other():
-    memory = Memory(SHAPE, COUNTED, Numbers(2, 2, 6, 2), True, 4)
+    memory = Memory(SHAPE, COUNTED, ElementBytes(2, 2, 6, 2), True, 4)
     branch = Activations(SHAPE, Load(10, 0, 6), 2, True)
     joint = memory.in_backward(branch, branch)
     assert joint.gradients == memory.in_backward(branch, None).gradients
@@ -294,10 +295,10 @@ def test_frozen_vision_keeps_no_blocks_and_a_frozen_head_no_gradient():
     load = Load(10, 40, 6)
     trained, frozen = Activations(SHAPE, load, 2, False), Activations(SHAPE, load, 2, False, False)
     assert trained.kept - frozen.kept == 40 * vision_block_bytes(SHAPE, 2)
-    memory = Memory(SHAPE, COUNTED._replace(trained_head=0), Numbers(2, 2, 6, 2))
-    whole = Memory(SHAPE, COUNTED, Numbers(2, 2, 6, 2))
+    memory = Memory(SHAPE, COUNTED._replace(trained_head=0), ElementBytes(2, 2, 6, 2))
+    whole = Memory(SHAPE, COUNTED, ElementBytes(2, 2, 6, 2))
     assert whole.at_head(frozen, None, 4).head - memory.at_head(frozen, None, 4).head == 4 * 800
 
 
 def test_keys_and_values_of_a_token():
-    assert kv_bytes(SHAPE, 2) == 2 * 2 * 2 * 2 * 2
+    assert kv_bytes_per_token(SHAPE, 2) == 2 * 2 * 2 * 2 * 2

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from tercet.core.config import LossConfig
-from tercet.core.costs import Hung
+from tercet.core.costs import PromptLoad
 from tercet.core.packing import (
     Piece,
     by_response,
-    hung_on,
     micro_batch,
     mini_batches,
     pack,
     packed_tokens,
     plain_batch,
+    prompt_loads,
     prompts_of,
     rows,
     weigh_rows,
@@ -198,9 +198,9 @@ def test_own_branch_leaves_out_an_image_without_responses(chosen, letters):
 def test_what_is_counted_of_a_branch():
     """A group's own branch: each photo once, of the size that the encoder gives it."""
     piece = whole(make_group([3, 0, 1, 4], positives=2, number=1))
-    anchor, positive = hung_on(piece.prompts("own", encode))
-    assert anchor == Hung(PROMPT_LENGTHS["x"], [(1, 2, 4)], [3, 0])
-    assert positive == Hung(PROMPT_LENGTHS["p"], [(1, 2, 4)], [1, 4])
+    anchor, positive = prompt_loads(piece.prompts("own", encode))
+    assert anchor == PromptLoad(PROMPT_LENGTHS["x"], [(1, 2, 4)], [3, 0])
+    assert positive == PromptLoad(PROMPT_LENGTHS["p"], [(1, 2, 4)], [1, 4])
 
 
 def test_unknown_branch_is_named():

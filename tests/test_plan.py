@@ -14,9 +14,9 @@ from tercet.core.config import ModelConfig, TapoConfig
 from tercet.core.models import published
 from tercet.train import plan as command
 from tercet.train.fit.estimate import GIB, Plan, changed, remedies
-from tercet.train.fit.memory import Moment
+from tercet.train.fit.memory import Breakdown
 from tercet.train.fit.roofline import CARDS, Lengths
-from tercet.train.fit.sizes import ModelSizes, count, numbers
+from tercet.train.fit.sizes import ModelSizes, count, element_bytes
 from tercet.train.learner.command_line import RECIPES, parse
 from tercet.train.learner.lora import add_lora
 
@@ -37,7 +37,7 @@ def test_published_sizes(path):
     sizes = ModelSizes.of(TapoConfig(model=ModelConfig(path=path)))
     assert sizes.parameters.total == sizes.parameters.trained == TOTALS[path]
     assert sizes.shape.vocabulary * sizes.shape.hidden == sizes.parameters.trained_head
-    assert (sizes.numbers.weight, sizes.numbers.states) == (2, 6)
+    assert (sizes.element_bytes.weight, sizes.element_bytes.states) == (2, 6)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2_vl", "qwen2_5_vl"])
@@ -57,7 +57,7 @@ def test_a_local_folder_is_counted_as_the_model_is(architecture, tmp_path):
     assert found.block == max(layer, *in_blocks)
     assert found.trained == total - frozen
     assert not found.trains_vision
-    assert sizes.numbers == numbers(torch.float32)
+    assert sizes.element_bytes == element_bytes(torch.float32)
 
 
 def test_lora_is_counted_as_it_is_added(tmp_path):
@@ -76,7 +76,7 @@ def test_lora_is_counted_as_it_is_added(tmp_path):
 def test_recipes_fit_four_gpus_of_48_gb(name):
     plan = planned("--recipe", name, "--gpus", "4", "--gpu", "A6000")
     assert plan.lacks == []
-    assert all(moment.total < 44.2 * GIB for moment in plan.moments().values())
+    assert all(part.total < 44.2 * GIB for part in plan.memory().values())
     assert plan.kv_tokens > 20 * (4096 + 2048)
     # Photos of the largest size fit as well.
     assert (
@@ -107,55 +107,55 @@ def test_recipes_are_the_released_settings(name, groups, minibatch, epochs):
 def test_parts_of_the_7b_plan_by_hand():
     plan = planned("--recipe", "tapo_7b")
     total, shard = TOTALS["Qwen/Qwen2.5-VL-7B-Instruct"], 2 * 8_292_166_656 / 4
-    moments = plan.moments()
-    assert moments["step"] == Moment(shard, shard, 3 * shard + 32 * (1 << 24))
+    memory = plan.memory()
+    assert memory["step"] == Breakdown(shard, shard, 3 * shard + 32 * (1 << 24))
     embedding = 152_064 * 3584
-    assert moments["generate"].parameters == shard + 2 * embedding
-    assert moments["generate"].server == 2 * total + 3 * GIB
+    assert memory["generate"].parameters == shard + 2 * embedding
+    assert memory["generate"].server == 2 * total + 3 * GIB
     patch = 3 * 2 * 14 * 14 * 1280
     merger = 1280 + 5120 * 5120 + 5120 + 5120 * 3584 + 3584
     root = 2 * embedding + 3584 + patch + merger
-    assert moments["head"].parameters == shard + 2 * root
-    free = 0.92 * 48 * GIB - moments["generate"].total
+    assert memory["head"].parameters == shard + 2 * root
+    free = 0.92 * 48 * GIB - memory["generate"].total
     assert plan.kv_tokens == int(free / (2 * 28 * 4 * 128 * 2))
 
 
 def test_one_gpu_holds_everything_whole():
     plan = planned("--recipe", "tapo_3b", "--gpus", "1", "--gpu", "H200")
-    assert plan.moments()["head"].parameters == 2 * TOTALS["Qwen/Qwen2.5-VL-3B-Instruct"]
+    assert plan.memory()["head"].parameters == 2 * TOTALS["Qwen/Qwen2.5-VL-3B-Instruct"]
     replicas = planned("--recipe", "tapo_3b", "--gpus", "4", "--parallel.replicas", "2")
-    halves = replicas.moments()["step"].parameters
+    halves = replicas.memory()["step"].parameters
     assert halves == TOTALS["Qwen/Qwen2.5-VL-3B-Instruct"]
     with pytest.raises(ValueError, match="multiple of parallel.replicas, 2, got 3"):
         planned("--recipe", "tapo_3b", "--gpus", "3", "--parallel.replicas", "2")
 
 
 def test_other_bytes_of_numbers():
-    narrow = planned("--recipe", "tapo_7b").moments()
-    wide = planned("--recipe", "tapo_7b", "--optim.states", "float32").moments()
+    narrow = planned("--recipe", "tapo_7b").memory()
+    wide = planned("--recipe", "tapo_7b", "--optim.states", "float32").memory()
     quarter = TOTALS["Qwen/Qwen2.5-VL-7B-Instruct"] / 4
     assert wide["head"].optimiser - narrow["head"].optimiser == 6 * quarter
     options = ["--parallel.mixed_precision", "true", "--model.dtype", "float32"]
     in_two = planned("--recipe", "tapo_7b", *options)
     assert (in_two.weights, in_two.synced) == (8 * quarter, 16 * quarter)
-    mixed = in_two.moments()
-    assert mixed["step"] == Moment(4 * quarter, 4 * quarter, 8 * quarter)
+    mixed = in_two.memory()
+    assert mixed["step"] == Breakdown(4 * quarter, 4 * quarter, 8 * quarter)
     assert mixed["backward"].activations == narrow["backward"].activations
-    offloaded = planned("--recipe", "tapo_7b", "--parallel.offload", "true").moments()
-    assert offloaded["step"] == Moment()
-    assert offloaded["generate"] == Moment(server=narrow["generate"].server)
+    offloaded = planned("--recipe", "tapo_7b", "--parallel.offload", "true").memory()
+    assert offloaded["step"] == Breakdown()
+    assert offloaded["generate"] == Breakdown(server=narrow["generate"].server)
     with pytest.raises(ValueError, match="model.dtype must be float32 with"):
         planned("--recipe", "tapo_7b", "--parallel.mixed_precision", "true")
 
 
 def test_where_servers_and_copies_are():
-    apart = planned("--recipe", "tapo_7b", "--rollout.colocated", "false").moments()
+    apart = planned("--recipe", "tapo_7b", "--rollout.colocated", "false").memory()
     total = TOTALS["Qwen/Qwen2.5-VL-7B-Instruct"]
-    assert apart["generate"] == Moment(server=2 * total + 3 * GIB)
+    assert apart["generate"] == Breakdown(server=2 * total + 3 * GIB)
     pairs = ["--rollout.server_gpus", "['0,1', '2,3']"]
-    assert planned("--recipe", "tapo_7b", *pairs).moments()["generate"].server == total + 3 * GIB
-    local = planned("--recipe", "tapo_7b", "--rollout.engine", "local").moments()
-    assert {moment.server for moment in local.values()} == {2 * total}
+    assert planned("--recipe", "tapo_7b", *pairs).memory()["generate"].server == total + 3 * GIB
+    local = planned("--recipe", "tapo_7b", "--rollout.engine", "local").memory()
+    assert {part.server for part in local.values()} == {2 * total}
 
 
 def test_remedies_are_found_by_trying():

@@ -15,11 +15,11 @@ from tercet.core.config import (
     TapoConfig,
     TapoOptimConfig,
 )
-from tercet.core.costs import Hung, Shape, forward_flops
+from tercet.core.costs import PromptLoad, Shape, forward_flops
 from tercet.core.packing import Piece, mini_batches, pack_branch, split_by_budget
 from tercet.core.types import EncodedImage, EncodedPrompt, Group, Response, Triplet
 from tercet.train.fit.memory import Load
-from tercet.train.fit.roofline import BUS, Card, Lengths, Sampling, Step, Volume, phases
+from tercet.train.fit.roofline import BUS, Card, Engines, Lengths, Step, Volume, phases
 
 pytestmark = pytest.mark.core
 SHAPE = Shape(2, 8, 24, 4, 2, 2, 100, 1, 4, 2, 12, 3, 1, 0, 2, 6)
@@ -44,7 +44,7 @@ def make_step(gpus: int = 2, budget: int = 300, update_on: str = "anchor", **los
 
 def encode(ids: tuple[int, ...], images: tuple[str, ...]) -> EncodedPrompt:
     """A prompt of 20 tokens with a photo of 64 patches."""
-    image = EncodedImage(torch.zeros(64, SHAPE.patch), torch.tensor([[1, 8, 8]]))
+    image = EncodedImage(lambda: torch.zeros(64, SHAPE.patch), torch.tensor([[1, 8, 8]]))
     return EncodedPrompt(
         torch.zeros(20, dtype=torch.int64), torch.zeros(3, 20).long(), 20, (image,)
     )
@@ -90,8 +90,8 @@ def test_numbers_of_a_step():
     step = make_step()
     assert (step.groups, step.group_size, step.responses, step.sampled_prompts) == (12, 10, 120, 24)
     assert step.group_tokens == 20 + 10 * 29
-    assert step.unscored == 0.5
-    assert make_step(is_cap=2.0).unscored == 1
+    assert step.old_share == 0.5
+    assert make_step(is_cap=2.0).old_share == 1
 
 
 @pytest.mark.parametrize(
@@ -111,20 +111,20 @@ def test_flops_of_the_phases(loss, branches, checkpointing, update, negative, ap
     parallel = replace(step.config.parallel, branches=branches)
     model = ModelConfig(gradient_checkpointing=checkpointing)
     step = replace(step, config=replace(step.config, parallel=parallel, model=model))
-    forward = forward_flops(SHAPE, [Hung(20, [(1, 8, 8)], [30] * 10)])
+    forward = forward_flops(SHAPE, [PromptLoad(20, [(1, 8, 8)], [30] * 10)])
     found = step.phase_flops()
     head = sum(n - (checkpointing and n > 1) for n in (update, negative))
     expected = (update + negative) * (forward.vision + forward.body) + head * forward.head
     assert found["update"] == pytest.approx(12 * expected, rel=1e-12)
     assert found["negative"] == apart * 12 * forward.total
     assert found["old"] == 6 * forward.total
-    halves = [Hung(20, [(1, 8, 8)], [30] * 5)] * 2
+    halves = [PromptLoad(20, [(1, 8, 8)], [30] * 5)] * 2
     assert found["generate"] == pytest.approx(12 * forward_flops(SHAPE, halves).total, rel=1e-12)
 
 
 def test_lora_and_a_frozen_tower_need_less():
     step = make_step(kl_coef=0.0, neg_entropy_coef=0.0)
-    forward = forward_flops(SHAPE, [Hung(20, [(1, 8, 8)], [30] * 10)])
+    forward = forward_flops(SHAPE, [PromptLoad(20, [(1, 8, 8)], [30] * 10)])
     lora = replace(step, config=replace(step.config, model=ModelConfig(lora_rank=4)))
     expected = forward.vision + 2 * forward.body + 2 * forward.head
     assert lora.phase_flops()["update"] == pytest.approx(12 * expected)
@@ -138,11 +138,11 @@ def test_decoding_by_hand():
     weights = 2 * (2 * 8 * 6 * 2 + 3 * 8 * 24) + 100 * 8
     read = 2 * weights + 15 * (20 + 15) * (2 * 2 * 2 * 2 * 2)
     slow_memory, slow_cores = Card(1, 1.0, 1e-6), Card(1, 1e-12, 1e3)
-    found = Sampling(2, 1, 15, 2).decode(make_step(), slow_memory)
+    found = Engines(2, 1, 15, 2).decode(make_step(), slow_memory)
     assert found == pytest.approx((4 * 30 * read, 4 * 30 * read / 1e3))
-    _, seconds = Sampling(2, 1, 15, 2).decode(make_step(), slow_cores)
+    _, seconds = Engines(2, 1, 15, 2).decode(make_step(), slow_cores)
     assert seconds == pytest.approx(4 * 30 * 2 * weights * 15)
-    halved, _ = Sampling(2, 2, 15, 2).decode(make_step(), slow_memory)
+    halved, _ = Engines(2, 2, 15, 2).decode(make_step(), slow_memory)
     assert halved == pytest.approx(4 * 30 * read / 2)
 
 
@@ -150,17 +150,17 @@ def test_phases_take_the_slower_of_computing_and_moving():
     step = make_step(budget=10_000)  # one micro-batch a mini-batch
     flops, away = step.phase_flops(), 1 / 2
     fast, slow = Card(1, 1e6, 1e6), Card(1, 1e-9, 1e6)
-    sampling = Sampling(2, 1, 15, 2)
-    by_moving = {p.name: p for p in phases(step, fast, sampling, Volume(1e12, 4e11, 1e12), 2)}
+    engines = Engines(2, 1, 15, 2)
+    by_moving = {p.name: p for p in phases(step, fast, engines, Volume(1e12, 4e11, 1e12), 2)}
     assert list(by_moving) == ["generate", "old", "update"]
     # Both branches gather twice, and deal gradients out once.
     moved = 2 * away * (4 * 1e12 + 2 * 4e11)
     assert by_moving["update"].moved == pytest.approx(moved)
     assert by_moving["update"].seconds == pytest.approx(moved / BUS)
     assert by_moving["old"].moved == pytest.approx(away * 1e12)
-    by_computing = {p.name: p for p in phases(step, slow, sampling, Volume(1e3, 4e2, 1e3), 2)}
+    by_computing = {p.name: p for p in phases(step, slow, engines, Volume(1e3, 4e2, 1e3), 2)}
     assert by_computing["update"].seconds == pytest.approx(flops["update"] / 2 / 1e3)
     rollout = replace(step.config.rollout, engine="sglang", weight_sync="disk")
     synced = replace(step, config=replace(step.config, rollout=rollout))
-    sync = phases(synced, fast, sampling, Volume(1e12, 4e11, 3e12), 2)[-1]
+    sync = phases(synced, fast, engines, Volume(1e12, 4e11, 3e12), 2)[-1]
     assert (sync.name, sync.seconds) == ("sync", pytest.approx((away + 2) * 3e12 / BUS))

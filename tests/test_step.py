@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 from support import shape_of
 
-from tercet.bench import figures, measure, step
-from tercet.bench.step_case import Plan, build_policy, micro_batches, qwen_3b
+from tercet.bench import figures, kernels, measure, rollout, step
+from tercet.bench.step_case import Workload, build_policy, make_micros, qwen_3b
 from tercet.bench.step_peers import METHODS, Method, flat, ours, unshared
+from tercet.core.models import published
 from tercet.train.fit.roofline import CARDS
 
 TINY = dict(hidden=128, layers=2, vision_layers=2, heads=8, vision_heads=2, vocabulary=96)
@@ -49,7 +52,7 @@ def computed(policy, name, micros):
 @pytest.mark.parametrize("update_on", ["anchor", "own"])
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_compute_one_loss_and_one_gradient(policy, name, update_on):
-    micros = micro_batches(Plan(update_on, groups=3, in_flight=2, **SMALL), policy)
+    micros = make_micros(Workload(update_on, groups=3, in_flight=2, **SMALL), policy)
     assert [len(flat(m.update)) for m in micros] == [6, 3]
     loss, found = computed(policy, name, micros)
     wanted, _ = computed(policy, "ours", micros)
@@ -61,20 +64,20 @@ def test_methods_compute_one_loss_and_one_gradient(policy, name, update_on):
 
 def test_own_and_anchor_are_different_steps(policy):
     anchor, own = (
-        computed(policy, "one_by_one", micro_batches(Plan(on, **SMALL), policy))[1]
+        computed(policy, "one_by_one", make_micros(Workload(on, **SMALL), policy))[1]
         for on in ("anchor", "own")
     )
     assert step.distance(own, anchor) > 1e-3
 
 
 def test_checkpointing_changes_no_gradient(policy):
-    micros = micro_batches(Plan(**SMALL), policy)
+    micros = make_micros(Workload(**SMALL), policy)
     again = tiny_policy(checkpointing=True)
     for name in ("ours", "one_by_one", "padded"):
         found = computed(again, name, micros)[1]
         assert step.distance(found, computed(policy, name, micros)[1]) < 1e-10
     bench = step.Bench(again, 1, 1e12, model="tiny")
-    row = bench.row("ours", Plan(**SMALL), micros)
+    row = bench.row("ours", Workload(**SMALL), micros)
     assert row.checkpointing is True
     plain = step.step_flops(METHODS["ours"], micros, bench.shape) / 1e12
     assert plain * 1.25 < row.tflop < plain * 4 / 3
@@ -84,9 +87,10 @@ def test_checkpointing_changes_no_gradient(policy):
 def test_the_3b_shape_promises_twice_the_speed(policy, update_on, ratio):
     """And 2.11 and 1.99 over one response a prompt that computes no logits of prompts."""
     shape = shape_of(qwen_3b())
+    assert shape == shape_of(published()["Qwen/Qwen2.5-VL-3B-Instruct"])
     assert (shape.layers, shape.hidden, shape.vocabulary) == (36, 2048, 151_936)
     assert (shape.vision_layers, shape.full_layers, shape.head_dim) == (32, 4, 128)
-    micros = micro_batches(Plan(update_on), policy)
+    micros = make_micros(Workload(update_on), policy)
     assert len(micros[0].batch.labels) == 3500
     work = {name: step.step_flops(method, micros, shape) for name, method in METHODS.items()}
     assert work["one_by_one"] / work["ours"] == pytest.approx(ratio, abs=0.02)
@@ -97,7 +101,7 @@ def test_the_3b_shape_promises_twice_the_speed(policy, update_on, ratio):
 
 
 def bench_of(dtype=torch.float32):
-    return step.Bench(tiny_policy(dtype), 2, 1e11, model="tiny", commit="abc")
+    return step.Bench(tiny_policy(dtype), 2, 1e11, model="tiny")
 
 
 def test_what_is_not_exact_is_not_timed(monkeypatch):
@@ -113,7 +117,9 @@ def test_what_is_not_exact_is_not_timed(monkeypatch):
     monkeypatch.setitem(METHODS, "wrong", Method(wrong, unshared))
     monkeypatch.setitem(METHODS, "broken", Method(broken, unshared))
     monkeypatch.setitem(sys.modules, "prefix_grouper", None)
-    rows = bench_of().methods(Plan(**SMALL), ["wrong", "one_by_one", "broken", "prefix_grouper"])
+    rows = bench_of().methods(
+        Workload(**SMALL), ["wrong", "one_by_one", "broken", "prefix_grouper"]
+    )
     wrong, right, broken, absent = rows
     assert "over the gate of 0.0001" in wrong.note and wrong.grad_error > 1e-3
     assert broken.note == "ZeroDivisionError: division by zero"
@@ -127,16 +133,16 @@ def test_what_is_not_exact_is_not_timed(monkeypatch):
 def test_16_bit_gradients_are_compared_on_a_model_of_few_layers(policy):
     shallow = tiny_policy(torch.bfloat16)
     deep = build_policy(qwen_3b(**TINY | {"layers": 9}), torch.bfloat16, "cpu")
-    bench = step.Bench(deep, 1, 1e11, shallow, model="tiny", commit="")
-    for row in bench.methods(Plan(**SMALL), ["ours", "one_by_one", "plain_head"]):
+    bench = step.Bench(deep, 1, 1e11, shallow, model="tiny")
+    for row in bench.methods(Workload(**SMALL), ["ours", "one_by_one", "plain_head"]):
         assert row.note == "" and 1e-3 < row.grad_error < 0.1 and row.ms_50 > 0
-    assert bench.row("ours", Plan(), []).dtype == "bfloat16"
+    assert bench.row("ours", Workload(), []).dtype == "bfloat16"
 
 
 def test_figures_of_a_row_follow_from_its_time():
     bench = bench_of()
-    rows = {row.method: row for row in bench.methods(Plan("own", **SMALL), ["ours", "one_by_one"])}
-    ours, base = rows["ours"], rows["one_by_one"]
+    ours, base = bench.methods(Workload("own", **SMALL), ["ours", "one_by_one"])
+    assert (ours.method, base.method) == ("ours", "one_by_one")
     assert ours.ms_20 <= ours.ms_50 <= ours.ms_80
     assert ours.tokens_per_s == pytest.approx(1e3 * ours.response_tokens / ours.ms_50)
     assert ours.mfu == pytest.approx(ours.tflop / (ours.ms_50 / 1e3) / 0.1)
@@ -171,20 +177,42 @@ def test_calls_take_turns_and_the_cpu_clock_does_not_count_waiting():
 
 
 def test_a_ledger_keeps_its_columns(tmp_path):
-    row = bench_of().row("ours", Plan(), [])
-    measure.append(tmp_path / "a.csv", [row])
-    measure.append(tmp_path / "a.csv", [row, row])
-    assert len((tmp_path / "a.csv").read_text().splitlines()) == 4
-    (tmp_path / "b.csv").write_text("method,ms\n")
-    with pytest.raises(ValueError, match=r"b\.csv has the columns \['method', 'ms'\]"):
-        measure.append(tmp_path / "b.csv", [row])
+    row, shared = bench_of().row("ours", Workload(), []), measure.conditions("cpu", "abc")
+    measure.append(tmp_path / "a.csv", [row], shared)
+    measure.append(tmp_path / "a.csv", [row, row], shared)
+    with (tmp_path / "a.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 3 and lines[0] == lines[2]
+    assert (lines[0]["method"], lines[0]["torch"]) == ("ours", torch.__version__)
+    assert [*lines[0]][-6:] == ["device", "torch", "triton", "transformers", "commit", "date"]
+    for text in ("method,ms\n", ",".join([*vars(row), "colour"]) + "\n"):
+        (tmp_path / "b.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"b\.csv has the columns \['method', "):
+            measure.append(tmp_path / "b.csv", [row], shared)
+
+
+@pytest.mark.parametrize("kind", [kernels.Row, step.Row, rollout.Row])
+def test_rows_go_on_in_the_ledgers_as_they_are(kind, tmp_path):
+    """With fewer shared columns than new ledgers have, in their own order."""
+    name = f"{kind.__module__.rpartition('.')[2]}.csv"
+    copy = Path(shutil.copy(figures.RESULTS / name, tmp_path))
+    before = copy.read_text()
+    row = kind(*(index + 0.5 for index, _ in enumerate(fields(kind))))
+    shared = measure.conditions("cpu", "abc") | {"sglang": "0.5"}
+    measure.append(copy, [row], shared)
+    text = copy.read_text()
+    assert text.startswith(before) and text.count("\n") == before.count("\n") + 1
+    with copy.open(newline="") as file:
+        (*_, last) = csv.DictReader(file)
+    assert last == {k: str(v) for k, v in (vars(row) | shared).items() if k in last}
+    assert last["commit"] == "abc" and None not in last
 
 
 def test_the_command_writes_rows_and_the_figure_shows_them(tmp_path, monkeypatch):
-    plan = partial(Plan, **SMALL)
+    workload = partial(Workload, **SMALL)
     monkeypatch.setattr(step, "CPU_MODEL", TINY)
-    monkeypatch.setattr(step, "Plan", plan)
-    sweeps = {"groups": [plan(groups=n, in_flight=n) for n in (1, 2)], "length": [Plan(**SMALL)]}
+    monkeypatch.setattr(step, "Workload", workload)
+    sweeps = {"groups": [workload(groups=n, in_flight=n) for n in (1, 2)], "length": [workload()]}
     monkeypatch.setattr(step, "SWEEPS", sweeps)
     monkeypatch.setattr(measure, "keep_memory", lambda: None)  # for good, in this process
     ledger = tmp_path / "step.csv"

@@ -4,11 +4,11 @@
     python -m tercet.train.plan --config my.yaml --gpus 8 --gpu H100 --parallel.branches joint
 
 Options of train/tapo.py change the recipe, as they do there. Memory is counted from the model's
-sizes (core/memory.py), time from the card's datasheet (core/roofline.py). What is taken for
-granted: 8 % of the card for the CUDA context, NCCL and the allocator's gaps, 3 GiB a server beside
-its weights and its cache; colocated servers hold nothing while they sleep, others have GPUs of
-their own; micro-batches fill their token budget; groups pass the first time, responses are of mean
-length.
+sizes (train/fit/memory.py), time from the card's datasheet (train/fit/roofline.py). Assumptions:
+8 % of the card go to the CUDA context, NCCL and memory fragmentation, 3 GiB to each server beside
+its weights and KV cache; colocated servers hold nothing while they sleep, other servers have GPUs
+of their own; micro-batches fill their token budget; every group passes dynamic sampling the first
+time; all responses are of mean length.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tercet.core.config import TapoConfig
-from tercet.train.fit.memory import GIB, Moment
+from tercet.train.fit.memory import GIB, Breakdown
 from tercet.train.fit.roofline import CARDS, Lengths
 from tercet.train.learner.command_line import RECIPES, command, parse
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from tercet.train.fit.estimate import Plan
 
 LIKELY = 0.4
-"""Share of the roofline that a run may reach."""
+"""Share of the roofline's speed that a run is likely to reach."""
 
 
 def show(plan: Plan, title: str, console: Console) -> None:
-    """Print memory, numbers and phases of a plan, and what would make it fit."""
+    """Print memory, counts and phases of a plan, and settings that would make it fit."""
     from tercet.train.fit.estimate import remedies
 
     card, model = plan.card, plan.model
@@ -45,10 +45,10 @@ def show(plan: Plan, title: str, console: Console) -> None:
         f"{title}: {plan.gpus} GPUs of {card.gib:g} GiB ({plan.room / GIB:.1f} of them planned "
         f"with), {card.tflops:g} TFLOP/s in bfloat16, {card.gb_per_s:g} GB/s\n"
         f"{plan.config.model.path}: {counted.total / 1e9:.2f} B parameters, "
-        f"{counted.trained / 1e9:.2f} B trained, {8 * model.numbers.weight} bits each"
+        f"{counted.trained / 1e9:.2f} B trained, {8 * model.element_bytes.weight} bits each"
     )
     console.print(memory_table(plan))
-    for line in (*numbers_of(plan), *remarks(plan)):
+    for line in (*count_lines(plan), *remarks(plan)):
         console.print(line)
     console.print(phase_table(plan))
     lacks = plan.lacks
@@ -66,27 +66,27 @@ def _text(value: object) -> str:
 
 
 def memory_table(plan: Plan) -> Table:
-    """GiB of a GPU by part, at each moment."""
-    moments = plan.moments()
+    """GiB of a GPU by what they hold, at each peak."""
+    peaks = plan.memory()
     table = Table("GiB of a GPU", box=SIMPLE)
-    for name in moments:
+    for name in peaks:
         table.add_column(name, justify="right")
-    for part in Moment._fields:
-        sizes = [getattr(moment, part) for moment in moments.values()]
+    for part in Breakdown._fields:
+        sizes = [getattr(peak, part) for peak in peaks.values()]
         table.add_row(
             part.replace("head", "head chunk"),
             *(f"{size / GIB:.1f}" if size else "" for size in sizes),
         )
-    cache = plan.kv_bytes
-    table.add_row("KV cache", *[""] * (len(moments) - 1), f"{cache / GIB:.1f}", end_section=True)
-    totals = [m.total + cache * (name == "generate") for name, m in moments.items()]
+    cache = plan.cache_bytes
+    table.add_row("KV cache", *[""] * (len(peaks) - 1), f"{cache / GIB:.1f}", end_section=True)
+    totals = [peak.total + cache * (name == "generate") for name, peak in peaks.items()]
     table.add_row("total", *(f"{total / GIB:.1f}" for total in totals))
     return table
 
 
-def numbers_of(plan: Plan) -> Iterator[str]:
-    """The step's arithmetic, a line each."""
-    step, sampling, lengths = plan.step, plan.sampling, plan.lengths
+def count_lines(plan: Plan) -> Iterator[str]:
+    """Counts of a step, line by line."""
+    step, engines, lengths = plan.step, plan.engines, plan.lengths
     yield (
         f"A step: {step.groups} groups of {step.group_size} responses = {step.responses:,} "
         f"responses on {step.sampled_prompts} prompts; "
@@ -98,14 +98,14 @@ def numbers_of(plan: Plan) -> Iterator[str]:
         f"{step.microbatches} micro-batches ({step.group_tokens:,} packed tokens a group)"
     )
     yield (
-        f"Sampling: {sampling.servers} engines, each with {sampling.responses} mean responses at "
+        f"Sampling: {engines.count} engines, each with {engines.responses} mean responses at "
         f"once; room for {plan.kv_tokens:,} tokens"
     )
     yield f"Weights to sync: {plan.synced / 1e9:.1f} GB"
 
 
 def remarks(plan: Plan) -> Iterator[str]:
-    """What the options leave open."""
+    """Notes on what the options imply and what is not counted."""
     rollout = plan.config.rollout
     if rollout.engine == "sglang":
         share = math.floor(100 * plan.server_share) / 100
@@ -118,12 +118,12 @@ def remarks(plan: Plan) -> Iterator[str]:
         yield "model.liger and model.compile keep less than is counted here."
     if plan.config.parallel.offload:
         yield "The optimiser's step on the CPU is not among the phases."
-    if plan.model.numbers.compute == 4:
+    if plan.model.element_bytes.compute == 4:
         yield "float32 has no flash attention on a GPU: its masks and scores are not counted."
 
 
 def phase_table(plan: Plan) -> Table:
-    """What each phase computes and moves, and the seconds that the card needs for it."""
+    """What each phase computes and moves, and the seconds it takes on the card."""
     table = Table("phase", box=SIMPLE)
     likely = f"s at {LIKELY:.0%} of it"
     for name in ("PFLOP", "GB a GPU moves", "s at least", likely):
@@ -179,7 +179,7 @@ def read(argv: Sequence[str]) -> tuple[Plan, str]:
             f"holds the photo, got {lengths.prompt}, {lengths.photo} and {lengths.response}"
         )
     config, _, _ = parse(TapoConfig, rest, "")
-    # Here, so that --help does not wait for torch and transformers.
+    # Imported here, so that --help does not wait for torch and transformers.
     from tercet.train.fit.estimate import Plan
     from tercet.train.fit.sizes import ModelSizes
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tercet.core.config import TapoConfig
 from tercet.kernels.linear_logprobs import GPU_CHUNK_ROWS
-from tercet.train.fit.memory import GIB, Activations, Memory, Moment, kv_bytes
-from tercet.train.fit.roofline import Card, Lengths, Phase, Sampling, Step, Volume, phases
+from tercet.train.fit.memory import GIB, Activations, Breakdown, Memory, kv_bytes_per_token
+from tercet.train.fit.roofline import Card, Engines, Lengths, PhaseCost, Step, Volume, phases
 from tercet.train.fit.sizes import ModelSizes
 
 USABLE = 0.92
-"""Share of a card's memory that can be planned with."""
+"""Share of a card's memory that a plan may use."""
 SERVER_BYTES = 3 << 30
-"""Of a server beside weights and cache: CUDA graphs, activations."""
+"""A server's CUDA graphs and activations, beside its weights and KV cache."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,13 @@ class Plan:
 
     Args:
         config: every option.
-        model: its sizes.
-        gpus: that train.
-        card: each of them, and each server's.
+        model: sizes of the model.
+        gpus: GPUs that train.
+        card: the kind of GPU, in trainer and servers alike.
         lengths: mean tokens.
+
+    Raises:
+        ValueError: when gpus is not a multiple of parallel.replicas.
     """
 
     config: TapoConfig
@@ -48,7 +52,7 @@ class Plan:
 
     @property
     def room(self) -> float:
-        """Bytes of a card that can be planned with."""
+        """Bytes of a card that the plan may use."""
         return USABLE * self.card.gib * GIB
 
     @property
@@ -57,19 +61,19 @@ class Plan:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP2 is in use (see train.parallel.World)."""
+        """Whether FSDP2 is in use (see train.learner.ranks)."""
         parallel = self.config.parallel
         return self.gpus > 1 or parallel.mixed_precision or parallel.offload
 
     @property
     def weights(self) -> int:
-        """Bytes of the weights that are computed with, additions of LoRA merged."""
-        return self._merged * self.model.numbers.compute
+        """Bytes of the weights in the dtype of computation, LoRA merged."""
+        return self._merged * self.model.element_bytes.compute
 
     @property
     def synced(self) -> int:
-        """Bytes of the weights that servers are sent."""
-        return self._merged * self.model.numbers.weight
+        """Bytes of the weights sent to each server, LoRA merged."""
+        return self._merged * self.model.element_bytes.weight
 
     @property
     def _merged(self) -> int:
@@ -86,23 +90,16 @@ class Plan:
         """Whether responses are sampled on the GPUs that train."""
         return self.config.rollout.engine == "local" or self.config.rollout.colocated
 
-    def moments(self) -> dict[str, Moment]:
-        """Bytes on a GPU at the places where they are most."""
-        config, step = self.config, self.step
-        parallel, counted = config.parallel, self.model.parameters
-        memory = Memory(
-            self.model.shape,
-            counted,
-            self.model.numbers,
-            self.is_sharded,
-            self.shards,
-            parallel.offload,
-        )
+    def memory(self) -> dict[str, Breakdown]:
+        """Bytes on a GPU at each peak: head, backward, step (see train.fit.memory), generate."""
+        config, step, model = self.config, self.step, self.model
+        parallel, counted, sizes = config.parallel, model.parameters, model.element_bytes
+        memory = Memory(model.shape, counted, sizes, self.is_sharded, self.shards, parallel.offload)
         branches = [
             Activations(
-                self.model.shape,
+                model.shape,
                 step.load(branch),
-                self.model.numbers.compute,
+                sizes.compute,
                 config.model.gradient_checkpointing,
                 counted.trains_vision,
                 counted.ranks,
@@ -110,7 +107,7 @@ class Plan:
             for branch in ("update", "negative")
         ]
         if not (step.negative_has_grad and parallel.branches == "joint"):
-            # One at a time: the larger one; without gradient the negative keeps nothing.
+            # One at a time: the larger one. A branch without gradient keeps nothing.
             branches = branches[: 2 if step.negative_has_grad else 1]
             branches = [max(branches, key=lambda branch: branch.kept), None]
         chunk = parallel.head_chunk_rows or GPU_CHUNK_ROWS
@@ -121,107 +118,116 @@ class Plan:
         }
         server = self.weights / self.server_gpus + SERVER_BYTES
         if config.rollout.engine == "local":
-            # Rank 0's own copy to sample with is always there.
+            # Rank 0 keeps its own copy to sample with all the time.
             has_copy = self.is_sharded or config.model.lora_rank
-            server = counted.total * self.model.numbers.weight if has_copy else 0
-            found = {name: moment._replace(server=server) for name, moment in found.items()}
+            server = counted.total * sizes.weight if has_copy else 0
+            found = {name: part._replace(server=server) for name, part in found.items()}
         here = memory.in_generate(server)
-        return found | {"generate": here if self.samples_here else Moment(server=server)}
+        return found | {"generate": here if self.samples_here else Breakdown(server=server)}
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens whose keys and values an engine has room for."""
-        free = self.room - self.moments()["generate"].total
+        """Tokens whose keys and values fit in an engine's memory."""
+        free = self.room - self.memory()["generate"].total
         return int(max(0.0, free) * self.server_gpus / self._token_bytes)
 
     @property
     def server_share(self) -> float:
-        """Weights and cache of a server in what is free when it starts: before shards are dealt."""
+        """A server's weights and cache as a share of the memory that is free when it starts.
+
+        It starts before the model is sharded.
+        """
         free = self.card.gib * GIB
         if self.samples_here and not self.is_sharded:
-            free -= self.model.parameters.total * self.model.numbers.weight
+            free -= self.model.parameters.total * self.model.element_bytes.weight
         cache = self.kv_tokens * self._token_bytes
         return (self.weights + cache) / self.server_gpus / free
 
     @property
-    def sampling(self) -> Sampling:
-        """What samples, and how many mean responses of a group at once."""
+    def engines(self) -> Engines:
+        """The engines that sample, with the mean responses that each has room for at once."""
         rollout = self.config.rollout
         local = rollout.engine == "local"
-        servers = 1 if local else len(rollout.urls or rollout.server_gpus)
-        most = rollout.max_rows if local else rollout.max_in_flight // servers
+        count = 1 if local else len(rollout.urls or rollout.server_gpus)
+        most = rollout.max_rows if local else rollout.max_in_flight // count
         at_once = min(most, int(self.kv_tokens / self._sampled_tokens))
-        return Sampling(servers, self.server_gpus, at_once, self.model.numbers.compute)
+        return Engines(count, self.server_gpus, at_once, self.model.element_bytes.compute)
 
     @property
-    def kv_bytes(self) -> float:
-        """Of those responses, on a GPU."""
-        tokens = self.sampling.responses * self._sampled_tokens
+    def cache_bytes(self) -> float:
+        """Keys and values of those responses, on each of an engine's GPUs."""
+        tokens = self.engines.responses * self._sampled_tokens
         return tokens * self._token_bytes / self.server_gpus
 
     @property
     def _sampled_tokens(self) -> float:
-        """Of a mean response with its share of the prompt."""
+        """Tokens of a mean response and its share of the prompt."""
         return self.lengths.response + self.lengths.prompt / self.config.rollout.n_anchor
 
     @property
     def _token_bytes(self) -> int:
-        """Keys and values of a token, over a server's GPUs."""
-        return kv_bytes(self.model.shape, self.model.numbers.compute)
+        """Bytes of a token's keys and values, over all GPUs of a server."""
+        return kv_bytes_per_token(self.model.shape, self.model.element_bytes.compute)
 
-    def phases(self) -> list[Phase]:
-        gradients = self.model.parameters.trained * self.model.numbers.gradient
+    def phases(self) -> list[PhaseCost]:
+        gradients = self.model.parameters.trained * self.model.element_bytes.gradient
         volume = Volume(self.weights, gradients, self.synced)
-        return phases(self.step, self.card, self.sampling, volume, self.shards)
+        return phases(self.step, self.card, self.engines, volume, self.shards)
 
     @property
     def lacks(self) -> list[str]:
         """What does not fit."""
         said = [
-            f"{name} needs {moment.total / GIB:.1f} GiB of {self.room / GIB:.1f}"
-            for name, moment in self.moments().items()
-            if moment.total > self.room
+            f"{name} needs {part.total / GIB:.1f} GiB of {self.room / GIB:.1f}"
+            for name, part in self.memory().items()
+            if part.total > self.room
         ]
-        longest = self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
-        if not said and self.kv_tokens < longest:
+        if not said and self.kv_tokens < self.longest:
             said.append(
-                f"generate has room for {self.kv_tokens:,} tokens, the longest is {longest}"
+                f"generate has room for {self.kv_tokens:,} tokens, the longest is {self.longest}"
             )
         return said
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt with one response."""
+        return self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
 
 
 Setting = tuple[str, object]
 
 
 def ladders(plan: Plan) -> Iterator[list[Setting]]:
-    """Settings that save memory, the cheapest kind first, each kind in falling order."""
+    """Settings that save memory: a list per option, the option that costs least speed first.
+
+    Each list goes from the mildest setting to the strongest.
+    """
     config = plan.config
     if not config.model.gradient_checkpointing:
         yield [("model.gradient_checkpointing", True)]
     if plan.step.negative_has_grad and config.parallel.branches == "joint":
         yield [("parallel.branches", "one_at_a_time")]
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     budget, chunk = config.parallel.micro_batch_tokens, config.parallel.head_chunk_rows
-    budgets = [budget >> n for n in range(1, 8) if budget >> n >= longest]
+    budgets = [budget >> n for n in range(1, 8) if budget >> n >= plan.longest]
     yield [("parallel.micro_batch_tokens", value) for value in budgets]
     rows = [(chunk or GPU_CHUNK_ROWS) >> n for n in range(1, 4)]
     yield [("parallel.head_chunk_rows", value) for value in rows if value >= 256]
     if config.rollout.colocated and plan.server_gpus == 1:
-        over = [n for n in (2, 4) if plan.gpus % n == 0]
-        yield [("rollout.server_gpus", _servers(plan.gpus, n)) for n in over]
+        spread = [n for n in (2, 4) if plan.gpus % n == 0]
+        yield [("rollout.server_gpus", _servers(plan.gpus, n)) for n in spread]
     if not config.parallel.offload:
         yield [("parallel.offload", True)]
     yield [("gpus", plan.gpus << n) for n in range(1, 5)]
 
 
 def _servers(gpus: int, of_each: int) -> list[str]:
-    """rollout.server_gpus of servers that spread their weights over so many GPUs each."""
+    """Value of rollout.server_gpus with `of_each` GPUs per server."""
     places = range(0, gpus, of_each)
     return [",".join(map(str, range(first, first + of_each))) for first in places]
 
 
 def changed(plan: Plan, settings: Sequence[Setting]) -> Plan:
-    """The plan with other settings: options by their names, or `gpus`."""
+    """The plan with some options changed; `gpus` counts as an option."""
     for name, value in settings:
         if name == "gpus":
             plan = replace(plan, gpus=value)
@@ -233,11 +239,14 @@ def changed(plan: Plan, settings: Sequence[Setting]) -> Plan:
 
 
 def remedies(plan: Plan) -> list[list[Setting]]:
-    """Settings that make a plan fit, found by trying: each alone, else the first few together."""
+    """Settings that make a plan fit: single ones where any suffices, else the first few together.
+
+    Each is tried; the list is empty when nothing helps.
+    """
     alone = []
     for ladder in ladders(plan):
-        fitting = (setting for setting in ladder if not changed(plan, [setting]).lacks)
-        alone += [[setting] for setting in [next(fitting, None)] if setting]
+        fitting = ([setting] for setting in ladder if not changed(plan, [setting]).lacks)
+        alone += itertools.islice(fitting, 1)
     if alone:
         return alone
     taken: dict[str, object] = {}

@@ -1,26 +1,26 @@
 """Where the memory of a GPU goes in a training step, counted from a model's sizes.
 
-What autograd keeps is counted tensor by tensor, as transformers' layers and our kernels keep it on
-a GPU; tests hold it to what PyTorch's profiler sees. With b bytes a number and f = max(4, b), since
-RMSNorm works in float32, a decoder layer of hidden size D, MLP size I, H heads and K key heads of
-size d keeps for a token
+Saved activations are counted tensor by tensor, as autograd keeps them of transformers' layers and
+our kernels on a GPU; tests compare the sums with PyTorch's profiler. With b bytes per element and
+f = max(4, b), since RMSNorm works in float32, a decoder layer of hidden size D, MLP size I, H heads
+and K key heads of size d keeps for each token
 
     b (4 I + 2 H d + 2 K d) + 4 H + 2 (f D + 2 b D + 4)
 
 bytes: gate, its SiLU, up and their product; queries, output, keys and values; the log-sum-exp; two
-norms. In an update memory is highest at one of three places:
+norms. In an update memory is highest at one of three points:
 
-    head        all layers are kept; a chunk of logits and the gradients of rows and head exist
-    backward    the last layer is gone through, the others are still kept
+    head        activations of all layers, a chunk of logits, and the gradients of rows and head
+    backward    in the last layer's backward pass, when the other layers' activations still exist
     step        no activations: gradients and optimiser states
 
-Where both branches exist at once, the update's is gone through backwards first, then the
-negative's, each in a pass of its own (in one pass the first one's gradients of all parameters would
-wait for the second's, unsharded).
+When both branches exist at once, the update branch has its backward pass first, then the negative
+branch (in a single pass the unsharded gradients of all parameters from the first branch would wait
+for those of the second).
 
-FSDP2 (fully_shard of each layer and block, the rest as the root) leaves the root whole from the
-first forward pass to the end of the backward pass, and two blocks beside it, the one at work and
-the one that is fetched; their gradients are whole until they are dealt out.
+FSDP2 (fully_shard of each layer and block, the rest as the root) keeps the root unsharded from the
+first forward pass to the end of the backward pass, and beside it two blocks: the one that computes
+and the one that is prefetched. Their gradients are unsharded until they are reduce-scattered.
 """
 
 from __future__ import annotations
@@ -28,23 +28,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tercet.core.costs import Shape
+from tercet.core.costs import CHUNK_ELEMENTS, Shape
 
 GIB = 2**30
-STEP_ELEMENTS = 1 << 24
-"""Numbers that KahanAdamW updates at a time."""
-STEP_BYTES = 32
-"""Its temporaries a number: eight in float32."""
-STEP_BYTES_WIDE = 20
-"""The same with float32 states, which are worked on in place: five."""
 
 
 class Parameters(NamedTuple):
-    """Numbers in the parameters of a model, as they are sharded."""
+    """Counts of a model's parameters, by the units in which FSDP2 shards them."""
 
     total: int
     root: int
-    """All but decoder layers and vision blocks."""
+    """Outside decoder layers and vision blocks."""
     block: int
     """The largest of decoder layers and vision blocks."""
     tensor: int
@@ -57,26 +51,26 @@ class Parameters(NamedTuple):
     trains_vision: bool = True
     """Whether any vision block is trained."""
     ranks: int = 0
-    """Ranks of a decoder layer's low-rank additions (LoRA), summed up; 0: none."""
+    """Sum of the ranks of a decoder layer's LoRA matrices; 0: no LoRA."""
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """Bytes of a number."""
+class ElementBytes:
+    """Bytes per element of each kind of tensor in training."""
 
     weight: int
-    """Of a parameter where it is kept."""
+    """Of a stored parameter."""
     gradient: int
     states: int
     """All optimiser states of a trained parameter together."""
     compute: int
     """Of activations, and of parameters while they are used."""
     temporary: int = 0
-    """Of the optimiser's step, for each number that it works on at once."""
+    """Temporaries of the optimiser's step, per element that it updates at a time."""
 
 
 class Load(NamedTuple):
-    """What a branch of a micro-batch holds."""
+    """Sizes of one branch of a micro-batch."""
 
     tokens: int
     """Prompts and responses."""
@@ -85,17 +79,17 @@ class Load(NamedTuple):
     """Response tokens whose log-probs are computed."""
 
 
-class Moment(NamedTuple):
-    """Bytes on a GPU at one place of a step."""
+class Breakdown(NamedTuple):
+    """Bytes on a GPU at one point of a step, by what they hold."""
 
     parameters: float = 0
     gradients: float = 0
     optimiser: float = 0
     activations: float = 0
     head: float = 0
-    """Logits of a chunk, gradients of rows and head."""
+    """A chunk of logits, and the gradients of rows and head."""
     server: float = 0
-    """Weights of the engine that samples."""
+    """Weights of the sampling engine."""
 
     @property
     def total(self) -> float:
@@ -103,10 +97,10 @@ class Moment(NamedTuple):
 
 
 def decoder_layer_bytes(shape: Shape, b: int, ranks: int = 0) -> int:
-    """What autograd keeps of a decoder layer for a token.
+    """Bytes that autograd keeps of a decoder layer per token.
 
-    With LoRA of so many ranks their inputs are kept as well, but not what only the gradients of the
-    frozen norms need.
+    With LoRA (`ranks` > 0) the inputs of its second matrices are kept too, but not what only the
+    gradients of the frozen norms need.
     """
     attention = 2 * (shape.heads + shape.key_heads) * shape.head_dim
     norm = max(4, b) * shape.hidden + (1 if ranks else 2) * b * shape.hidden + 4
@@ -114,7 +108,7 @@ def decoder_layer_bytes(shape: Shape, b: int, ranks: int = 0) -> int:
 
 
 def vision_block_bytes(shape: Shape, b: int) -> int:
-    """What autograd keeps of a vision block for a patch: RMSNorm and a gated MLP, or LayerNorm."""
+    """Bytes that autograd keeps of a vision block per patch: RMSNorm, gated MLP; or LayerNorm."""
     width, gated = shape.vision_hidden, shape.vision_matrices == 3
     mlp = (4 if gated else 3) * shape.vision_intermediate
     norm = max(4, b) * width + 2 * b * width + 4 if gated else 2 * b * width + 8
@@ -123,7 +117,7 @@ def vision_block_bytes(shape: Shape, b: int) -> int:
 
 
 def _front_bytes(shape: Shape, load: Load, b: int) -> int:
-    """What is kept before the layers: photos, patch embedding, merger, rotations."""
+    """Bytes kept outside the layers: photos, patch embedding, merger, rotary embeddings."""
     width = shape.vision_hidden
     photo = 4 * shape.patch + (b * shape.patch if b < 4 else 0)
     merger = (max(4, b) if shape.vision_matrices == 3 else b) * width + 3 * b * width
@@ -136,12 +130,12 @@ class Activations:
     """Bytes of one branch's activations.
 
     Args:
-        shape: of the model.
+        shape: sizes of the model.
         load: tokens, patches and rows of the branch.
-        b: bytes a number.
-        checkpointing: layers keep their input alone and are recomputed.
+        b: bytes per element.
+        checkpointing: whether layers keep only their input and are recomputed.
         trains_vision: whether gradients go through the vision tower.
-        ranks: of LoRA in a decoder layer.
+        ranks: sum of the ranks of a decoder layer's LoRA matrices.
     """
 
     shape: Shape
@@ -171,16 +165,16 @@ class Activations:
 
     @property
     def kept(self) -> int:
-        """At the end of the forward pass, with what the last norm keeps."""
+        """At the end of the forward pass, the last norm included."""
         norm = (max(4, self.b) + self.b) * self.shape.hidden
         return self.front + self.vision + self.decoder + self.load.tokens * norm
 
     @property
     def in_backward(self) -> int:
-        """Most in the backward pass: at its first decoder layer, or at its first vision block.
+        """Peak of the backward pass: at its first decoder layer, or at its first vision block.
 
-        In flight are the gradient of a layer's output and, in the MLP, those of SiLU, up and their
-        product, which itself is gone by then.
+        Beside what is kept there are the gradients of the layer's output and, in the MLP, of SiLU,
+        up and their product; the product itself is freed by then.
         """
         shape, b, load = self.shape, self.b, self.load
         layer = b * (shape.hidden + 2 * shape.intermediate)
@@ -198,47 +192,49 @@ class Memory:
     """Memory of one GPU of a training run.
 
     Args:
-        shape: of the model.
-        parameters: counted.
-        numbers: bytes of each kind of number.
-        fsdp: whether parameters are put together only while they are used.
+        shape: sizes of the model.
+        parameters: counts of the model's parameters.
+        element_bytes: bytes per element of each kind of tensor.
+        fsdp: whether FSDP2 gathers parameters only while they are used.
         shards: GPUs over which one copy of parameters, gradients and states is spread.
-        offload: those shards wait on the CPU.
+        offload: whether the shards are kept on the CPU.
     """
 
     shape: Shape
     parameters: Parameters
-    numbers: Numbers
+    element_bytes: ElementBytes
     fsdp: bool = False
     shards: int = 1
     offload: bool = False
 
     @property
-    def resident(self) -> Moment:
-        """What is there all the time, gradients from the first backward pass of a mini-batch on."""
+    def resident(self) -> Breakdown:
+        """What exists all the time; gradients exist from a mini-batch's first backward pass on."""
         if self.offload:
-            return Moment()
+            return Breakdown()
         total, trained = self.parameters.total, self.parameters.trained
-        return Moment(
-            parameters=total * self.numbers.weight / self.shards,
-            gradients=trained * self.numbers.gradient / self.shards,
-            optimiser=trained * self.numbers.states / self.shards,
+        return Breakdown(
+            parameters=total * self.element_bytes.weight / self.shards,
+            gradients=trained * self.element_bytes.gradient / self.shards,
+            optimiser=trained * self.element_bytes.states / self.shards,
         )
 
-    def at_head(self, update: Activations, negative: Activations | None, chunk_rows: int) -> Moment:
-        """Head and loss, when the forward passes are done.
+    def at_head(
+        self, update: Activations, negative: Activations | None, chunk_rows: int
+    ) -> Breakdown:
+        """Head and loss, after the forward passes.
 
         Args:
-            update: the branch that is gone through backwards first.
-            negative: the other one, where both exist at once.
-            chunk_rows: response rows, of all branches, whose logits exist at once.
+            update: the branch with the first backward pass.
+            negative: the other one when both exist at once, else None.
+            chunk_rows: response rows, over all branches, whose logits exist at once.
         """
-        shape, here, b = self.shape, self.resident, self.numbers.compute
+        shape, here, b = self.shape, self.resident, self.element_bytes.compute
         rows, kept = self._rows(update, negative), update.kept
         chunk = min(chunk_rows, rows) * (shape.vocabulary * max(4, b) + 2 * shape.hidden * b)
         rows *= shape.hidden * b
         head = self.parameters.trained_head
-        # Hidden states, their gradients and a chunk; those gradients put together; scaled.
+        # Hidden states, their gradients and a chunk; the gradients concatenated; scaled.
         most = max(2 * rows + chunk, 3 * rows, 2 * rows + head * b)
         return here._replace(
             parameters=here.parameters + self.fsdp * self.parameters.root * b,
@@ -246,15 +242,15 @@ class Memory:
             head=most + head * max(4, b),
         )
 
-    def in_backward(self, update: Activations, negative: Activations | None) -> Moment:
-        """The backward pass through the layers; arguments as of `at_head`."""
-        here, counted, b = self.resident, self.parameters, self.numbers.compute
+    def in_backward(self, update: Activations, negative: Activations | None) -> Breakdown:
+        """The backward pass through the layers; arguments as in `at_head`."""
+        here, counted, b = self.resident, self.parameters, self.element_bytes.compute
         matrix = self.shape.hidden * self.shape.intermediate
         whole, in_flight = 0, min(matrix, counted.trained_block) * b
         if self.fsdp:
             whole = (counted.root + 2 * counted.block) * b
-            # One block's gradients as they arise, one's as they are dealt out.
-            in_flight = counted.trained_block * (b + self.numbers.gradient)
+            # One block's gradients as they are computed, one's as they are reduce-scattered.
+            in_flight = counted.trained_block * (b + self.element_bytes.gradient)
             in_flight += counted.trained_root * b
         activations, rows = update.in_backward, 0
         if negative:
@@ -271,25 +267,25 @@ class Memory:
     def _rows(update: Activations, negative: Activations | None) -> int:
         return update.load.rows + (negative.load.rows if negative else 0)
 
-    def in_step(self) -> Moment:
+    def in_step(self) -> Breakdown:
         """The optimiser's step."""
         here = self.resident
-        at_once = min(STEP_ELEMENTS, self.parameters.tensor / self.shards)
-        temporary = 0 if self.offload else at_once * self.numbers.temporary
+        at_once = min(CHUNK_ELEMENTS, self.parameters.tensor / self.shards)
+        temporary = 0 if self.offload else at_once * self.element_bytes.temporary
         return here._replace(optimiser=here.optimiser + temporary)
 
-    def in_generate(self, server_bytes: float) -> Moment:
-        """Sampling and the weight sync, which puts one parameter together at a time.
+    def in_generate(self, server_bytes: float) -> Breakdown:
+        """Sampling and the weight sync, which gathers one parameter at a time.
 
         Args:
-            server_bytes: weights of the engine on this GPU.
+            server_bytes: the engine's weights on this GPU.
         """
         here = self.resident
-        put_together = self.fsdp and not self.offload
-        tensor = put_together * self.parameters.tensor * self.numbers.weight
+        gathered = self.fsdp and not self.offload
+        tensor = gathered * self.parameters.tensor * self.element_bytes.weight
         return here._replace(parameters=here.parameters + tensor, gradients=0, server=server_bytes)
 
 
-def kv_bytes(shape: Shape, b: int) -> int:
-    """Keys and values of a token in all layers."""
+def kv_bytes_per_token(shape: Shape, b: int) -> int:
+    """Bytes of a token's keys and values in all layers, b bytes per element."""
     return 2 * shape.layers * shape.key_heads * shape.head_dim * b

@@ -1,9 +1,9 @@
 """How long a TAPO step takes at least: its numbers, and each phase against a card's roofline.
 
-A phase takes no less than its floating-point operations at the card's peak, nor than the bytes it
-must move at the speed of the memory or the bus. Nothing waits for anything else: groups pass
-dynamic sampling the first time, all responses are of mean length, ranks and servers share the work
-evenly. Real runs stay above.
+A phase takes at least the time of its floating-point operations at the card's peak, and at least
+the time of the bytes it must move at the speed of the memory or the bus. Nothing waits for anything
+else: every group passes dynamic sampling the first time, all responses are of mean length, ranks
+and servers share the work evenly. Real runs take longer.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tercet.core.config import TapoConfig
-from tercet.core.costs import Flops, Hung, Shape, forward_flops
-from tercet.train.fit.memory import Load, kv_bytes
+from tercet.core.costs import Flops, PromptLoad, Shape, forward_flops
+from tercet.train.fit.memory import Load, kv_bytes_per_token
 
 BUS = 25e9
-"""Bytes a second over PCIe 4.0 x16, of 32e9 by its standard."""
+"""Bytes per second over PCIe 4.0 x16; its standard allows 32e9."""
 
 
 class Card(NamedTuple):
@@ -27,7 +27,7 @@ class Card(NamedTuple):
     tflops: float
     """Dense bfloat16, float32 accumulation."""
     gb_per_s: float
-    """Of its memory."""
+    """Memory bandwidth."""
 
 
 CARDS = {
@@ -40,14 +40,14 @@ CARDS = {
     "H100": Card(80, 989, 3350),
     "H200": Card(141, 989, 4800),
 }
-"""A100, H100 and H200 as SXM modules."""
+"""A100, H100 and H200 are the SXM modules."""
 
 
 class Lengths(NamedTuple):
     """Mean tokens."""
 
     prompt: int
-    """Those of the photo included."""
+    """With the photo."""
     photo: int
     response: int
 
@@ -58,9 +58,9 @@ class Step:
 
     Args:
         config: every option.
-        shape: of the model.
+        shape: sizes of the model.
         lengths: mean tokens.
-        gpus: that train.
+        gpus: GPUs that train.
     """
 
     config: TapoConfig
@@ -90,28 +90,31 @@ class Step:
 
     @property
     def groups_a_gpu(self) -> int:
-        """Of a mini-batch."""
+        """Groups of a mini-batch on each GPU."""
         return math.ceil(math.ceil(self.groups / self.minibatches) / self.gpus)
 
     @property
     def update_prompts(self) -> int:
-        """Photos of a group in the update's branch."""
+        """Prompts of a group in the update branch."""
         own = self.config.loss.update_on == "own" and self.config.rollout.n_positive
         return 2 if own else 1
 
     @property
     def group_tokens(self) -> int:
-        """Packed tokens of a group in the update's branch."""
-        fed = self.group_size * (self.lengths.response - 1)
-        return self.update_prompts * self.lengths.prompt + fed
+        """Packed tokens of a group in the update branch."""
+        return self._packed(self.update_prompts, self.group_size)
+
+    def _packed(self, prompts: int, responses: int) -> int:
+        """Packed tokens of prompts and responses; the last token of a response is not fed."""
+        return prompts * self.lengths.prompt + responses * (self.lengths.response - 1)
 
     @property
-    def scores_negative(self) -> bool:
+    def needs_negative(self) -> bool:
         return self.config.loss.needs_negative
 
     @property
     def negative_in_update(self) -> bool:
-        return self.scores_negative and self.config.loss.neg_at == "now"
+        return self.needs_negative and self.config.loss.neg_at == "now"
 
     @property
     def negative_has_grad(self) -> bool:
@@ -119,7 +122,7 @@ class Step:
 
     @property
     def microbatches(self) -> int:
-        """Forward passes of a mini-batch on a GPU, of the update's branch (see core.packing)."""
+        """Forward passes of a mini-batch on one GPU in the update branch (see core.packing)."""
         budget, used, count = self.config.parallel.micro_batch_tokens, 0, 0
         for tokens in self._pieces(0, self.group_size) * self.groups_a_gpu:
             if count == 0 or used + tokens > budget:
@@ -129,10 +132,10 @@ class Step:
 
     def _pieces(self, start: int, stop: int) -> list[int]:
         """Tokens of these responses of a group, halved until they fit the budget."""
-        photos, anchors = 1, self.config.rollout.n_anchor
+        prompts, anchors = 1, self.config.rollout.n_anchor
         if self.config.loss.update_on == "own":
-            photos = (start < anchors) + (stop > anchors)
-        tokens = photos * self.lengths.prompt + (stop - start) * (self.lengths.response - 1)
+            prompts = (start < anchors) + (stop > anchors)
+        tokens = self._packed(prompts, stop - start)
         if tokens <= self.config.parallel.micro_batch_tokens or stop - start == 1:
             return [tokens]
         middle = start + (stop - start) // 2
@@ -141,15 +144,14 @@ class Step:
     def load(self, branch: str) -> Load:
         """A full micro-batch of a branch (`update` or `negative`).
 
-        Its tokens fill the budget, where the GPU's share of a mini-batch does; photos and rows are
-        those of so many mean groups.
+        It holds as many mean groups, fractions included, as fill the token budget, but no more
+        than the GPU's share of a mini-batch.
         """
         budget = self.config.parallel.micro_batch_tokens
         groups = min(budget / self.group_tokens, self.groups_a_gpu)
         prompts = self.update_prompts if branch == "update" else 1
-        fed = self.group_size * (self.lengths.response - 1)
         return Load(
-            tokens=math.ceil(groups * (prompts * self.lengths.prompt + fed)),
+            tokens=math.ceil(groups * self._packed(prompts, self.group_size)),
             patches=math.ceil(groups * prompts * self.lengths.photo * self.shape.merge**2),
             rows=math.ceil(groups * self.group_size * self.lengths.response),
         )
@@ -165,7 +167,7 @@ class Step:
         return 1 + self.negative_has_grad
 
     @property
-    def unscored(self) -> float:
+    def old_share(self) -> float:
         """Share of the responses whose old log-probs are computed before the update."""
         return 1.0 if self.config.loss.is_cap is not None else 1 - 1 / self.minibatches
 
@@ -173,13 +175,14 @@ class Step:
         """A forward pass over prompts that share the responses of a group."""
         side = round(self.lengths.photo**0.5) * self.shape.merge
         share = [self.lengths.response] * (responses // prompts)
-        hung = [Hung(self.lengths.prompt, [(1, side, side)], share)] * prompts
-        return forward_flops(self.shape, hung)
+        loads = [PromptLoad(self.lengths.prompt, [(1, side, side)], share)] * prompts
+        return forward_flops(self.shape, loads)
 
     def _both_ways(self, forward: Flops) -> float:
-        """FLOPs of forward and backward; layers are computed again with checkpointing.
+        """FLOPs of forward and backward pass; checkpointed layers are computed once more.
 
-        With LoRA frozen weights need no gradient; the additions' own FLOPs are left out.
+        With LoRA the frozen weights need no gradient; FLOPs of the low-rank additions themselves
+        are left out.
         """
         model = self.config.model
         head = 2 if model.lora_rank else 3
@@ -198,42 +201,42 @@ class Step:
         sampled = self._forward(self.sampled_prompts // self.groups, self.group_size)
         a_group = self._both_ways(update) + self.negative_has_grad * self._both_ways(negative)
         a_group += (self.forwards - self.backwards) * negative.total
-        apart = self.scores_negative and not self.negative_in_update
+        apart = self.needs_negative and not self.negative_in_update
         return {
             "generate": self.groups * sampled.total,
-            "old": self.groups * self.unscored * update.total,
+            "old": self.groups * self.old_share * update.total,
             "negative": self.groups * apart * negative.total,
             "update": self.groups * a_group,
         }
 
     def phase_traffic(self, weights: float, gradients: float) -> dict[str, float]:
-        """Bytes of whole weights and gradients that FSDP2 gathers and deals out, by phase.
+        """Bytes of whole weights and gradients that FSDP2 gathers and reduce-scatters, by phase.
 
         Args:
             weights: bytes of all parameters.
-            gradients: bytes of the trained ones' gradients.
+            gradients: bytes of the trained parameters' gradients.
         """
         passes = self.minibatches * self.microbatches
         gathers = self.forwards + self.backwards
         return {
-            "old": self.unscored * passes * weights,
+            "old": self.old_share * passes * weights,
             "negative": passes * weights,
             "update": passes * (gathers * weights + self.backwards * gradients),
         }
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """What samples.
+class Engines:
+    """The engines that sample: servers, or the one in this process.
 
     Args:
-        servers: that share the responses.
-        gpus: of a server, over which its weights are spread.
-        responses: at once on a server.
-        b: bytes a number.
+        count: engines that share the responses.
+        gpus: GPUs of an engine, over which its weights are spread.
+        responses: that an engine decodes at once.
+        b: bytes per parameter, key or value.
     """
 
-    servers: int
+    count: int
     gpus: int
     responses: int
     b: int
@@ -243,60 +246,64 @@ class Sampling:
         shape, lengths = step.shape, step.lengths
         weights = shape.layers * shape.layer_matrices + shape.hidden * shape.vocabulary
         context = lengths.prompt + lengths.response / 2
-        at_once = max(1, min(self.responses, step.responses // self.servers))
-        rounds = step.responses / self.servers / at_once * lengths.response
-        read = (weights * self.b + at_once * context * kv_bytes(shape, self.b)) / self.gpus
+        at_once = max(1, min(self.responses, step.responses // self.count))
+        rounds = step.responses / self.count / at_once * lengths.response
+        cache = at_once * context * kv_bytes_per_token(shape, self.b)
+        read = (weights * self.b + cache) / self.gpus
         computed = 2 * weights * at_once / self.gpus
         at_least = max(read / (card.gb_per_s * 1e9), computed / (card.tflops * 1e12))
         return rounds * read, rounds * at_least
 
 
-class Phase(NamedTuple):
-    """A phase of a step."""
+class PhaseCost(NamedTuple):
+    """What a phase of a step computes and moves, and the time it takes."""
 
     name: str
     flops: float
     """Over all GPUs."""
     moved: float
-    """Bytes a GPU moves: what it reads to decode, or what FSDP2 and the sync send."""
+    """Bytes per GPU: read from memory to decode, or sent by FSDP2 or the weight sync."""
     over: str
+    """`memory` or `PCIe`."""
     seconds: float
     """At least."""
 
 
 class Volume(NamedTuple):
-    """Bytes that GPUs and servers exchange whole."""
+    """Bytes of whole models that GPUs and servers exchange."""
 
     weights: float
-    """All parameters as they are computed with."""
+    """All parameters in the dtype of computation."""
     gradients: float
     synced: float
-    """All parameters as they are kept."""
+    """All parameters in the dtype in which they are stored."""
 
 
-def phases(step: Step, card: Card, sampling: Sampling, volume: Volume, shards: int) -> list[Phase]:
+def phases(
+    step: Step, card: Card, engines: Engines, volume: Volume, shards: int
+) -> list[PhaseCost]:
     """Every phase of a step.
 
     Args:
         step: its numbers.
-        card: of trainer and servers.
-        sampling: what samples.
-        volume: what is exchanged.
-        shards: GPUs that one copy is spread over.
+        card: the GPU of trainer and servers.
+        engines: that sample.
+        volume: bytes that are exchanged.
+        shards: GPUs over which one copy of the model is spread.
     """
     flops, peak = step.phase_flops(), card.tflops * 1e12
-    read, decoding = sampling.decode(step, card)
-    prefill = step.prefill_flops / (sampling.servers * sampling.gpus) / peak
-    found = [Phase("generate", flops["generate"], read, "memory", decoding + prefill)]
+    read, decoding = engines.decode(step, card)
+    prefill = step.prefill_flops / (engines.count * engines.gpus) / peak
+    found = [PhaseCost("generate", flops["generate"], read, "memory", decoding + prefill)]
     # Offloaded shards come from the CPU each time.
     away = (shards - 1 + step.config.parallel.offload) / shards
     for name, whole in step.phase_traffic(volume.weights, volume.gradients).items():
         if flops[name]:
             moved = away * whole
             at_least = max(flops[name] / step.gpus / peak, moved / BUS)
-            found.append(Phase(name, flops[name], moved, "PCIe", at_least))
+            found.append(PhaseCost(name, flops[name], moved, "PCIe", at_least))
     if step.config.rollout.engine == "sglang":
         out_and_in = 2 if step.config.rollout.weight_sync == "disk" else 1
         moved = (away + out_and_in) * volume.synced
-        found.append(Phase("sync", 0, moved, "PCIe", moved / BUS))
+        found.append(PhaseCost("sync", 0, moved, "PCIe", moved / BUS))
     return found

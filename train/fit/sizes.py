@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from tercet.core.config import TapoConfig
 from tercet.core.costs import Shape
 from tercet.core.models import family_of, freeze, published
-from tercet.train.fit.memory import STEP_BYTES, STEP_BYTES_WIDE, Numbers, Parameters
+from tercet.train.fit.memory import ElementBytes, Parameters
 from tercet.train.learner.lora import add_lora, is_added
 
 
@@ -20,7 +20,7 @@ def model_config(path: str) -> PretrainedConfig:
     """Configuration of a local folder or of one of the published models.
 
     Raises:
-        ValueError: naming the path, where it is neither, or another architecture.
+        ValueError: naming the path when it is neither, or when no family has its architecture.
     """
     if (Path(path) / "config.json").exists():
         try:
@@ -39,12 +39,12 @@ def model_config(path: str) -> PretrainedConfig:
 
 
 def count(model: PreTrainedModel) -> Parameters:
-    """A model's parameters, tied ones once; on the meta device as well."""
+    """Counts of a model's parameters, tied ones once; the model may be on the meta device."""
     body, head = model.model, model.lm_head.weight
     layers, blocks = list(body.language_model.layers), list(body.visual.blocks)
-    of_blocks = [_numbers(block) for block in layers + blocks]
-    trained_blocks = [_numbers(block, trained=True) for block in layers + blocks]
-    total, trained = _numbers(model), _numbers(model, trained=True)
+    of_blocks = [_elements(block) for block in layers + blocks]
+    trained_blocks = [_elements(block, trained=True) for block in layers + blocks]
+    total, trained = _elements(model), _elements(model, trained=True)
     added = [p for name, p in layers[0].named_parameters() if is_added(f".{name}")]
     return Parameters(
         total=total,
@@ -60,46 +60,47 @@ def count(model: PreTrainedModel) -> Parameters:
     )
 
 
-def _numbers(module: Module, trained: bool = False) -> int:
+def _elements(module: Module, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-def numbers(dtype: torch.dtype, states: str = "bfloat16", mixed: bool = False) -> Numbers:
-    """Bytes a number in training: KahanAdamW for bfloat16 parameters, AdamW for float32 ones.
+def element_bytes(
+    dtype: torch.dtype, states: str = "bfloat16", mixed: bool = False
+) -> ElementBytes:
+    """Bytes per element in training: KahanAdamW for bfloat16 parameters, AdamW for float32 ones.
 
     Args:
         dtype: of the parameters.
-        states: optim.states, of bfloat16 parameters.
-        mixed: whether float32 parameters are computed with in bfloat16.
+        states: optim.states, which bfloat16 parameters follow.
+        mixed: whether float32 parameters are cast to bfloat16 to compute.
 
     Raises:
         ValueError: another dtype, or mixed with bfloat16 parameters.
     """
     if dtype == torch.bfloat16 and not mixed:
-        if states == "float32":
-            return Numbers(weight=2, gradient=2, states=12, compute=2, temporary=STEP_BYTES_WIDE)
-        return Numbers(weight=2, gradient=2, states=6, compute=2, temporary=STEP_BYTES)
+        # Temporaries are float32: eight, or five with float32 states, which are updated in place.
+        of_states, temporary = (12, 5 * 4) if states == "float32" else (6, 8 * 4)
+        return ElementBytes(2, 2, states=of_states, compute=2, temporary=temporary)
     if dtype == torch.float32:
-        return Numbers(weight=4, gradient=4, states=8, compute=2 if mixed else 4)
+        return ElementBytes(4, 4, states=8, compute=2 if mixed else 4)
     needed = "float32 with parallel.mixed_precision" if mixed else "float32 or bfloat16"
     raise ValueError(f"model.dtype must be {needed}, got {dtype}")
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What is known of a model without its weights."""
+    """Sizes of a model, known without its weights."""
 
     shape: Shape
     parameters: Parameters
-    numbers: Numbers
-    """Bytes of each kind of number in training."""
+    element_bytes: ElementBytes
 
     @classmethod
     def of(cls, config: TapoConfig) -> ModelSizes:
-        """Sizes of the model that a run trains: with LoRA, with the parts frozen that it freezes.
+        """Sizes of the model that a run trains, with its LoRA matrices and frozen parts.
 
         Raises:
-            ValueError: sizes that are not known, another architecture, or options that do not fit.
+            ValueError: for a path or architecture that is not known, or options that do not fit it.
         """
         options = config.model
         found = model_config(options.path)
@@ -112,5 +113,5 @@ class ModelSizes:
         dtype = found.dtype or torch.float32
         if options.dtype != "auto":
             dtype = getattr(torch, options.dtype)
-        bytes_of = numbers(dtype, config.optim.states, config.parallel.mixed_precision)
+        bytes_of = element_bytes(dtype, config.optim.states, config.parallel.mixed_precision)
         return cls(family.shape(found), count(model), bytes_of)

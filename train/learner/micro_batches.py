@@ -10,7 +10,7 @@ import torch
 
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.costs import Shape, forward_flops
-from tercet.core.packing import Encode, Item, hung_on, packed_tokens, prompts_of
+from tercet.core.packing import Encode, Item, packed_tokens, prompt_loads, prompts_of
 from tercet.core.types import MicroBatch
 from tercet.train.learner.ranks import Ranks, restarts
 
@@ -52,7 +52,7 @@ def micro_batches(
 
     def cost(item: Item) -> float:
         prompts = [prompt for photo in photos for prompt in item.prompts(photo, encode)]
-        return forward_flops(shape, hung_on(prompts)).total
+        return forward_flops(shape, prompt_loads(prompts)).total
 
     mine = list(split(ranks.dealt(items, cost), photos, encode, budget.tokens))
     missing = ranks.most(len(mine)) - len(mine)

@@ -22,9 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from tercet.core.config import OptimConfig, TapoOptimConfig
+from tercet.core.costs import CHUNK_ELEMENTS
 
-CHUNK_ELEMENTS = 1 << 24
-"""Elements updated at a time: bounds the float32 temporaries of a large embedding."""
 STATES = ("exp_avg", "exp_avg_sq", "compensation")
 GOLDEN = 0.6180339887498949
 """Its multiples modulo 1 fill [0, 1) evenly from the first few on."""

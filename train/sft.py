@@ -31,7 +31,7 @@ from tercet.core.types import MicroBatch, PolicyParts
 from tercet.train.learner.assemble import build_policy, open_parts
 from tercet.train.learner.checkpoint import find_checkpoint, load_state
 from tercet.train.learner.device import set_up
-from tercet.train.learner.figures import draw_curves
+from tercet.train.learner.figures import draw_figures
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
 from tercet.train.learner.optim import build_optimizer, learning_rate
@@ -174,7 +174,7 @@ def train(config: SftConfig, resolved: str, resume: str | None = None) -> Path:
                 saved = finish_step(run, run.step()) or saved
             run.saver.wait()
         if run.ranks.is_first:
-            draw_curves(run.out / "metrics.jsonl", run.out / "curves.png")
+            draw_figures(run.out)
     return saved
 
 

@@ -62,7 +62,7 @@ from tercet.train.learner.assemble import (
 )
 from tercet.train.learner.checkpoint import find_checkpoint, load_state
 from tercet.train.learner.device import set_up
-from tercet.train.learner.figures import draw_curves, draw_samples, sample_rows
+from tercet.train.learner.figures import draw_figures
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
 from tercet.train.learner.optim import build_optimizer, learning_rate
@@ -291,14 +291,6 @@ class TapoRun:
         self.saver.close()
         self.ranks.close()
 
-    def draw(self) -> None:
-        """Write curves.png and samples.png."""
-        if not self.ranks.is_first:
-            return
-        draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
-        if self.shown:
-            draw_samples(sample_rows(self.shown), self.out / "samples.png")
-
     def save(self) -> Path:
         """Write a checkpoint of the state as it is: between steps, or between mini-batches."""
         state = {name: getattr(self, name) for name in STATE}
@@ -333,7 +325,8 @@ def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
                 run.check_stop()
                 saved = finish_step(run, run.step()) or saved
             run.saver.wait()
-        run.draw()
+        if run.ranks.is_first:
+            draw_figures(run.out, run.shown)
     return saved
 
 

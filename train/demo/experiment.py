@@ -37,7 +37,7 @@ from tercet.train.demo.species import (
 from tercet.train.evaluation.answers import ask, table
 from tercet.train.learner.command_line import RECIPES, parse
 from tercet.train.learner.device import set_up
-from tercet.train.learner.metrics import phase_seconds, read_metrics
+from tercet.train.learner.metrics import METRICS_FILE, phase_seconds, read_metrics
 
 BASE_PICTURES = 6000
 BASE_MIX = {"caption": 0.5, "open": 0.3, "closed": 0.2}
@@ -228,7 +228,7 @@ def _continue_sft(out: Path, start: Path, manifest: Manifest, seed: int, seconds
 
 def _step_seconds(folder: Path) -> list[float]:
     """Seconds that each step of the run in `folder` took."""
-    return [sum(phase_seconds(step).values()) for step in read_metrics(folder / "metrics.jsonl")]
+    return [sum(phase_seconds(step).values()) for step in read_metrics(folder / METRICS_FILE)]
 
 
 def markdown(scores: dict[str, Scores]) -> str:

@@ -16,7 +16,14 @@ from matplotlib.ticker import MaxNLocator
 from tercet.core.data.vision import load_image
 from tercet.core.rewards import is_correct
 from tercet.core.types import Group
-from tercet.train.learner.metrics import METRICS, PANELS, Metric, phase_seconds, read_metrics
+from tercet.train.learner.metrics import (
+    METRICS,
+    METRICS_FILE,
+    PANELS,
+    Metric,
+    phase_seconds,
+    read_metrics,
+)
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 """Okabe and Ito's palette, which colour-blind readers can tell apart."""
@@ -34,6 +41,13 @@ FONT_SIZE, LINE = 8.5, 0.165
 """Points of the text; inches from one line to the next."""
 MAX_CHARACTERS, PER_ROLE = 3 * TEXT_COLUMNS - 30, 3
 """Characters shown of a response; responses shown of each role."""
+
+
+def draw_figures(out: Path, groups: Sequence[Group] = ()) -> None:
+    """Write a run's curves.png, and samples.png where there are groups to show."""
+    draw_curves(out / METRICS_FILE, out / "curves.png")
+    if groups:
+        draw_samples(sample_rows(groups), out / "samples.png")
 
 
 def draw_curves(metrics_file: Path | str, png: Path | str) -> None:

@@ -37,6 +37,7 @@ from rich.progress import (
 
 from tercet.train.learner.metrics import (
     METRICS,
+    METRICS_FILE,
     PHASES,
     SECONDS,
     Metric,
@@ -102,7 +103,7 @@ class RunLog:
         self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        self._metrics_path = self.out / "metrics.jsonl"
+        self._metrics_path = self.out / METRICS_FILE
         self._metrics = self._tensorboard = self._last_step = None
         self._seconds: dict[str, float] = defaultdict(float)
         self._phases: list[Phase] = []

@@ -166,11 +166,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Options of the TAPO loss; kernels/reference.py has its equation.
-
-    Raises:
-        ValueError: a value that is not allowed.
-    """
+    """Options of the TAPO loss (equation: kernels/reference.py); a bad value raises ValueError."""
 
     update_on: Literal["anchor", "own"] = "anchor"
     """Image on which responses sampled on the positive are trained: the anchor, or their own."""

@@ -29,14 +29,13 @@ from tercet.core.prompts import chat_ids
 from tercet.core.types import PolicyParts
 from tercet.train.learner.assemble import build_policy, open_parts
 from tercet.train.learner.budget import TokenBudget
-from tercet.train.learner.checkpoint import load_state
+from tercet.train.learner.checkpoint import Checkpoints, load_state
 from tercet.train.learner.device import set_up
 from tercet.train.learner.figures import draw_curves
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.loop import add_up, open_log, run, take_step
 from tercet.train.learner.optim import build_optimizer, learning_rate
 from tercet.train.learner.ranks import Ranks, restarts
-from tercet.train.learner.saving import Saver
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class SftRun:
         self.examples = [tokenize(s, self.parts, config.model.system_prompt) for s in self.samples]
         self.policy = build_policy(self.parts, config, self.ranks)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
-        self.saver = Saver(self, config.run)
+        self.saver = Checkpoints(self, config.run)
         per_epoch = len(self.samples) / config.optim.samples_per_step
         self.total_steps = config.run.steps or max(1, round(config.run.epochs * per_epoch))
         self.steps_done = self.skipped = 0

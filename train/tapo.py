@@ -49,14 +49,13 @@ from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler, StepGroups, TripletStream
 from tercet.train.learner.assemble import build_policy, open_parts
 from tercet.train.learner.budget import TokenBudget
-from tercet.train.learner.checkpoint import load_state
+from tercet.train.learner.checkpoint import Checkpoints, load_state
 from tercet.train.learner.device import set_up
 from tercet.train.learner.figures import draw_curves, draw_samples, sample_rows
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.loop import open_log, run, take_step
 from tercet.train.learner.optim import build_optimizer, learning_rate
 from tercet.train.learner.ranks import Ranks, restarts
-from tercet.train.learner.saving import Saver
 from tercet.train.learner.update import Updater
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
@@ -88,7 +87,7 @@ class TapoRun:
             self.parts, config, self.ranks, config.loss, config.rollout.temperature
         )
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
-        self.saver = Saver(self, config.run)
+        self.saver = Checkpoints(self, config.run)
         self.stream = TripletStream(
             self.manifest.anchors, positive=config.data.positive, seed=config.run.seed
         )

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.types import PolicyParts
-from tercet.train.learner.checkpoint import find_checkpoint
+from tercet.train.learner.checkpoint import Checkpoints, find_checkpoint
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.optim import optimizer_step
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks, is_on_all_ranks, on_all_ranks
 from tercet.train.learner.run_log import RunLog, SilentLog
-from tercet.train.learner.saving import Saver
 
 
 class Run(Protocol):
@@ -30,7 +29,7 @@ class Run(Protocol):
     ranks: Ranks
     policy: Policy
     optimizer: torch.optim.Optimizer
-    saver: Saver
+    saver: Checkpoints
     skipped: int
     """Optimiser steps skipped in a row."""
     steps_done: int

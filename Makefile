@@ -47,7 +47,7 @@ bench-rollout: $(STAMP) $(SGLANG_VENV)/installed  ## sampling on a server beside
 	$(BIN)/python -m tercet.bench.rollout --python $(SGLANG_VENV)/bin/python
 
 test-kill: $(STAMP)  ## kill -9 a run at 20 random points, on one rank, on two and with async saving
-	TERCET_KILLS=20 $(BIN)/pytest -m kill
+	TERCET_KILLS=20 $(BIN)/pytest -n 2 -m kill
 
 test-core: $(STAMP)  ## the quick tests that need no trained model
 	$(BIN)/pytest -n 2 -m core

@@ -45,7 +45,7 @@ def without_weights(write=save_model) -> SimpleNamespace:
     return SimpleNamespace(
         parts=SimpleNamespace(save=lambda folder, weights: write(folder)),
         policy=SimpleNamespace(model=nn.Module(), named_weights=lambda: iter(())),
-        optimizer=SimpleNamespace(zero_grad=lambda set_to_none: None, state={}),
+        optimizer=SimpleNamespace(zero_grad=lambda set_to_none: None, state={}, defaults={}),
         ranks=Ranks(torch.device("cpu"), ParallelConfig()),
     )
 
@@ -190,7 +190,6 @@ def test_the_best_of_an_earlier_version_is_kept(tmp_path):
     config = RunConfig(out=str(tmp_path), keep_last=1, keep_best="accuracy")
     state = load_state(save(tmp_path, 1)) | {"best": (1, 0.5)}
     saver = Checkpoints(without_weights(), config)
-    saver._trained.optimizer.defaults = {}
     saver.restore(tmp_path, state)
     for step in (2, 3):
         saver.note({"accuracy": 0.4})

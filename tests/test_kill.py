@@ -23,7 +23,10 @@ from safetensors.torch import load_file
 
 from tercet.train.learner.checkpoint import find_checkpoint
 
-pytestmark = pytest.mark.kill
+pytestmark = [
+    pytest.mark.kill,
+    pytest.mark.filterwarnings("error:checkpoint"),  # none is ever damaged
+]
 
 KILLS = int(os.environ.get("TERCET_KILLS", "3"))
 STEPS = 6
@@ -137,11 +140,10 @@ def wait_for_kill(
             if run.ended():
                 return False
             time.sleep(0.001)
-        seconds = rng.uniform(0, 0.2)
+        seconds = rng.uniform(0, 0.1)
     else:
-        seconds = rng.uniform(
-            0.5 * whole.begins, whole.begins + (whole.ends - whole.begins) * (1 - done / STEPS)
-        )
+        steps = (whole.ends - whole.begins) * (1 - done / STEPS)
+        seconds = rng.uniform(0.8 * whole.begins, whole.begins + steps)
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         if run.ended():

@@ -11,7 +11,8 @@ KERNEL_TESTS := tests/test_rows.py tests/test_linear_logprobs.py tests/test_tapo
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: install help demo demo-seeds test test-core lint bench bench-kernels bench-gpu-kernels \
-	bench-step bench-gpu-step bench-figures bench-rollout kernel-table gpu-folder test-sglang clean
+	bench-step bench-gpu-step bench-figures bench-rollout kernel-table gpu-folder test-kill \
+	test-sglang clean
 
 install: $(STAMP)  ## the virtual environment .venv, with Tercet and what its tests need (2.5 GB)
 
@@ -48,6 +49,9 @@ $(SGLANG_VENV)/installed:
 
 bench-rollout: $(STAMP) $(SGLANG_VENV)/installed  ## sampling on a server beside SGLang's own client
 	$(BIN)/python -m tercet.bench.rollout --python $(SGLANG_VENV)/bin/python
+
+test-kill: $(STAMP)  ## kill -9 a run at 20 random points, on one rank, on two and with async saving
+	TERCET_KILLS=20 $(BIN)/pytest -n 2 -m kill
 
 test-core: $(STAMP)  ## the quick tests that need no trained model
 	$(BIN)/pytest -n 2 -m core

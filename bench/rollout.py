@@ -28,11 +28,12 @@ import torch
 from PIL import Image
 
 from tercet.bench.measure import append, commit, conditions
-from tercet.core.config import ModelConfig, RolloutConfig
+from tercet.core.config import ModelConfig
 from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder, data_uri
 from tercet.core.models import build_tiny, load_policy
 from tercet.core.prompts import chat_ids
+from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import Anchor, PolicyParts, Request
 from tercet.rollout.engine import Sampling
 from tercet.rollout.launch import open_engine

@@ -55,7 +55,7 @@ def row_weights(
     lengths: Sequence[int],
     group_ids: Sequence[Hashable],
     masked: Sequence[bool],
-    mean_over: Literal["batch", "group", "response", "micro_batch"] = "batch",
+    mean_over: Literal["batch", "group", "response", "virtual_batch"] = "batch",
     mean_over_size: int = 4,
 ) -> list[float]:
     """Weight of each response's tokens, so that one weighted mean gives every `mean_over`.
@@ -66,19 +66,19 @@ def row_weights(
     - `batch`: every weight is 1, the denominator is n.
     - `group`: 1 / tokens of the response's group; the denominator is the number of groups.
     - `response`: 1 / its own tokens; the denominator is the number of responses.
-    - `micro_batch`: 1 / tokens of its virtual micro-batch: `mean_over_size` responses in order,
-      fewer in the last; the denominator is the number of virtual micro-batches.
+    - `virtual_batch`: 1 / tokens of its virtual batch: `mean_over_size` responses in order,
+      fewer in the last; the denominator is the number of virtual batches.
 
     All but `batch` thus take a mean of token means. Both sums may be added up over several calls,
-    for example over ranks, as long as no group or virtual micro-batch is split between two calls.
+    for example over ranks, as long as no group or virtual batch is split between two calls.
 
     Args:
         lengths: tokens of each response.
         group_ids: group of each response.
         masked: which responses stay out of the loss. They and empty responses have weight 0 and
-            count in no denominator and no virtual micro-batch.
+            count in no denominator and no virtual batch.
         mean_over: what the loss is a mean over.
-        mean_over_size: responses of a virtual micro-batch.
+        mean_over_size: responses of a virtual batch.
 
     Returns:
         One weight per response; all 0 when no token counts.
@@ -102,7 +102,7 @@ def row_weights(
         "batch": [],
         "group": [group_ids[n] for n in counted],
         "response": list(counted),
-        "micro_batch": [place // mean_over_size for place in range(len(counted))],
+        "virtual_batch": [place // mean_over_size for place in range(len(counted))],
     }
     if mean_over not in units:
         raise ValueError(f"mean_over must be one of {', '.join(units)}, got {mean_over!r}")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tercet.core.config import RolloutConfig
 from tercet.core.data.vision import PromptEncoder
+from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import PolicyParts
 from tercet.rollout.endpoint import Endpoint, bearer
 from tercet.rollout.local import LocalEngine

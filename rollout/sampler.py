@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from tercet.core.config import RolloutConfig
 from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.prompts import chat_ids, stage2_text
 from tercet.core.rewards import call_reward, keep_group
+from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import Completion, Group, Request, Response, Triplet
 from tercet.rollout.engine import Engine, Sampling, together
 

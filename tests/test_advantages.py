@@ -73,9 +73,9 @@ MASKED = [False, False, False, False, True, False]
         ("batch", 4, [1, 1, 1, 0, 0, 1]),
         ("group", 4, [1 / 4, 1 / 4, 1 / 4, 0, 0, 1 / 9]),
         ("response", 4, [1 / 3, 1, 1 / 4, 0, 0, 1 / 9]),
-        ("micro_batch", 2, [1 / 4, 1 / 4, 1 / 13, 0, 0, 1 / 13]),
-        ("micro_batch", 3, [1 / 8, 1 / 8, 1 / 8, 0, 0, 1 / 9]),
-        ("micro_batch", 9, [1 / 17, 1 / 17, 1 / 17, 0, 0, 1 / 17]),
+        ("virtual_batch", 2, [1 / 4, 1 / 4, 1 / 13, 0, 0, 1 / 13]),
+        ("virtual_batch", 3, [1 / 8, 1 / 8, 1 / 8, 0, 0, 1 / 9]),
+        ("virtual_batch", 9, [1 / 17, 1 / 17, 1 / 17, 0, 0, 1 / 17]),
     ],
 )
 def test_row_weights_by_hand(mean_over, size, weights):
@@ -104,7 +104,7 @@ def test_the_weighted_mean_is_the_mean_that_was_asked_for():
         "batch": token_mean(kept),
         "group": mean(token_mean(members) for members in by_group if members),
         "response": mean(token_mean([n]) for n in kept),
-        "micro_batch": mean(token_mean(members) for members in batches),
+        "virtual_batch": mean(token_mean(members) for members in batches),
     }
     for mean_over, want in wanted.items():
         weights = row_weights(lengths, groups, masked, mean_over, 4)
@@ -119,13 +119,13 @@ def test_denominators():
         weights = row_weights(LENGTHS, GROUPS, MASKED, mean_over, 3)
         return sum(w * length for w, length in zip(weights, LENGTHS, strict=True))
 
-    assert [below(m) for m in ("batch", "group", "response", "micro_batch")] == pytest.approx(
+    assert [below(m) for m in ("batch", "group", "response", "virtual_batch")] == pytest.approx(
         [17, 3, 4, 2]
     )
 
 
 def test_nothing_counts():
-    for mean_over in ("batch", "group", "response", "micro_batch"):
+    for mean_over in ("batch", "group", "response", "virtual_batch"):
         assert row_weights([0, 3], ["a", "a"], [False, True], mean_over) == [0.0, 0.0]
         assert row_weights([], [], [], mean_over) == []
 
@@ -136,7 +136,7 @@ def test_nothing_counts():
         (([1, 2], ["a"], [False, False]), "got 2, 1 and 2"),
         (([-1], ["a"], [False]), r"negative, got \[-1\]"),
         (([1], ["a"], [False], "token"), "mean_over must be one of batch, group"),
-        (([1], ["a"], [False], "micro_batch", 0), "mean_over_size must be at least 1, got 0"),
+        (([1], ["a"], [False], "virtual_batch", 0), "mean_over_size must be at least 1, got 0"),
     ],
 )
 def test_bad_row_weights(arguments, message):

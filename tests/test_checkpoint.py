@@ -1,25 +1,35 @@
+"""Checkpoints: whole or not there, never replaced; in the background, the best kept, also when the
+disk is full or the run is interrupted."""
+
+from __future__ import annotations
+
 import errno
 import json
 import random
+import resource
 import shutil
+import threading
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from support import tiny
+from torch import nn
 from torch.nn import Parameter
 
-from tercet.core.config import OptimConfig
+from tercet.core.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig
+from tercet.core.models import load_policy
 from tercet.core.types import Group, Response, Triplet
-from tercet.train.learner.checkpoint import (
-    find_checkpoint,
-    load_state,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
+from tercet.train.learner import checkpoint
+from tercet.train.learner.checkpoint import Checkpoints, find_checkpoint, load_state
+from tercet.train.learner.device import rng_state, set_rng_state
+from tercet.train.learner.lora import add_lora
 from tercet.train.learner.optim import build_optimizer, optimizer_step
+from tercet.train.learner.policy import Policy
+from tercet.train.learner.ranks import Ranks
 
 pytestmark = pytest.mark.core
 
@@ -30,15 +40,26 @@ def save_model(folder):
     (folder / "processor" / "size.json").write_text("{}")
 
 
-def save(out, step, keep_last=9, **options):
-    return save_checkpoint(out, step, save_model, {"step": step}, keep_last, **options)
+def without_weights(write=save_model) -> SimpleNamespace:
+    """A run that trains nothing; `write` writes its model."""
+    return SimpleNamespace(
+        parts=SimpleNamespace(save=lambda folder, weights: write(folder)),
+        policy=SimpleNamespace(model=nn.Module(), named_weights=lambda: iter(())),
+        optimizer=SimpleNamespace(zero_grad=lambda set_to_none: None, state={}, defaults={}),
+        ranks=Ranks(torch.device("cpu"), ParallelConfig()),
+    )
 
 
-def names(out):
+def save(out, step, keep_last=9, write=save_model, state=None) -> Path:
+    config = RunConfig(out=str(out), keep_last=keep_last)
+    return Checkpoints(without_weights(write), config).save(step, state or {"step": step})
+
+
+def names(out) -> list[str]:
     return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
-def a_group():
+def a_group() -> Group:
     triplet = Triplet("t7", "a.jpg", "p.jpg", "n.jpg", "Which bird?", "bird", "least auklet")
     scored = Response(
         role="positive",
@@ -65,7 +86,7 @@ def test_a_checkpoint_holds_model_state_and_a_checked_list_of_files(tmp_path):
     for name, entry in complete["files"].items():
         content = (folder / name).read_bytes()
         assert entry == {"size": len(content), "crc32": zlib.crc32(content)}
-    assert load_state(folder) == {"step": 20}
+    assert load_state(folder)["step"] == 20
 
 
 def test_groups_random_numbers_and_optimizer_come_back_as_they_were(tmp_path):
@@ -76,12 +97,12 @@ def test_groups_random_numbers_and_optimizer_come_back_as_they_were(tmp_path):
     group = a_group()
     state = {
         "groups": [group],
-        "rng": rng_state(),
         "optimizer": optimizer.state_dict(),
         "position": {"epoch": 2, "order": [4, 1, 3]},
     }
+    folder = save(tmp_path, 1, state=state)
     drawn = (torch.rand(3), np.random.rand(3), random.random(), np.random.randn(), random.gauss())
-    loaded = load_state(save_checkpoint(tmp_path, 1, save_model, state, 1))
+    loaded = load_state(folder)
 
     set_rng_state(loaded["rng"])
     again = (torch.rand(3), np.random.rand(3), random.random(), np.random.randn(), random.gauss())
@@ -113,13 +134,16 @@ def test_a_gaussian_kept_back_by_numpy_and_python_is_part_of_the_state():
 def test_a_state_that_could_not_be_loaded_is_refused_when_it_is_saved(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(TypeError, match=r"pathlib.*allowed are plain values"):
-        save_checkpoint(tmp_path, 2, save_model, {"where": Path("x")}, 2)
+        save(tmp_path, 2, state={"where": Path("x")})
     assert names(tmp_path) == ["step_000001"]
 
 
 def test_those_written_longest_ago_are_removed_but_the_best_stays(tmp_path):
+    config = RunConfig(out=str(tmp_path), keep_last=2, keep_best="accuracy")
+    saver = Checkpoints(without_weights(), config)
     for step in (2, 4, 6, 8):
-        save(tmp_path, step, keep_last=2, best=2)
+        saver.note({"accuracy": 1 / step})
+        saver.save(step, {})
     assert names(tmp_path) == ["step_000002", "step_000006", "step_000008"]
     copy = tmp_path / "checkpoints" / "step_000006_mine"
     shutil.copytree(tmp_path / "checkpoints" / "step_000006", copy)
@@ -136,11 +160,53 @@ def test_after_going_back_to_an_early_step_what_is_written_last_counts(tmp_path)
     assert find_checkpoint(tmp_path, "auto").name == "step_000012"
 
 
-def test_the_same_step_is_replaced(tmp_path):
-    save(tmp_path, 3)
-    folder = save_checkpoint(tmp_path, 3, save_model, {"step": "again"}, 1)
-    assert load_state(folder) == {"step": "again"}
-    assert names(tmp_path) == ["step_000003"]
+def test_the_same_step_again_gets_a_folder_of_its_own(tmp_path):
+    first = save(tmp_path, 3)
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    second = save(tmp_path, 3, state={"step": "again"})
+    assert names(tmp_path) == ["step_000003", "step_000003_2"] and second.name == "step_000003_2"
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    assert find_checkpoint(tmp_path, "auto") == second and load_state(second)["step"] == "again"
+    third = save(tmp_path, 3, keep_last=2)
+    assert names(tmp_path) == ["step_000003_2", "step_000003_3"]
+    assert find_checkpoint(tmp_path, "auto") == third
+    fourth = save(tmp_path, 3, keep_last=2)  # the first one's name is free
+    assert names(tmp_path) == ["step_000003", "step_000003_3"]
+    assert find_checkpoint(tmp_path, "auto") == fourth and fourth.name == "step_000003"
+
+
+def test_the_best_is_kept_by_its_folder_not_by_its_step(tmp_path):
+    config = RunConfig(out=str(tmp_path), keep_last=1, keep_best="accuracy")
+    saver = Checkpoints(without_weights(), config)
+    for step, accuracy in [(1, 0.5), (1, 0.7), (2, 0.1)]:
+        saver.note({"accuracy": accuracy})
+        folder = saver.save(step, {})
+    assert names(tmp_path) == ["step_000001_2", "step_000002"]
+    assert load_state(folder)["best"] == ("step_000001_2", 0.7)
+
+
+def test_the_best_of_an_earlier_version_is_kept(tmp_path):
+    """It stored the step in place of the folder's name."""
+    config = RunConfig(out=str(tmp_path), keep_last=1, keep_best="accuracy")
+    state = load_state(save(tmp_path, 1)) | {"best": (1, 0.5)}
+    saver = Checkpoints(without_weights(), config)
+    saver.restore(tmp_path, state)
+    for step in (2, 3):
+        saver.note({"accuracy": 0.4})
+        saver.save(step, {})
+    assert names(tmp_path) == ["step_000001", "step_000003"]
+
+
+def test_one_that_an_earlier_version_had_set_aside_is_found(tmp_path):
+    """It was killed between setting the old folder aside and renaming the new one."""
+    folder = save(tmp_path, 7)
+    aside = folder.rename(folder.with_name(".step_000007.replaced"))
+    (folder.parent / ".step_000007.partial").mkdir()
+    assert find_checkpoint(tmp_path, "auto") == aside
+    save(tmp_path, 8)
+    assert names(tmp_path) == [".step_000007.replaced", "step_000008"]
+    save(tmp_path, 9, keep_last=2)
+    assert names(tmp_path) == ["step_000008", "step_000009"]
 
 
 def truncate_weights(folder):
@@ -210,7 +276,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
 
     for save_full in (full, full_in_rust):
         with pytest.raises(OSError, match=r"step_000002 could not be written.*No space") as caught:
-            save_checkpoint(tmp_path, 2, save_full, {}, 1)
+            save(tmp_path, 2, 1, save_full)
         assert caught.value.errno == errno.ENOSPC
         assert names(tmp_path) == ["step_000001"]
     assert find_checkpoint(tmp_path, "auto") == first
@@ -221,7 +287,7 @@ def test_an_error_of_the_models_own_is_passed_on(tmp_path):
         raise KeyError("lm_head")
 
     with pytest.raises(KeyError, match="lm_head"):
-        save_checkpoint(tmp_path, 2, broken, {}, 1)
+        save(tmp_path, 2, 1, broken)
     assert names(tmp_path) == []
 
 
@@ -233,15 +299,30 @@ def test_an_interrupted_write_is_cleared_by_the_next_one(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, 2, interrupted, {}, 1)
+        save(tmp_path, 2, 1, interrupted)
     assert names(tmp_path) == [".step_000002.partial", "step_000001"]
     assert find_checkpoint(tmp_path, "auto") == first
     save(tmp_path, 3)
     assert names(tmp_path) == ["step_000001", "step_000003"]
 
 
-@pytest.mark.parametrize("renames", [0, 1])
-def test_killed_while_replacing_a_step_the_old_one_is_found(tmp_path, monkeypatch, renames):
+def test_an_interrupted_write_is_cleared_by_the_next_run(tmp_path):
+    first = save(tmp_path, 1)
+    for left in (".step_000002.partial", ".sharded.partial"):  # the second: an earlier version's
+        shutil.copytree(first, first.parent / left)
+    Checkpoints(without_weights(), RunConfig(out=str(tmp_path)))
+    assert names(tmp_path) == ["step_000001"]
+
+
+@pytest.mark.parametrize(
+    "renames, found, left",
+    [
+        (0, 7, [".step_000007_2.partial", "step_000007"]),
+        (1, "new", ["step_000007", "step_000007_2"]),
+    ],
+    ids=["before it has its name", "before the old one is removed"],
+)
+def test_killed_while_saving_a_step_again(tmp_path, monkeypatch, renames, found, left):
     save(tmp_path, 7)
     done, rename = [], Path.rename
 
@@ -254,8 +335,164 @@ def test_killed_while_replacing_a_step_the_old_one_is_found(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", killed_after)
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path, 7, save_model, {"step": "new"}, 1)
-    assert load_state(find_checkpoint(tmp_path, "auto")) == {"step": 7}
-    save(tmp_path, 8)
-    assert names(tmp_path) == ["step_000007", "step_000008"]
-    assert load_state(tmp_path / "checkpoints" / "step_000007") == {"step": 7}
+            save(tmp_path, 7, 1, state={"step": "new"})
+    assert names(tmp_path) == left
+    assert load_state(find_checkpoint(tmp_path, "auto"))["step"] == found
+    save(tmp_path, 8, keep_last=1)
+    assert names(tmp_path) == ["step_000008"]
+
+
+def test_a_removed_one_is_never_half_there(tmp_path, monkeypatch):
+    """An interrupted removal leaves no damaged checkpoint behind."""
+    save(tmp_path, 1)
+
+    def killed(path):
+        (path / "complete.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2, keep_last=1)
+    assert names(tmp_path) == [".step_000001.partial", "step_000002"]
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["step_000002", "step_000003"]
+
+
+def trained(lora_rank: int = 0) -> SimpleNamespace:
+    """A policy that has taken one step."""
+    parts = tiny()
+    if lora_rank:
+        add_lora(parts.model, ModelConfig(lora_rank=lora_rank))
+    policy = Policy(parts)
+    optimizer = build_optimizer(policy.model.named_parameters(), OptimConfig(lr=1e-2))
+    run = SimpleNamespace(
+        parts=parts,
+        policy=policy,
+        optimizer=optimizer,
+        ranks=Ranks(torch.device("cpu"), ParallelConfig()),
+    )
+    step(run)
+    return run
+
+
+def step(run) -> None:
+    for number, parameter in enumerate(run.policy.parameters()):
+        if parameter.requires_grad:
+            noise = torch.Generator().manual_seed(number)
+            parameter.grad = torch.randn(parameter.shape, generator=noise)
+    run.optimizer.step()
+
+
+def states(run) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        name: {kind: value.clone() for kind, value in run.optimizer.state[parameter].items()}
+        for name, parameter in run.policy.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_states_come_back_from_several_files(tmp_path, monkeypatch, lora_rank):
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 30_000)
+    run, config = trained(lora_rank), RunConfig(out=str(tmp_path))
+    folder = Checkpoints(run, config).save(1, {"steps_done": 1})
+    assert len(list((folder / "sharded").iterdir())) > 2
+    fresh, state = trained(lora_rank), load_state(folder)
+    step(fresh)  # its states differ now
+    Checkpoints(fresh, config).restore(folder, state)
+    assert state["steps_done"] == 1
+    for name, expected in states(run).items():
+        found = states(fresh)[name]
+        assert found.keys() == expected.keys()
+        for kind, value in expected.items():
+            assert torch.equal(found[kind], value) and found[kind].dtype == value.dtype
+    if lora_rank:  # additions are not in the export: they come back as well
+        added = zip(run.policy.named_parameters(), fresh.policy.parameters(), strict=True)
+        assert all(torch.equal(ours, theirs) for (name, ours), theirs in added if "lora" in name)
+
+
+def test_in_the_background_it_writes_what_was_there_when_asked(tmp_path, monkeypatch):
+    run, config = trained(), RunConfig(out=str(tmp_path), async_save=True)
+    before, weights = states(run), {n: p.clone() for n, p in run.policy.named_weights()}
+    may_write, write = threading.Event(), Checkpoints._write
+
+    def late(*arguments):
+        assert may_write.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(Checkpoints, "_write", late)
+    saver, groups = Checkpoints(run, config), ["a group"]
+    folder = saver.save(1, {"groups": groups})
+    assert not folder.exists()
+    step(run)
+    groups.clear()
+    may_write.set()
+    saver.wait()
+    assert find_checkpoint(tmp_path, "auto") == folder
+    written = dict(load_policy(ModelConfig(path=str(folder))).model.named_parameters())
+    assert all(torch.equal(written[name], weight) for name, weight in weights.items())
+    state = load_state(folder)
+    assert state["groups"] == ["a group"]
+    saver.restore(folder, state)
+    for name, expected in before.items():
+        assert all(torch.equal(states(run)[name][k], v) for k, v in expected.items())
+    saver.close()
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("limit", [100_000, 700_000], ids=["shards", "weights"])
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, in_background, limit, monkeypatch):
+    """The operating system refuses files over a limit."""
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", limit if limit < 500_000 else 200_000)
+    run = trained()
+    saver = Checkpoints(run, RunConfig(out=str(tmp_path), async_save=in_background, keep_last=1))
+    first = saver.save(1, {})
+    saver.wait()
+    assert (first / "model.safetensors").stat().st_size > limit
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match="step_000002 could not be written") as caught:
+            saver.save(2, {})
+            saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+    assert find_checkpoint(tmp_path, "auto") == first
+    saver.save(3, {})
+    saver.wait()
+    assert names(tmp_path) == ["step_000003"]
+    saver.close()
+
+
+def test_the_best_is_kept_also_after_a_restart(tmp_path):
+    run = trained()
+    config = RunConfig(out=str(tmp_path), keep_last=1, keep_best="accuracy")
+    saver = Checkpoints(run, config)
+    for number, accuracies in enumerate([(0.1, 0.3), (0.5, 0.4), (0.9, -0.9)], start=1):
+        for accuracy in accuracies:
+            saver.note({"accuracy": accuracy, "reward": 9.0})
+        folder = saver.save(number, {})
+    assert names(tmp_path) == ["step_000002", "step_000003"]
+    saver = Checkpoints(run, config)
+    saver.restore(folder, load_state(folder))
+    saver.note({"accuracy": 0.44})
+    saver.save(4, {})
+    assert names(tmp_path) == ["step_000002", "step_000004"]
+    saver.note({"accuracy": 0.46})
+    saver.save(5, {})
+    assert names(tmp_path) == ["step_000005"]
+
+
+def test_a_figure_that_is_not_there_is_named(tmp_path):
+    saver = Checkpoints(trained(), RunConfig(out=str(tmp_path), keep_best="acuracy"))
+    with pytest.raises(ValueError, match=r"keep_best is 'acuracy'.*accuracy, reward"):
+        saver.note({"accuracy": 0.1, "reward": 0.2})
+
+
+def test_states_of_other_parameters_are_named(tmp_path):
+    run, config = trained(4), RunConfig(out=str(tmp_path))
+    folder = Checkpoints(run, config).save(1, {})
+    with pytest.raises(ValueError, match=r"step_000001 holds \S+lora_A\S+ \[4, \d+\], which"):
+        Checkpoints(trained(), config).restore(folder, load_state(folder))

@@ -24,7 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
         ("neg_grad", "stop", "'flow' or 'detach'"),
         ("neg_at", "later", "'now' or 'step_start'"),
         ("kl_ratio", "k1", "'neg_over_policy' or 'policy_over_neg'"),
-        ("mean_over", "tokens", "'batch' or 'group' or 'response' or 'micro_batch'"),
+        (
+            "mean_over",
+            "tokens",
+            "'batch' or 'group' or 'response' or 'virtual_batch' or 'micro_batch'",
+        ),
         ("clip_low", -0.1, "at least 0"),
         ("clip_low", math.nan, "at least 0"),
         ("clip_high", None, "at least 0"),
@@ -50,6 +54,12 @@ def test_bounds_themselves_and_clamps_that_are_off_are_allowed():
     LossConfig(clip_low=0.0, clip_high=0.0, clip_dual=1.0, mean_over_size=1, kl_coef=-1.0)
     off = dict.fromkeys(["clip_dual", "log_ratio_clamp", "kl_log_clamp", "kl_clamp", "is_cap"])
     assert {name: getattr(LossConfig(**off), name) for name in off} == off
+
+
+def test_old_names_of_options_are_read():
+    assert LossConfig(mean_over="micro_batch").mean_over == "virtual_batch"
+    config, _, _ = parse(TapoConfig, ["--loss.mean_over=micro_batch"], "")
+    assert config.loss.mean_over == "virtual_batch"
 
 
 def test_pi_neg_of_the_start_of_a_step_has_no_gradient():

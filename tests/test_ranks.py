@@ -3,57 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from ranks_support import ONE_THREAD, launch, make_workspace
 from safetensors.torch import load_file
-from support import LENGTH, tiny
+from support import LENGTH
 
 from tercet.core.config import ParallelConfig
 from tercet.train.learner.checkpoint import find_checkpoint
 from tercet.train.learner.interrupt import Interrupted
 from tercet.train.learner.ranks import Ranks, deal, picklable
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-ROOT = Path(__file__).resolve().parents[1]
-# With eps this large a step is proportional to the gradient, noise in tiny ones does not show.
-OPTIONS = """--data.path=photos --model.path=policy --data.shots=3 --data.sft_shots=0
-    --run.device=cpu --rollout.groups_per_step=5 --rollout.n_anchor=2 --rollout.n_positive=2
-    --rollout.max_prompt_tokens=512 --rollout.max_response_tokens=12 --rollout.max_rounds=1
-    --rollout.on_exhausted=keep_last_round --rollout.reward=lengths:length
-    --optim.groups_per_minibatch=3 --optim.lr=0.1 --optim.eps=1.0
-    --parallel.micro_batch_tokens=560""".split()
-
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("workspace")
-    rng = np.random.default_rng(0)
-    for name in ("red_bird", "blue_bird", "grey_bird"):
-        (root / "photos" / "bird" / name).mkdir(parents=True)
-        for n in range(4):
-            pixels = rng.integers(0, 255, (*rng.integers(60, 140, 2), 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / "photos" / "bird" / name / f"{n}.png")
-    tiny(hidden_size=64, layers=2, vision_layers=1).save(root / "policy")
-    (root / "lengths.py").write_text(LENGTH)
+    make_workspace(root)
     return root
-
-
-def launch(
-    out: str, ranks: int, *more: str, restarts=0, script="tapo.py", options=OPTIONS
-) -> list[str]:
-    torchrun = str(Path(sys.executable).with_name("torchrun"))
-    how = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
-    return [torchrun, *how, str(ROOT / "train" / script), *options, "--run.out", out, *more]
 
 
 def train(workspace: Path, out: str, ranks: int, *more: str) -> str:

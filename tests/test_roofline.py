@@ -7,16 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tercet.core.config import (
-    LossConfig,
-    ModelConfig,
-    ParallelConfig,
-    RolloutConfig,
-    TapoConfig,
-    TapoOptimConfig,
-)
+from tercet.core.config import LossConfig, ModelConfig, ParallelConfig, TapoConfig, TapoOptimConfig
 from tercet.core.costs import PromptLoad, Shape, forward_flops
 from tercet.core.packing import Piece, mini_batches, pack_branch, split_by_budget
+from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import EncodedImage, EncodedPrompt, Group, Response, Triplet
 from tercet.train.fit.memory import Load
 from tercet.train.fit.roofline import BUS, Card, Engines, Lengths, Step, Volume, phases

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from support import tiny
 
-from tercet.core.config import RolloutConfig
 from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
+from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import Anchor, Completion
 from tercet.rollout.engine import Sampling
 from tercet.rollout.sampler import GroupSampler, NotEnoughGroups

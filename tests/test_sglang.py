@@ -30,10 +30,11 @@ from sglang_support import (
 )
 from support import LENGTH, tiny
 
-from tercet.core.config import RolloutConfig, TapoConfig
+from tercet.core.config import TapoConfig
 from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.prompts import chat_ids
+from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import Anchor, Request
 from tercet.rollout.engine import Sampling
 from tercet.rollout.judge import Judge

@@ -122,7 +122,7 @@ def test_a_run_changes_weights_and_writes_what_people_see(monkeypatch, workspace
 def test_presets_set_every_option_that_differs():
     released = parse(TapoConfig, ["--run.preset=released"], "")[0]
     assert (released.loss.update_on, released.loss.neg_grad) == ("own", "detach")
-    assert (released.loss.neg_at, released.loss.mean_over) == ("step_start", "micro_batch")
+    assert (released.loss.neg_at, released.loss.mean_over) == ("step_start", "virtual_batch")
     assert (released.rollout.max_rounds, released.rollout.surplus) == (None, "drop")
     assert released.rollout.on_exhausted == "keep_last_round"
     assert (released.data.positive, released.optim.minibatch_by) == ("fixed", "response")
@@ -233,7 +233,7 @@ def test_importance_weights_scale_the_policy_term(monkeypatch, workspace, tmp_pa
     assert found["0.5"]["kl"] == pytest.approx(found["null"]["kl"], rel=1e-5)
 
 
-@pytest.mark.parametrize("mean_over", ["batch", "group", "response", "micro_batch"])
+@pytest.mark.parametrize("mean_over", ["batch", "group", "response", "virtual_batch"])
 def test_the_token_budget_does_not_change_the_step(monkeypatch, workspace, tmp_path, mean_over):
     more = ["--run.steps=1", f"--loss.mean_over={mean_over}", "--optim.lr=1e-4"]
     results = []

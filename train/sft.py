@@ -29,7 +29,7 @@ from tercet.core.packing import Encode, Prompts, packed_tokens, plain_batch, pro
 from tercet.core.prompts import chat_ids
 from tercet.core.types import MicroBatch, PolicyParts
 from tercet.train.learner.assemble import build_policy, open_parts
-from tercet.train.learner.checkpoint import find_checkpoint, load_state
+from tercet.train.learner.checkpoint import Checkpoints, find_checkpoint, load_state
 from tercet.train.learner.device import set_up
 from tercet.train.learner.figures import draw_figures
 from tercet.train.learner.interrupt import StopSignal
@@ -37,7 +37,6 @@ from tercet.train.learner.micro_batches import TokenBudget, micro_batches
 from tercet.train.learner.optim import build_optimizer, learning_rate
 from tercet.train.learner.ranks import Ranks, restarts
 from tercet.train.learner.run import add_up, clip_and_step, finish_step, open_log, saved_on_error
-from tercet.train.learner.saving import Saver
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,14 @@ class SftRun:
         self.order = EndlessOrder(len(samples), config.run.seed)
         self.policy = build_policy(self.parts, config, self.ranks)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
-        self.saver = Saver(self, config.run)
+        self.checkpoints = Checkpoints(self, config.run)
         per_epoch = len(samples) / config.optim.samples_per_step
         self.total_steps = config.run.steps or max(1, round(config.run.epochs * per_epoch))
         self.steps_done = self.skipped = 0
         if resume:
             state = load_state(resume)
             self.steps_done = state["steps_done"]
-            self.saver.restore(resume, state)
+            self.checkpoints.restore(resume, state)
         self.log = open_log(self, resolved)
         longest = config.optim.max_tokens
         self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
@@ -149,11 +148,11 @@ class SftRun:
 
     def save(self) -> Path:
         """Write a checkpoint of the state between two steps."""
-        return self.saver.save(self.steps_done, {"steps_done": self.steps_done})
+        return self.checkpoints.save(self.steps_done, {"steps_done": self.steps_done})
 
     def close(self) -> None:
         """Leave the other ranks."""
-        self.saver.close()
+        self.checkpoints.close()
         self.ranks.close()
 
 
@@ -172,7 +171,7 @@ def train(config: SftConfig, resolved: str, resume: str | None = None) -> Path:
             while run.steps_done < run.total_steps:
                 run.check_stop()
                 saved = finish_step(run, run.step()) or saved
-            run.saver.wait()
+            run.checkpoints.wait()
         if run.ranks.is_first:
             draw_figures(run.out)
     return saved

@@ -60,7 +60,7 @@ from tercet.train.learner.assemble import (
     open_parts,
     sampled_parts,
 )
-from tercet.train.learner.checkpoint import find_checkpoint, load_state
+from tercet.train.learner.checkpoint import Checkpoints, find_checkpoint, load_state
 from tercet.train.learner.device import set_up
 from tercet.train.learner.figures import draw_figures
 from tercet.train.learner.interrupt import StopSignal
@@ -75,7 +75,6 @@ from tercet.train.learner.run import (
     open_log,
     saved_on_error,
 )
-from tercet.train.learner.saving import Saver
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
 STATE = ("steps_done", "optimizer_steps", "groups", "minibatches_done")  # saved as they are
@@ -102,7 +101,7 @@ class TapoRun:
         temperature = config.rollout.temperature
         self.policy = build_policy(self.parts, config, self.ranks, config.loss, temperature)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
-        self.saver = Saver(self, config.run)
+        self.checkpoints = Checkpoints(self, config.run)
         self.sampler = self._open_sampler()
         per_epoch = len(self.manifest.anchors) / config.rollout.groups_per_step
         self.total_steps = config.run.steps or max(1, int(config.run.epochs * per_epoch))
@@ -288,14 +287,14 @@ class TapoRun:
     def close(self) -> None:
         """Stop the servers that sample, and leave the other ranks."""
         self.engine.close()
-        self.saver.close()
+        self.checkpoints.close()
         self.ranks.close()
 
     def save(self) -> Path:
         """Write a checkpoint of the state as it is: between steps, or between mini-batches."""
         state = {name: getattr(self, name) for name in STATE}
         state |= {"carried": self.sampler.carried, "stream": self.stream.state()}
-        return self.saver.save(self.steps_done, state)
+        return self.checkpoints.save(self.steps_done, state)
 
     def _restore(self, folder: Path) -> None:
         state = load_state(folder)
@@ -303,7 +302,7 @@ class TapoRun:
             setattr(self, name, state[name])
         self.sampler.carried = state["carried"]
         self.stream.restore(state["stream"])
-        self.saver.restore(folder, state)
+        self.checkpoints.restore(folder, state)
 
 
 def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
@@ -324,7 +323,7 @@ def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
             while run.steps_done < run.total_steps:
                 run.check_stop()
                 saved = finish_step(run, run.step()) or saved
-            run.saver.wait()
+            run.checkpoints.wait()
         if run.ranks.is_first:
             draw_figures(run.out, run.shown)
     return saved

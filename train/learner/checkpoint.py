@@ -1,138 +1,254 @@
-"""Checkpoints that are either whole or not there, and finding one to resume from.
+"""Checkpoints: all of a run's state on disk, whole or not there at all.
 
-    <out>/checkpoints/step_000020/   a Hugging Face folder, and in it
-        sharded/                     optimiser states, each rank's own (see saving.py)
+    <out>/checkpoints/step_000020/   a Hugging Face folder that also holds
+        sharded/                     optimiser states, as safetensors: each rank writes its shards
         trainer_state.pt             random numbers, data position, carried groups
         complete.json                size and CRC-32 of every other file, written last
 
-A checkpoint is written in a hidden folder beside its place and renamed when everything is on disk.
+A checkpoint is written to a hidden folder, .step_000020.partial, which gets its name once all of it
+is on disk. No folder is ever replaced: where step_000020 exists, the new one is step_000020_2. The
+newest has the highest serial number in complete.json. Any number of ranks can go on from it.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
-import random
 import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from tercet.core.types import Group, Response, Triplet
+from tercet.core.config import RunConfig
+from tercet.core.types import Group, PolicyParts, Response, Triplet
+from tercet.train.learner.device import rng_state, set_rng_state
+from tercet.train.learner.lora import is_added
+from tercet.train.learner.policy import Policy
+from tercet.train.learner.ranks import Ranks, picklable
 
+Tensors = dict[str, Tensor]
+SHARDS = "sharded"
 STATE = "trainer_state.pt"
 COMPLETE = "complete.json"
+NAMES = r"step_\d+(_\d+)?|\.step_\d+\.replaced"
+"""Names of checkpoints; earlier versions could leave one as .step_000020.replaced."""
 STATE_TYPES = [Group, Response, Triplet]
 """What a trainer state may hold beside tensors and plain Python values."""
+FILE_BYTES = 4 << 30  # bytes of optimiser states in one file
+WEIGHT = "weight"  # a LoRA weight is stored under this name, beside its optimiser states
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
-def save_checkpoint(
-    out: Path | str,
-    step: int,
-    save_model: Callable[[Path], None],
-    state: dict,
-    keep_last: int,
-    best: int | None = None,
-) -> Path:
-    """Writes the checkpoint of a step, then removes those written longest ago.
+class Trained(Protocol):
+    """The parts of a run that checkpoints are made of."""
 
-    Whenever it is interrupted, the previous checkpoints can be found and are whole; what it left
-    is removed by the next call.
+    parts: PolicyParts
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    ranks: Ranks
+
+
+class Checkpoints:
+    """Writes a run's checkpoints and restores its state from one; made by all ranks together.
 
     Args:
-        out: folder of the run.
-        step: rollout steps done; a checkpoint of the same step is replaced.
-        save_model: writes weights, config, tokenizer and image processor into a folder.
-        state: plain values, tensors and the dataclasses of STATE_TYPES.
-        keep_last: checkpoints kept, counted in the order in which they were written.
-        best: step whose checkpoint is kept besides, however old.
-
-    Returns:
-        The folder.
+        trained: the run whose weights and optimiser are written.
+        config: out, keep_last, keep_best and async_save are used.
 
     Raises:
         ValueError: keep_last below 1.
-        TypeError: A type in `state` that `load_state` would refuse.
-        OSError: The folder cannot be written, for instance because the disk is full.
     """
-    if keep_last < 1:
-        raise ValueError(f"keep_last must be at least 1, got {keep_last}")
-    root = checkpoints(out)
-    folder = root / f"step_{step:06d}"
-    partial, replaced = root / f".{folder.name}.partial", root / f".{folder.name}.replaced"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(root)
-        _write(partial, step, save_model, state, 1 + max(_serials(root).values(), default=0))
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if found := disk_error(folder, error):
-            raise found from error
-        raise
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    _sync(root)
-    shutil.rmtree(replaced, ignore_errors=True)
-    serials = _serials(root)
-    for old in sorted(serials, key=serials.get)[:-keep_last]:
-        if best is None or old.name != f"step_{best:06d}":
-            shutil.rmtree(old)
-    return folder
 
+    def __init__(self, trained: Trained, config: RunConfig):
+        if config.keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got {config.keep_last}")
+        self._trained, self._config, self._ranks = trained, config, trained.ranks
+        self._root = Path(config.out) / "checkpoints"
+        group = trained.ranks.files_group
+        self._among = {"no_dist": True} if group is None else {"process_group": group}
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if config.async_save else None
+        self._pending: Callable[[], None] | None = None
+        self._values: list[float] = []
+        self._best: tuple[str, float] | None = None  # name of the folder, value
+        self._ranks.share(lambda: _clear_leftovers(self._root))
 
-def checkpoints(out: Path | str) -> Path:
-    """The folder of a run's checkpoints."""
-    return Path(out) / "checkpoints"
+    def note(self, figures: dict[str, float]) -> None:
+        """Remember the value that keep_best names of a step's figures, the same on all ranks.
 
+        Raises:
+            ValueError: keep_best is none of them.
+        """
+        name = self._config.keep_best
+        if name in figures:
+            self._values.append(figures[name])
+        elif name is not None:
+            known = ", ".join(sorted(figures))
+            self._ranks.raise_on_all(ValueError(f"run.keep_best is {name!r}; figures are {known}"))
 
-def disk_error(folder: Path, error: BaseException) -> OSError | None:
-    """What to raise when `error` kept a checkpoint from the disk; None when it is of another kind.
+    def save(self, step: int, state: dict) -> Path:
+        """Write a checkpoint, then remove all but the keep_last newest and the best; a collective.
 
-    torch raises an error of its own on top of the operating system's, safetensors puts its number
-    into the text.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        found = re.search(r"os error (\d+)", str(cause))
-        number = cause.errno if isinstance(cause, OSError) else found and int(found[1])
-        if number:
-            said = "could not be written, earlier ones are as they were"
-            return OSError(number, f"checkpoint {folder} {said}: {os.strerror(number)}")
-        cause = cause.__cause__ or cause.__context__
-    return None
+        With async_save it is written in the background, from copies made before this returns. When
+        a save is interrupted, earlier checkpoints stay whole; the next run removes what it left.
+
+        Args:
+            step: steps done.
+            state: what the run needs to go on besides weights, optimiser and random numbers: plain
+                values, tensors and the dataclasses of STATE_TYPES.
+
+        Returns:
+            The folder of the checkpoint.
+
+        Raises:
+            OSError: this checkpoint, or with async_save the one before, could not be written.
+            TypeError: `state` holds a type that `load_state` would refuse.
+        """
+        self.wait()
+        self._trained.optimizer.zero_grad(set_to_none=True)
+        folder = self._ranks.share(lambda: _begin(self._root, step))
+        shards, updates = _training_tensors(self._trained)
+        weights = {}
+        for name, weight in self._trained.policy.named_weights():
+            if self._ranks.is_first:
+                weights[name] = weight.to("cpu", copy=self._pool is not None)
+        if self._pool:
+            shards = {name: tensor.to("cpu", copy=True) for name, tensor in shards.items()}
+        self._update_best(folder.name)
+        state = state | {"updates": updates, "rng": rng_state(), "best": self._best}
+        if self._pool:
+            state = copy.deepcopy(state)
+        write = partial(self._write, folder, step, shards, weights, state)
+        self._pending = self._pool.submit(write).result if self._pool else write
+        if self._pool is None:
+            self.wait()
+        return folder
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk; a collective. Raises the error of any rank."""
+        if self._pending is None:
+            return
+        pending, self._pending, error = self._pending, None, None
+        try:
+            pending()
+        except Exception as raised:
+            error = picklable(raised)
+        failed = [e for e in self._ranks.exchange(error) if e is not None]
+        if failed:
+            self._ranks.raise_on_all(failed[0])
+
+    def restore(self, folder: Path, state: dict) -> None:
+        """Load a checkpoint's optimiser states, sharded as they are here, and its random numbers.
+
+        Raises:
+            ValueError: it holds states of parameters that this run does not train.
+        """
+        trained, tensors = self._trained, {}
+        parameters = dict(trained.policy.model.named_parameters())
+        if (shards := folder / SHARDS).exists():
+            reader = dcp.HuggingFaceStorageReader(str(shards))
+            for key, stored in reader.read_metadata().state_dict_metadata.items():
+                name, _, kind = key.rpartition("/")
+                parameter = parameters.get(name)
+                if parameter is None or parameter.shape != stored.size:
+                    raise ValueError(
+                        f"checkpoint {folder} holds {name} {list(stored.size)}, which this run "
+                        "does not train: go on with the options it was started with"
+                    )
+                like = parameter.detach()
+                if kind != WEIGHT:
+                    like = torch.zeros_like(like, dtype=stored.properties.dtype)
+                    trained.optimizer.state[parameter][kind] = like
+                tensors[key] = like
+            dcp.load(tensors, storage_reader=reader, **self._among)
+        fused = trained.optimizer.defaults.get("fused")
+        for name, updates in state["updates"].items():
+            device = parameters[name].device if fused else "cpu"
+            trained.optimizer.state[parameters[name]]["step"] = torch.tensor(updates, device=device)
+        set_rng_state(state["rng"])
+        if state["best"]:
+            best, value = state["best"]  # earlier versions stored the step, not the name
+            self._best = (f"step_{best:06d}" if isinstance(best, int) else best, value)
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written, without the other ranks."""
+        if self._pool:
+            self._pool.shutdown()
+
+    def _update_best(self, name: str) -> None:
+        """Make a new checkpoint the best if the mean of its values is above the best so far."""
+        if self._values:
+            mean = sum(self._values) / len(self._values)
+            if self._best is None or mean > self._best[1]:
+                self._best = (name, mean)
+            self._values = []
+
+    def _write(
+        self, folder: Path, step: int, shards: Tensors, weights: Tensors, state: dict
+    ) -> None:
+        """Write this rank's shards; rank 0 then writes everything else and removes old ones."""
+        hidden, best = _hidden(folder), state["best"] and state["best"][0]
+        with _cleaning_up(folder):
+            if shards:
+                self._write_shards(hidden / SHARDS, shards)
+            if not self._ranks.is_first:
+                return
+            self._trained.parts.save(hidden, weights)
+            serials = {path: s for path, s in _serials(self._root).items() if s < math.inf}
+            serials[folder] = 1 + max(serials.values(), default=0)
+            _complete(hidden, step, serials[folder], state)
+            hidden.rename(folder)
+            _sync(self._root)
+        for old in sorted(serials, key=serials.get)[: -self._config.keep_last]:
+            if old.name != best:
+                shutil.rmtree(old.rename(_hidden(old)))
+
+    def _write_shards(self, folder: Path, shards: Tensors) -> None:
+        numbers, used = {}, 0  # number of each tensor's file, from 1; bytes so far
+        for name, tensor in shards.items():
+            numbers[name] = 1 + used // FILE_BYTES
+            used += tensor.nbytes
+        writer = dcp.HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True)
+        try:
+            dcp.save(shards, storage_writer=writer, **self._among)
+        except dcp.CheckpointException as error:  # a BaseException
+            first, _ = next(iter(error.failures.values()))
+            raise RuntimeError(str(error)) from first
 
 
 def find_checkpoint(out: Path | str, resume: Path | str) -> Path | None:
-    """The checkpoint to resume from, every file of it checked.
+    """The checkpoint to resume from; the checksums of all its files are compared.
 
     Args:
         out: folder of the run.
-        resume: "auto" for the one written last that is whole, or the folder of a checkpoint.
+        resume: "auto" for the newest checkpoint that is whole, or the folder of a checkpoint.
 
     Returns:
-        Its folder; None when "auto" finds none. A damaged one is passed over with a warning.
+        Its folder; None when "auto" finds none. Damaged ones are passed over with a warning.
 
     Raises:
-        ValueError: The folder named by `resume` is not a whole checkpoint.
+        ValueError: the folder named by `resume` is not a whole checkpoint.
     """
     if str(resume) != "auto":
         if problem := _problem(Path(resume)):
             raise ValueError(f"cannot resume from {resume}: {problem}")
         return Path(resume)
-    root = checkpoints(out)
-    serials = _serials(root)
+    serials = _serials(Path(out) / "checkpoints")
     # One whose complete.json cannot be read may be the newest: it comes first, to be named.
-    newest_first = sorted(
-        _folders(root), key=lambda folder: (serials.get(folder, np.inf), folder.name), reverse=True
-    )
-    for folder in newest_first:
+    for folder in sorted(serials, key=lambda p: (serials[p], p.name), reverse=True):
         problem = _problem(folder)
         if problem is None:
             return folder
@@ -144,7 +260,7 @@ def load_state(folder: Path | str) -> dict:
     """The trainer state of a checkpoint, tensors on the CPU; loads data only, never code.
 
     Raises:
-        ValueError: No trainer state in the folder.
+        ValueError: no trainer state in the folder.
     """
     file = Path(folder) / STATE
     if not file.is_file():
@@ -153,38 +269,60 @@ def load_state(folder: Path | str) -> dict:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def rng_state() -> dict:
-    """States of the random numbers of torch (CPU and this process's GPU), numpy and Python."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": (name, keys.tolist(), *rest),
-        "python": random.getstate(),
-    }
+def _hidden(folder: Path) -> Path:
+    """The hidden folder in which a checkpoint is written, and removed."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
-def set_rng_state(state: dict) -> None:
-    """Continues the random numbers where `rng_state` took them."""
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-    if (state["cuda"] is not None) != torch.cuda.is_available():
-        warnings.warn(
-            "the checkpoint is of a machine with another kind of device: GPU random numbers "
-            "do not continue",
-            stacklevel=2,
-        )
-    elif state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
+def _clear_leftovers(root: Path) -> None:
+    """Remove what an interrupted save left."""
+    for path in root.glob(".*.partial"):
+        shutil.rmtree(path)
 
 
-def _write(
-    folder: Path, step: int, save_model: Callable[[Path], None], state: dict, serial: int
-) -> None:
-    """Fills a new folder; when this returns, everything in it is on disk."""
-    folder.mkdir()
-    save_model(folder)
+def _begin(root: Path, step: int) -> Path:
+    """Choose a name that no checkpoint has and make the hidden folder; returns the named one."""
+    names = (f"step_{step:06d}" + (f"_{n}" if n > 1 else "") for n in count(1))
+    folder = next(root / name for name in names if not (root / name).exists())
+    with _cleaning_up(folder):
+        _clear_leftovers(root)
+        _hidden(folder).mkdir(parents=True)
+    return folder
+
+
+@contextmanager
+def _cleaning_up(folder: Path) -> Iterator[None]:
+    """Remove the hidden folder on an exception; one about the disk names the checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(_hidden(folder), ignore_errors=True)
+        cause: BaseException | None = error
+        while cause is not None:  # torch and safetensors put the system's error into their own
+            if found := re.search(r"(?:\[Errno|os error) (\d+)", str(cause)):
+                number = int(found[1])
+                said = f"could not be written, earlier ones are as they were: {os.strerror(number)}"
+                raise OSError(number, f"checkpoint {folder} {said}") from error
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
+def _training_tensors(trained: Trained) -> tuple[Tensors, dict[str, float]]:
+    """{parameter/kind: optimiser state or LoRA weight} and {parameter: number of its updates}."""
+    tensors, updates = {}, {}
+    for name, parameter in trained.policy.model.named_parameters():
+        for kind, value in trained.optimizer.state.get(parameter, {}).items():
+            if kind == "step":
+                updates[name] = float(value)
+            else:
+                tensors[f"{name}/{kind}"] = value
+        if is_added(name):
+            tensors[f"{name}/{WEIGHT}"] = parameter.detach()
+    return tensors, updates
+
+
+def _complete(folder: Path, step: int, serial: int, state: dict) -> None:
+    """Write the trainer state and complete.json; then everything in the folder is on disk."""
     with open(folder / STATE, "wb") as file:
         torch.save(state, file)
     with safe_globals(STATE_TYPES):
@@ -206,7 +344,7 @@ def _write(
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on disk."""
+    """Wait until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -222,35 +360,14 @@ def _crc32(path: Path) -> int:
     return checksum
 
 
-def _place(replaced: Path) -> Path:
-    """Where a folder set aside by save_checkpoint belongs."""
-    return replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
+def _serials(root: Path) -> dict[Path, float]:
+    """Serial number of every checkpoint; infinite where complete.json cannot be read."""
+    folders = [path for path in root.glob("*") if re.fullmatch(NAMES, path.name)]
+    completes = {folder: _read_complete(folder) for folder in folders}
+    return {folder: c["serial"] if c else math.inf for folder, c in completes.items()}
 
 
-def _clear_leftovers(root: Path) -> None:
-    """Removes what an interrupted save left; a checkpoint that it had set aside is put back."""
-    for path in root.glob(".step_*.replaced"):
-        if _place(path).exists():
-            shutil.rmtree(path)
-        else:
-            path.rename(_place(path))
-    for path in root.glob(".step_*.partial"):
-        shutil.rmtree(path)
-
-
-def _serials(root: Path) -> dict[Path, int]:
-    """Order of writing of the checkpoints whose complete.json can be read."""
-    completes = {folder: _complete(folder) for folder in _folders(root)}
-    return {folder: complete["serial"] for folder, complete in completes.items() if complete}
-
-
-def _folders(root: Path) -> list[Path]:
-    """Every checkpoint, among them one set aside whose replacement never arrived."""
-    folders = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return folders + [p for p in root.glob(".step_*.replaced") if not _place(p).exists()]
-
-
-def _complete(folder: Path) -> dict | None:
+def _read_complete(folder: Path) -> dict | None:
     """What complete.json says; None when it cannot be read."""
     try:
         complete = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
@@ -268,7 +385,7 @@ def _problem(folder: Path) -> str | None:
         return "there is no such folder"
     if not (folder / COMPLETE).is_file():
         return f"it has no {COMPLETE}, so it was not written to the end or is no checkpoint"
-    complete = _complete(folder)
+    complete = _read_complete(folder)
     if complete is None:
         return f"its {COMPLETE} cannot be read"
     for name, expected in complete["files"].items():

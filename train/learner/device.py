@@ -1,9 +1,10 @@
-"""Threads, seeds and the device of a process."""
+"""Threads, seeds, random numbers and the device of a process."""
 
 from __future__ import annotations
 
 import os
 import random
+import warnings
 
 import numpy as np
 import torch
@@ -27,3 +28,29 @@ def set_up(run: RunConfig) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def rng_state() -> dict:
+    """States of the random numbers of torch (CPU and this process's GPU), numpy and Python."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (name, keys.tolist(), *rest),
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """Continue the random numbers from what `rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    if (state["cuda"] is not None) != torch.cuda.is_available():
+        warnings.warn(
+            "the checkpoint is of a machine with another kind of device: GPU random numbers "
+            "do not continue",
+            stacklevel=2,
+        )
+    elif state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])

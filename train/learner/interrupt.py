@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as an exception raised at places where the run's state is whole."""
+"""Ctrl-C and SIGTERM as an exception, raised only where the run's state is complete."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """While open, signals only set a mark; `check` raises it as Interrupted.
+    """While it is open, a signal is only recorded; `check` raises it as Interrupted.
 
-    torchrun passes Ctrl-C on as SIGINT and SIGTERM, so later signals change nothing.
+    torchrun passes Ctrl-C on as SIGINT and SIGTERM, so only the first signal counts.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -40,11 +40,11 @@ class StopSignal:
 
     @property
     def signum(self) -> int:
-        """The signal that has come; 0: none."""
+        """The first signal received; 0: none."""
         return self._signum or 0
 
     def check(self) -> None:
-        """Raise Interrupted when a signal has come."""
+        """Raise Interrupted if a signal was received."""
         if self._signum is not None:
             raise Interrupted(self._signum)
 

@@ -1,6 +1,6 @@
-"""LoRA by PEFT (Hu et al., 2022): low-rank additions are trained, what leaves is merged.
+"""LoRA by PEFT (Hu et al., 2022): only low-rank additions are trained; exports have them merged.
 
-Modules are replaced in place, so that the policy stays the plain transformers model it was.
+Linear layers are replaced in place; the policy stays a plain transformers model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from tercet.core.config import ModelConfig
 
-ADAPTER = "default"  # PEFT's name of the only one
+ADAPTER = "default"  # PEFT's name for the first adapter; there is no other
 
 
 def add_lora(model: nn.Module, config: ModelConfig) -> None:
@@ -31,7 +31,7 @@ def add_lora(model: nn.Module, config: ModelConfig) -> None:
             "model.lora_rank must be at least 0 and model.lora_alpha positive, got "
             f"{config.lora_rank} and {config.lora_alpha}"
         )
-    from peft import LoraConfig, inject_adapter_in_model  # seconds, for those who want it
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds, and only LoRA needs it
 
     options = LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=config.lora_targets
@@ -43,15 +43,15 @@ def add_lora(model: nn.Module, config: ModelConfig) -> None:
 
 
 def is_added(name: str) -> bool:
-    """Whether a parameter is part of an addition."""
+    """Whether a parameter belongs to a low-rank addition."""
     return ".lora_" in name
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters as (Hugging Face name, tensor), in one order on all ranks, tied ones once.
+    """Parameters as (Hugging Face name, tensor), in the same order on all ranks, tied ones once.
 
-    Sharded ones are put together one at a time: a collective, which every rank iterates. Additions
-    are merged, in float32 at least.
+    Sharded parameters are gathered one at a time: a collective, so every rank iterates to the end.
+    Low-rank additions are merged, in float32 or wider, and cast back to the weight's dtype.
     """
     lora = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     for name, parameter in model.named_parameters():

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.types import PolicyParts
+from tercet.train.learner.checkpoint import Checkpoints
 from tercet.train.learner.optim import optimizer_step
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
 from tercet.train.learner.run_log import RunLog, SilentLog
-from tercet.train.learner.saving import Saver
 
 
 class Run(Protocol):
@@ -28,7 +28,7 @@ class Run(Protocol):
     ranks: Ranks
     policy: Policy
     optimizer: torch.optim.Optimizer
-    saver: Saver
+    checkpoints: Checkpoints
     skipped: int
     """Optimiser steps skipped in a row."""
     steps_done: int
@@ -58,13 +58,13 @@ def saved_on_error(run: Run) -> Iterator[None]:
     except BaseException as error:
         if run.ranks.size == 1 or error is run.ranks.raised_on_all:
             run.log.say(f"checkpoint after {run.steps_done} steps: {run.save()}")
-            run.saver.wait()
+            run.checkpoints.wait()
         raise
 
 
 def finish_step(run: Run, figures: dict[str, float]) -> Path | None:
     """Log a step, and save it where one is due; returns the checkpoint's folder."""
-    run.saver.note(figures)
+    run.checkpoints.note(figures)
     run.log.step(run.steps_done, figures)
     if run.steps_done % run.config.run.save_every and run.steps_done < run.total_steps:
         return None

@@ -169,7 +169,7 @@ class LossConfig:
 
     @property
     def negative_now(self) -> bool:
-        """Whether the negative is scored beside the update, at the same weights."""
+        """Whether log-probs on the negative are computed with the update, at the same weights."""
         return self.needs_negative and self.neg_at == "now"
 
 

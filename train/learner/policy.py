@@ -72,7 +72,7 @@ class Policy(nn.Module):
 
         Args:
             batch: a PackedBatch for `logprobs`, else a MicroBatch.
-            task: `update`: the TAPO loss, with batch.negative scored too where there is one.
+            task: `update`: the TAPO loss, on batch.negative too where there is one.
                 `negative`: a loss with the gradient that `update` has through the negative image
                 alone, given logprobs [R] of the update's, and with batch.neg_logprobs.
                 `logprobs`: given labels [R]. `cross_entropy`: the loss of stage 1.
@@ -121,12 +121,12 @@ class Policy(nn.Module):
         """Add a micro-batch's gradients to those that are there.
 
         Args:
-            batch: with or without a negative to be scored now.
-            branches: `joint`: both branches' activations exist at once, and are gone through
-                backwards one after the other; `one_at_a_time`: the negative is scored without
-                gradient first, then each branch has its own forward and backward pass, with the
-                other one's log-probs as constants. The gradient is the same, the activations half,
-                at the price of one more forward pass.
+            batch: with or without a negative to be computed now.
+            branches: `joint`: the activations of both photos exist at once, and the backward pass
+                goes through one after the other. `one_at_a_time`: log-probs on the negative are
+                computed without gradient first, then each photo has its own forward and backward
+                pass, with the other one's log-probs as constants. The gradient is the same, with
+                half the activations and one more forward pass.
 
         Returns:
             The loss and its metrics, detached; `logprobs` [R] among them.

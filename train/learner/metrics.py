@@ -93,11 +93,14 @@ METRICS = (
            2, "skip", "1.0f"),
     Metric("lr", "learning rate",
            2, "lr", "7.1e", "Gradient norm and learning rate", "learning rate", True),
+    Metric("lora_merge_error", "what rounding takes from the merged weights of LoRA, relative",
+           2, "merge", "7.1e"),
     # Of the sampler.
     Metric("tokens_per_s", "response tokens sampled in a second",
            2, "tok/s", "5.0f"),
     # The sampler against the trainer, over the tokens of responses on the anchor photo.
-    Metric("mismatch_mean", "mean of |log-prob of the trainer - log-prob of the sampler|"),
+    Metric("mismatch_mean", "mean of |log-prob of the trainer - log-prob of the sampler|",
+           2, "gap", "7.1e"),
     Metric("mismatch_max", "maximum of |log-prob of the trainer - log-prob of the sampler|"),
     Metric("mismatch_kl", "KL(sampler || trainer) (k3 estimate)"),
     Metric("mismatch_over", "share of tokens whose log-probs differ by more than 0.1"),

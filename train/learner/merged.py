@@ -47,10 +47,10 @@ def lora_figures(policy: Policy, ranks: Ranks) -> dict[str, float]:
     error = merge_error(policy, ranks)
     if error > LARGE_ERROR and ranks.is_first:
         warnings.warn(
-            f"{MERGE_ERROR} is above {LARGE_ERROR}: rounding takes more than that share of "
-            "what LoRA has learnt from merged weights, those of checkpoints and servers. Ways out: "
-            f"a checkpoint's {ADAPTER_FOLDER}/, --rollout.served_dtype float32, --model.dtype "
-            "float32",
+            f"{MERGE_ERROR} is above {LARGE_ERROR}: rounding takes more than that share of what "
+            "LoRA has learnt from merged weights, those of checkpoints and servers (where servers "
+            "sample, mismatch_mean is the gap of log-probs that follows). Ways out: a checkpoint's "
+            f"{ADAPTER_FOLDER}/, --rollout.served_dtype float32, --model.dtype float32",
             stacklevel=2,
         )
     return {MERGE_ERROR: error}

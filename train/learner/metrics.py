@@ -99,8 +99,7 @@ METRICS = (
     Metric("tokens_per_s", "response tokens sampled in a second",
            2, "tok/s", "5.0f"),
     # The sampler against the trainer, over the tokens of responses on the anchor photo.
-    Metric("mismatch_mean", "mean of |log-prob of the trainer - log-prob of the sampler|",
-           2, "gap", "7.1e"),
+    Metric("mismatch_mean", "mean of |log-prob of the trainer - log-prob of the sampler|"),
     Metric("mismatch_max", "maximum of |log-prob of the trainer - log-prob of the sampler|"),
     Metric("mismatch_kl", "KL(sampler || trainer) (k3 estimate)"),
     Metric("mismatch_over", "share of tokens whose log-probs differ by more than 0.1"),

@@ -18,6 +18,9 @@ class RolloutConfig:
     """GPUs of each server to start, as `0` or `2,3`; an empty entry: the trainer's own GPUs."""
     colocated: bool = False
     """Servers and trainer share GPUs; servers free their memory while the policy is updated."""
+    served_dtype: Literal["policy", "float32"] = "policy"
+    """Dtype of the weights on the servers. float32: what LoRA adds to a bfloat16 policy reaches
+    them unrounded, at twice the memory and traffic."""
     sglang_args: str = ""
     """Further flags of sglang.launch_server, as on a command line."""
     urls: list[str] = field(default_factory=list)

@@ -77,6 +77,11 @@ def open_engine(
         raise
 
 
+def _dtype(config: RolloutConfig) -> list[str]:
+    """Flags for the dtype of a server's weights."""
+    return ["--dtype", "float32"] if config.served_dtype == "float32" else []
+
+
 def _make_servers(config: RolloutConfig, work_dir: Path) -> list[Server]:
     ports = free_ports(len(config.server_gpus))
     return [
@@ -84,7 +89,7 @@ def _make_servers(config: RolloutConfig, work_dir: Path) -> list[Server]:
             work_dir / POLICY,
             config.sglang_python,
             work_dir / f"server_{number}",
-            arguments=[*SAME_PIXELS, *shlex.split(config.sglang_args)],
+            arguments=[*SAME_PIXELS, *_dtype(config), *shlex.split(config.sglang_args)],
             port=port,
             api_key=config.api_key,
             start_timeout_s=config.start_timeout_s,

@@ -61,13 +61,30 @@ class Example:
 
 
 def tokenize(sample: SftSample, parts: PolicyParts, system_prompt: str | None) -> Example:
-    """Prompt and target ids of a conversation; the target ends with the end-of-turn token."""
+    """Prompt and target ids of a conversation; the target ends with the end-of-turn token, once.
+
+    Raises:
+        ValueError: another token that ends an answer, or one of an image, in the target.
+    """
     messages = [{"role": role, "content": content} for role, content in sample.messages]
     prompt = chat_ids(
         parts.tokenizer, messages[:-1], len(sample.images), system_prompt=system_prompt
     )
-    target = parts.tokenizer.encode(messages[-1]["content"], add_special_tokens=False)
-    return Example(sample.id, tuple(prompt), sample.images, (*target, parts.stop_ids[0]))
+    end = parts.tokenizer.convert_ids_to_tokens(parts.turn_end)
+    answer = _without(end, messages[-1]["content"])
+    target = parts.tokenizer.encode(answer, add_special_tokens=False)
+    refused = {*parts.stop_ids, *parts.banned_ids}.intersection(target)
+    if refused:
+        names = ", ".join(parts.tokenizer.convert_ids_to_tokens(sorted(refused)))
+        raise ValueError(f"sample {sample.id!r}: its answer must not hold {names}")
+    return Example(sample.id, tuple(prompt), sample.images, (*target, parts.turn_end))
+
+
+def _without(end: str, answer: str) -> str:
+    """An answer without the end-of-turn tokens that may stand at its end already."""
+    while (cut := answer.rstrip()).endswith(end):
+        answer = cut.removesuffix(end)
+    return answer
 
 
 class SftRun:

@@ -249,7 +249,7 @@ class TapoRun:
         if not self.ranks.is_first:
             self.policy.gather_weights()
         self.ranks.share(
-            lambda: self.engine.update_weights(self.policy.named_weights(), version),
+            lambda: self.engine.update_weights(self.policy.sampled_weights(), version),
             self.policy.gather_weights,
         )
 
@@ -262,7 +262,7 @@ class TapoRun:
             # A server was restarted while rank 0 samples: the other ranks, which wait in `share`
             # for what it sampled, must put sharded weights together with it.
             self.ranks.ask_for_help()
-            return self.policy.named_weights()
+            return self.policy.sampled_weights()
 
         rollout, work_dir = self.config.rollout, self.out / "sglang"
         return open_engine(parts, self.encoder, rollout, work_dir, weights)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.types import PolicyParts
 from tercet.train.learner.checkpoint import Checkpoints
+from tercet.train.learner.merged import lora_figures
 from tercet.train.learner.optim import optimizer_step
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
@@ -64,6 +65,7 @@ def saved_on_error(run: Run) -> Iterator[None]:
 
 def finish_step(run: Run, figures: dict[str, float]) -> Path | None:
     """Log a step, and save it where one is due; returns the checkpoint's folder."""
+    figures = figures | lora_figures(run.policy, run.ranks)
     run.checkpoints.note(figures)
     run.log.step(run.steps_done, figures)
     if run.steps_done % run.config.run.save_every and run.steps_done < run.total_steps:

@@ -39,6 +39,9 @@ class RolloutConfig:
     """Longest that a server may take to load."""
     request_timeout_s: PositiveFloat = 600.0
     """Longest that one response may take."""
+    mismatch_limit: PositiveFloat | None = None
+    """Most that servers' log-probs may differ from the trainer's, on average over the tokens that
+    are sampled at the start; None: as much as the dtype explains."""
     max_in_flight: PositiveInt = 256
     """Most requests sent to the servers at once."""
     n_anchor: PositiveInt = 5

@@ -63,15 +63,17 @@ def check_address(url: str, option: str) -> str:
     Raises:
         ValueError: naming the option, where it is none or holds a password.
     """
+    shown = repr(url) if "@" not in url else "the address"
     try:
         found = httpx.URL(url)
-        good = found.scheme in ("http", "https") and found.host and found.port != 0
+        port = 1 if found.port is None else found.port
+        good = found.scheme in ("http", "https") and found.host and 0 < port < 65536
     except httpx.InvalidURL:
         good = False
     if not good:
-        raise ValueError(f"{option}: {url!r} is no address like http://127.0.0.1:30000")
+        raise ValueError(f"{option}: {shown} must be like http://127.0.0.1:30000")
     if found.userinfo:
-        raise ValueError(f"{option}: {found.host}: an address must not hold a user or a password")
+        raise ValueError(f"{option}: an address must not hold a user or a password")
     return url.rstrip("/")
 
 

@@ -96,7 +96,7 @@ class Chat(_Part):
 
 
 def read(kind: type[Kind], content: bytes) -> Kind:
-    """A reply's JSON as an object of this kind; raises BadReply, naming the first field at fault."""
+    """A reply's JSON as this kind of object; raises BadReply, naming the first field at fault."""
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:

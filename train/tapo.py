@@ -75,6 +75,7 @@ from tercet.train.learner.run import (
     open_log,
     saved_on_error,
 )
+from tercet.train.learner.sampler_check import check_sampler
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
 STATE = ("steps_done", "optimizer_steps", "groups", "minibatches_done")  # saved as they are
@@ -124,8 +125,7 @@ class TapoRun:
         )
         if sampled is not self.parts:
             self.log.say("rank 0 samples on a whole copy of the policy")
-        if not self.engine.full_vocabulary:
-            self.log.say("the sampler's log-probs are renormalised after top_p and top_k")
+        check_sampler(self)
 
     def step(self) -> dict[str, float]:
         """One rollout step; returns its figures.
@@ -265,7 +265,9 @@ class TapoRun:
             return self.policy.sampled_weights()
 
         rollout, work_dir = self.config.rollout, self.out / "sglang"
-        return open_engine(parts, self.encoder, rollout, work_dir, weights)
+        dtype = torch.bfloat16 if self.config.parallel.mixed_precision else parts.model.dtype
+        more = {"dtype": dtype, "check_stop": self.stop.check}
+        return open_engine(parts, self.encoder, rollout, work_dir, weights, **more)
 
     def _open_sampler(self) -> GroupSampler:
         config = self.config

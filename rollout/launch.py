@@ -21,7 +21,7 @@ from tercet.rollout.local import LocalEngine
 from tercet.rollout.server import API_KEY, Server, free_ports, start_all, stop_all
 from tercet.rollout.sglang import SglangEngine
 from tercet.rollout.weight_folder import roomy_folder
-from tercet.rollout.weights import open_sync
+from tercet.rollout.weights import WeightSync, open_sync
 
 SAME_PIXELS = ("--image-processor-backend", "pil")
 """The trainer's image processor. SGLang's default, torchvision's, resizes differently, which
@@ -65,17 +65,7 @@ def open_engine(
     addresses = [check_address(url, "rollout.urls") for url in config.urls]
     api_key = read_api_key(config)
     parts.save(work_dir / POLICY)
-    size = sum(parameter.nbytes for parameter in parts.model.parameters())
-    for parent in (MEMORY_DISK, work_dir):
-        remove_abandoned(parent)
-    sync = open_sync(
-        config.weight_sync,
-        parent=work_dir if config.urls else roomy_folder(size, work_dir),
-        config_from=work_dir / POLICY,
-        bucket_bytes=config.weight_bucket_mib << 20,
-        host=config.sync_host,
-        timeout_s=config.request_timeout_s,
-    )
+    sync = _open_sync(parts, config, work_dir)
     servers = []
     if config.sglang_python:
         servers = _make_servers(config, work_dir, api_key, dtype or parts.model.dtype, check_stop)
@@ -91,6 +81,21 @@ def open_engine(
     except BaseException:
         stop_all(servers)
         raise
+
+
+def _open_sync(parts: PolicyParts, config: RolloutConfig, work_dir: Path) -> WeightSync:
+    """The way for weights to reach servers, after the folders of dead trainers are removed."""
+    size = sum(parameter.nbytes for parameter in parts.model.parameters())
+    for parent in (MEMORY_DISK, work_dir):
+        remove_abandoned(parent)
+    return open_sync(
+        config.weight_sync,
+        parent=work_dir if config.urls else roomy_folder(size, work_dir),
+        config_from=work_dir / POLICY,
+        bucket_bytes=config.weight_bucket_mib << 20,
+        host=config.sync_host,
+        timeout_s=config.request_timeout_s,
+    )
 
 
 def read_api_key(config: RolloutConfig) -> str | None:

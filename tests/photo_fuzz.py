@@ -1,6 +1,6 @@
 """Photos with damaged bytes: what is accepted at the start must load later.
 
-    python tests/photo_fuzz.py 20000    # seeds 0 to 19,999; prints how many were accepted
+python tests/photo_fuzz.py 20000    # seeds 0 to 19,999; prints how many were accepted
 """
 
 from __future__ import annotations

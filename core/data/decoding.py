@@ -12,7 +12,7 @@ from functools import cache
 from io import BytesIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from tercet.core.data.cells import cell_bytes
 from tercet.core.data.files import regular
@@ -20,7 +20,18 @@ from tercet.core.data.files import regular
 MAX_ASPECT = 200
 MAX_PIXELS = 2**26
 """Of a photo as it is stored, 67 million: 8,192 x 8,192. Decoding takes up to 16 bytes a pixel."""
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF")
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "JPEG2000": (".jp2", ".j2k"),
+    "AVIF": (".avif",),
+}
+"""The formats that are read, with the suffixes that their files have."""
+_FEATURES = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}
 DEPTHS = (8, 10, 12, 14, 16)
 """Bits that a camera or scanner gives a sample, in a file whose samples take 16 or 32."""
 _TIFF_BITS = 258
@@ -38,9 +49,16 @@ _UPRIGHT = {
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """FORMATS, less those that the installed Pillow does not know."""
+    """The keys of SUFFIXES, less the formats that the installed Pillow cannot decode."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    known = [name for name in SUFFIXES if name in Image.OPEN]
+    return tuple(n for n in known if n not in _FEATURES or features.check(_FEATURES[n]))
+
+
+@cache
+def photo_suffixes() -> frozenset[str]:
+    """Suffixes, in lower case, of the files that are taken for photos."""
+    return frozenset(suffix for name in readable_formats() for suffix in SUFFIXES[name])
 
 
 @contextmanager

@@ -68,11 +68,11 @@ def text_of(record: object, field: str, where: str) -> str:
     return check_text(value, f"{where}: {field!r}")
 
 
-def texts_of(record: object, field: str, where: str) -> tuple[str, ...]:
+def texts_of(record: object, field: str, where: str, what: str = "names") -> tuple[str, ...]:
     """A field that must hold a list of at least one such text; ValueError for anything else."""
     values = record.get(field) if isinstance(record, dict) else None
     if not isinstance(values, list) or not values:
-        raise ValueError(f"{where}: {field!r} must be a list of texts, got {shown(values)}")
+        raise ValueError(f"{where}: {field!r} must be a list of {what}, got {shown(values)}")
     return tuple(check_text(v, f"{where}: {field!r}[{i}]") for i, v in enumerate(values))
 
 

@@ -34,6 +34,7 @@ def originals() -> dict[str, bytes]:
         "progressive.jpg": (rgb, {"format": "JPEG", "exif": exif, "progressive": True}),
         "cmyk.jpg": (rgb.convert("CMYK"), {"format": "JPEG", "exif": exif}),
         "grey.jpg": (rgb.convert("L"), {"format": "JPEG", "exif": exif, "restart_marker_rows": 1}),
+        "large.jpg": (rgb.resize((231, 170)), {"format": "JPEG", "quality": 30, "exif": exif}),
         "png": (rgb, {"format": "PNG", "exif": exif}),
         "palette.png": (rgb.quantize(16), {"format": "PNG", "transparency": 3}),
         "grey16.png": (Image.fromarray(ramp[..., 0].astype(np.uint16) * 257), {"format": "PNG"}),

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from tercet.core.config import DataConfig
+from tercet.core.data.decoding import photo_suffixes
 from tercet.core.data.photos import read_photos
 from tercet.core.data.triplets import prepare_manifest
 from tercet.core.types import Photo
@@ -173,7 +174,8 @@ def test_a_vehicle_called_train_is_no_split(tmp_path):
 
 
 def test_what_is_left_out_is_counted_and_what_pillow_reads_is_read(tmp_path):
-    read_too = ["1.bmp", "2.GIF", "3.jp2", "4.avif", "5.jpe"]
+    read_too = ["1.bmp", "2.GIF", "3.jp2", "5.jpe"]
+    read_too += ["4.avif"] if ".avif" in photo_suffixes() else []  # Pillow 11.3 and later
     lay(tmp_path, *(f"bird/wren/{name}" for name in read_too), "bird/wren/deeper/1.png", "9.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "bird" / "wren" / "6.jfif", "JPEG")
     for name in ("7.heic", "8.heic", "raw", "notes.txt"):

@@ -25,7 +25,7 @@ import torch
 from tercet.core.data.records import SftSample, read_sft
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.draws import EndlessOrder
-from tercet.core.packing import Encode, Prompts, packed_tokens, plain_batch, prompts_of
+from tercet.core.packing import Encode, Prompts, plain_batch, prompts_of
 from tercet.core.prompts import chat_ids
 from tercet.core.types import MicroBatch, PolicyParts
 from tercet.train.learner.assemble import build_policy, open_parts
@@ -97,6 +97,7 @@ class SftRun:
         self.encoder = PromptEncoder(self.parts)
         samples, skipped = read_sft(config.data.path, config.data.on_bad_image)
         self.examples = [tokenize(s, self.parts, config.model.system_prompt) for s in samples]
+        self.ranks.share(self._check_lengths)
         self.order = EndlessOrder(len(samples), config.run.seed)
         self.policy = build_policy(self.parts, config, self.ranks)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
@@ -113,6 +114,17 @@ class SftRun:
         self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
         for reason in skipped:
             self.log.say(f"left out: {reason}")
+
+    def _check_lengths(self) -> None:
+        limit = self.config.optim.max_tokens
+        for example in self.examples:
+            prompt = self.encoder.length(example.prompt_ids, example.images)
+            tokens = prompt + len(example.target_ids)
+            if tokens > limit:
+                raise ValueError(
+                    f"sample {example.id!r} has {tokens} tokens; optim.max_tokens is {limit} "
+                    "(samples are never cut: lower model.max_pixels or raise the limit)"
+                )
 
     def step(self) -> dict[str, float]:
         """One optimiser step on the next samples of the epoch's order; returns its figures."""
@@ -135,14 +147,6 @@ class SftRun:
 
     def _micro_batches(self, chosen: Sequence[Example]):
         """This rank's micro-batches of an optimiser step."""
-        limit = self.config.optim.max_tokens
-        for example in chosen:
-            tokens = packed_tokens(example.prompts("own", self.encoder)) + 1
-            if tokens > limit:
-                raise ValueError(
-                    f"sample {example.id!r} has {tokens} tokens; optim.max_tokens is {limit} "
-                    "(samples are never cut)"
-                )
         num_loss_tokens = sum(len(example.target_ids) for example in chosen)
 
         def pack(examples: Sequence[Example]) -> MicroBatch:

@@ -104,6 +104,7 @@ class TapoRun:
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         self.checkpoints = Checkpoints(self, config.run)
         self.sampler = self._open_sampler()
+        self.ranks.share(lambda: self.sampler.check_prompts(self.manifest.anchors))
         per_epoch = len(self.manifest.anchors) / config.rollout.groups_per_step
         self.total_steps = config.run.steps or max(1, int(config.run.epochs * per_epoch))
         self.steps_done = self.minibatches_done = self.optimizer_steps = self.skipped = 0
@@ -114,6 +115,8 @@ class TapoRun:
             self._restore(resume)
         self._sync(self.steps_done)
         self.log = open_log(self, resolved)
+        for line in self.manifest.remarks():
+            self.log.say(line)
         longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
         self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
         self.micro_batches = partial(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from tercet.core.names import normal_form
+
 _COMMON = (
     "What kind of {super_category} is this?",
     "What type of {super_category} is shown in the image?",
@@ -51,12 +53,12 @@ def read_questions(path: str | Path | None = None) -> dict[str, tuple[str, ...]]
         good = isinstance(templates, list) and all(isinstance(t, str) and t for t in templates)
         if not good or not templates:
             raise ValueError(f"{path}: {name!r} must be a list of questions, got {templates!r}")
-    return QUESTIONS | {str(name).replace("_", " ").lower(): tuple(own[name]) for name in own}
+    return QUESTIONS | {normal_form(str(name)): tuple(own[name]) for name in own}
 
 
 def questions_for(super_category: str, templates: dict[str, tuple[str, ...]]) -> list[str]:
     """The templates of a super-category, its name filled in; "birds" uses those of "bird"."""
-    key = super_category.lower()
+    key = normal_form(super_category)
     if key not in templates and key.endswith("s") and key[:-1] in templates:
         key = super_category = key[:-1]
     chosen = templates.get(key, templates["default"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Interrupted(Exception):
@@ -27,6 +29,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._signum: int | None = None
+        self._raises = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -43,6 +46,16 @@ class StopSignal:
         """The first signal received; 0: none."""
         return self._signum or 0
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A signal raises Interrupted wherever it comes: in a wait, before there is any state."""
+        self._raises = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._raises = False
+
     def check(self) -> None:
         """Raise Interrupted if a signal was received."""
         if self._signum is not None:
@@ -50,3 +63,5 @@ class StopSignal:
 
     def _mark(self, signum: int, _frame) -> None:
         self._signum = self._signum or signum
+        if self._raises:
+            self.check()

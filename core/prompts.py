@@ -6,8 +6,7 @@ The prompt strings are data: a trained model expects them to the letter.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 IMAGE_MARKER = "<image>"
@@ -19,11 +18,9 @@ STAGE2_INSTRUCTION = (
     "tags."
 )
 
-_ANSWER = {
-    "first": re.compile("<answer>(.*?)</answer>", re.DOTALL),
-    "longest": re.compile("<answer>(.*)</answer>", re.DOTALL),
-}
-_SPACE_AROUND_MARKS = re.compile(r"\s*([<>/])\s*")
+_OPENING, _CLOSING = "<answer>", "</answer>"
+# White space after a mark, or before one: each run of it is looked at once.
+_SPACE_AT_MARKS = re.compile(r"(?<=[<>/])\s+|(?<!\s)\s++(?=[<>/])")
 
 
 def stage2_text(question: str) -> str:
@@ -50,7 +47,7 @@ def closed_world_text(question: str, options: Sequence[str]) -> str:
 
 def squeeze(text: str) -> str:
     """`text` without the white space around `<`, `>` and `/`."""
-    return _SPACE_AROUND_MARKS.sub(r"\1", text)
+    return _SPACE_AT_MARKS.sub("", text)
 
 
 def extract_answer(text: str, which: Literal["first", "longest"] = "first") -> str | None:
@@ -67,74 +64,14 @@ def extract_answer(text: str, which: Literal["first", "longest"] = "first") -> s
     Raises:
         ValueError: `which` is something else.
     """
-    if which not in _ANSWER:
+    if which not in ("first", "longest"):
         raise ValueError(f"which must be 'first' or 'longest', got {which!r}")
-    match = _ANSWER[which].search(text)
-    return match.group(1).strip() if match else None
-
-
-def plain(text: str) -> str:
-    """The form in which names are compared: lower case, `_` and white space as single spaces."""
-    return squeeze(" ".join(text.lower().replace("_", " ").split()))
-
-
-def names_in(text: str, names: Iterable[str]) -> list[str]:
-    """The known names that occur in a text, ignoring case and reading `_` as a space.
-
-    A name counts only between word boundaries. Longer names are searched first, and text that they
-    match is not searched again: "crested auklet" does not count as "auklet".
-
-    Args:
-        text: the text to search.
-        names: the known names; of two that are equal in this form, the first one is returned.
-
-    Returns:
-        The distinct names found, spelled as given, in the order of their first occurrence.
-
-    Raises:
-        ValueError: a name is empty.
-    """
-    hay = plain(text)
-    taken = [False] * len(hay)
-    found: dict[str, int] = {}
-    for needle, name in _by_length(tuple(names)):
-        start = hay.find(needle)
-        while start >= 0:
-            end = start + len(needle)
-            if not any(taken[start:end]) and _is_bounded(hay, start, end):
-                taken[start:end] = [True] * len(needle)
-                found.setdefault(name, start)
-            start = hay.find(needle, start + 1)
-    return sorted(found, key=found.__getitem__)
-
-
-def is_only_name(text: str, truth: str, names: Iterable[str]) -> bool:
-    """Whether the true name is the only known name that occurs in a text (see `names_in`).
-
-    Raises:
-        ValueError: the true name is not a known one.
-    """
-    known, wanted = tuple(names), [plain(truth)]
-    if [plain(name) for name in names_in(truth, known)] != wanted:
-        raise ValueError(f"the true name {truth!r} is not a known name; known are {known}")
-    return [plain(name) for name in names_in(text, known)] == wanted
-
-
-@lru_cache(maxsize=64)
-def _by_length(names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(name in its compared form, name as given), longest first."""
-    needles: dict[str, str] = {}
-    for name in names:
-        if not plain(name):
-            raise ValueError(f"a known name must not be empty, got {name!r}")
-        needles.setdefault(plain(name), name)
-    return sorted(needles.items(), key=lambda item: -len(item[0]))
-
-
-def _is_bounded(text: str, start: int, end: int) -> bool:
-    """Whether neither end of text[start:end] lies inside a word."""
-    before, after = text[max(start - 1, 0) : start + 1], text[end - 1 : end + 1]
-    return not any(len(pair) == 2 and pair.isalnum() for pair in (before, after))
+    start = text.find(_OPENING)
+    if start < 0:
+        return None
+    start += len(_OPENING)
+    end = text.find(_CLOSING, start) if which == "first" else text.rfind(_CLOSING, start)
+    return text[start:end].strip() if end >= 0 else None
 
 
 def chat_ids(

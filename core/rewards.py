@@ -1,29 +1,27 @@
-"""Rewards: the two built-in ones, and how any reward function is found, called and checked.
+"""Rewards: the two built-in ones, and how a reward function is called.
 
 A reward function maps the rows of whole groups to one dict of numbers per row; it may be a
 coroutine function. A row holds `response` (special tokens removed), `response_length`,
 `ground_truth`, `question`, `images`, `role`, `group_id`, `finish_reason` and `names` (the known
 sub-categories). A result holds `overall` and, optionally, `accuracy` and further metrics.
+
+A function of the user's runs in a process of its own (core/reward_process.py). The built-in ones
+run in this process: they read text in linear time and cannot hang.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import inspect
-import math
-import os
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib.machinery import PathFinder
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from tercet.core.prompts import extract_answer, is_only_name, names_in, squeeze
+from tercet.core.names import is_only_name, names_in, normal_form
+from tercet.core.prompts import extract_answer, squeeze
+from tercet.core.reward_calls import Results, RewardError, Rows, results_of
+from tercet.core.reward_process import RewardProcess
 
-Rows = list[dict]
-Results = list[dict[str, float]]
-
-_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+_BEGINNING, _END = "<think>", "</answer>"
+_MIDDLE = re.compile(r"</think>\s*<answer>")
 
 
 def fine_r1_reward(response: str, truth: str) -> dict[str, float]:
@@ -47,7 +45,7 @@ def fine_r1_reward(response: str, truth: str) -> dict[str, float]:
         raise ValueError(f"the true name must not be empty, got {truth!r}")
     response = squeeze(response)
     answer = extract_answer(response, "first")
-    hit = answer is not None and squeeze(truth.strip()).lower() in answer.lower()
+    hit = answer is not None and _released_form(truth) in answer.lower()
     return _result(hit, _has_format(response))
 
 
@@ -55,35 +53,44 @@ def fine_r1(rows: Rows) -> Results:
     """`fine_r1_reward` of every row, with the metric `several_names`."""
     results = []
     for row in rows:
+        answer = extract_answer(squeeze(row["response"]), "first") or ""
         result = fine_r1_reward(row["response"], row["ground_truth"])
-        results.append({**result, "several_names": _several_names(row)})
+        results.append({**result, "several_names": _several_names(answer, row)})
     return results
 
 
 def fine_r1_strict(rows: Rows) -> Results:
     """`fine_r1`, but correct only if the true name is the only known name in the first answer.
 
+    Names are compared in the normal form (see core.names).
+
     Raises:
         ValueError: a row's true name is not among its known names.
     """
     results = []
     for row in rows:
-        hit = is_only_name(_first_answer(row), row["ground_truth"], row.get("names", ()))
-        result = _result(hit, _has_format(squeeze(row["response"])))
-        results.append({**result, "several_names": _several_names(row)})
+        response = squeeze(row["response"])
+        answer = extract_answer(response, "first") or ""
+        hit = is_only_name(answer, row["ground_truth"], row.get("names", ()))
+        result = _result(hit, _has_format(response))
+        results.append({**result, "several_names": _several_names(answer, row)})
     return results
 
 
-def _first_answer(row: dict) -> str:
-    return extract_answer(squeeze(row["response"]), "first") or ""
+def _released_form(name: str) -> str:
+    """A name as the released reward searches for it."""
+    return squeeze(name.strip()).lower()
 
 
-def _several_names(row: dict) -> float:
-    return float(len(names_in(_first_answer(row), row.get("names", ()))) > 1)
+def _several_names(answer: str, row: dict) -> float:
+    return float(len(names_in(answer, row.get("names", ()))) > 1)
 
 
 def _has_format(squeezed: str) -> bool:
-    return _FORMAT.fullmatch(squeezed) is not None
+    """Whether a text is `<think>...</think><answer>...</answer>`, white space between the two."""
+    if not squeezed.startswith(_BEGINNING) or not squeezed.endswith(_END):
+        return False
+    return bool(_MIDDLE.search(squeezed, len(_BEGINNING), len(squeezed) - len(_END)))
 
 
 def _result(hit: bool, has_format: bool) -> dict[str, float]:
@@ -94,111 +101,90 @@ def _result(hit: bool, has_format: bool) -> dict[str, float]:
 BUILT_IN: dict[str, Callable] = {"fine_r1": fine_r1, "fine_r1_strict": fine_r1_strict}
 
 
-def load_reward(spec: str) -> Callable:
+def load_reward(spec: str) -> Callable | RewardProcess:
     """The reward function that an option names.
 
     Args:
-        spec: `fine_r1`, `fine_r1_strict`, or `module:function`. A module that is not installed is
-            searched in the current directory, as a file or as a package with `__init__.py`. The
-            directory is not added to sys.path, where its folders could hide installed packages.
+        spec: `fine_r1`, `fine_r1_strict`, or `module:function` (see `find_function`).
 
     Returns:
-        The function.
+        The built-in function, or a process that has imported the module.
 
     Raises:
         ValueError: no such module or function, or the module cannot be imported.
     """
     if spec in BUILT_IN:
         return BUILT_IN[spec]
-    module_name, _, function_name = spec.partition(":")
-    if not module_name or not function_name:
+    if not all(spec.partition(":")):
         raise ValueError(f"reward must be {', '.join(BUILT_IN)} or module:function, got {spec!r}")
-    try:
-        module = _import(module_name)
-    except Exception as error:
-        raise ValueError(
-            f"reward {spec!r}: importing module {module_name!r} (installed, or in {os.getcwd()}) "
-            f"failed: {error!r}"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        where = getattr(module, "__file__", None) or module_name
-        raise ValueError(f"reward {spec!r}: {where} has no function {function_name!r}")
-    return function
+    return RewardProcess(spec)
 
 
-def _import(name: str):
-    """Module `name`; its top level comes from the current directory if it is not installed."""
-    top = name.partition(".")[0]
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        found = PathFinder.find_spec(top, [os.getcwd()])
-        if error.name != top or found is None or found.loader is None:
-            raise
-    # As an import does: the module is in sys.modules while it is executed.
-    sys.modules[top] = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(sys.modules[top])
-        return importlib.import_module(name)
-    except BaseException:
-        sys.modules.pop(top, None)
-        raise
-
-
-async def call_reward(function: Callable, rows: Rows) -> Results:
+async def call_reward(
+    function: Callable | RewardProcess,
+    rows: Rows,
+    timeout_s: float = 900.0,
+    is_reserved: Callable[[str], bool] = lambda metric: False,
+) -> Results:
     """Checked results of a reward function for whole groups.
 
-    A plain function runs in a thread, so that the event loop goes on. It may be called for several
-    groups at the same time.
+    It may be called for several groups at the same time.
 
     Args:
-        function: a reward function, plain or a coroutine function.
+        function: as `load_reward` gives it, or any function of this process, plain or a coroutine
+            function. A plain one in this process cannot be stopped: the call fails after
+            `timeout_s`, its thread goes on.
         rows: its rows; `group_id` names the group in errors.
+        timeout_s: longest that it may take.
+        is_reserved: whether a metric's name is the trainer's own.
 
     Returns:
         One dict of finite floats per row, with `overall` in each and `accuracy` in all or none.
 
     Raises:
-        ValueError: the function raises, or returns something else.
+        ValueError: the function raises, hangs or ends its process, or returns something else.
     """
     groups = ", ".join(dict.fromkeys(str(row.get("group_id", "?")) for row in rows))
-    where = f"reward function {getattr(function, '__qualname__', function)!r}, group {groups}"
+    name = getattr(function, "spec", getattr(function, "__qualname__", function))
+    where = f"reward function {name!r}, group {groups}"
     try:
-        results = await asyncio.to_thread(_call, function, rows)
-        if inspect.isawaitable(results):
-            results = await results
-    except Exception as error:
-        raise ValueError(f"{where}: it raised {error!r}") from error
-    if not isinstance(results, list | tuple) or len(results) != len(rows):
-        got = len(results) if isinstance(results, list | tuple) else type(results).__name__
-        raise ValueError(f"{where}: it must return a list of {len(rows)} results, got {got}")
-    checked = [_checked(result, f"{where}, response {n}") for n, result in enumerate(results)]
-    if len({"accuracy" in result for result in checked}) > 1:
-        raise ValueError(f"{where}: `accuracy` must be in all of its results or in none")
-    return checked
+        if isinstance(function, RewardProcess):
+            results = await function.call(rows, timeout_s)
+        else:
+            async with asyncio.timeout(timeout_s):
+                results = await results_of(function, rows)
+    except RewardError as error:
+        raise ValueError(f"{where}: {error}") from error.__cause__
+    except TimeoutError as error:
+        raise ValueError(
+            f"{where}: no result within {timeout_s:g} s (rollout.reward_timeout_s)"
+        ) from error
+    for metric in sorted({metric for result in results for metric in result}):
+        if is_reserved(metric):
+            raise ValueError(f"{where}: the trainer has a metric of its own called {metric!r}")
+    return results
 
 
-def _call(function: Callable, rows: Rows):
-    try:
-        return function(rows)
-    except StopIteration as error:
-        # A future cannot carry a StopIteration from the thread to whoever awaits it.
-        raise RuntimeError(repr(error)) from error
+def read_apart(reward: str, names: Iterable[str]) -> str:
+    """What to know at a run's start about names that `fine_r1` compares letter by letter.
 
+    Args:
+        reward: as `load_reward` takes it.
+        names: the known sub-categories.
 
-def _checked(result, where: str) -> dict[str, float]:
-    if not isinstance(result, Mapping) or "overall" not in result:
-        raise ValueError(f"{where}: a result must be a dict with `overall`, got {result!r}")
-    numbers = {}
-    for key, value in result.items():
-        try:
-            numbers[key] = math.nan if isinstance(value, str) else float(value)
-        except Exception as error:
-            raise ValueError(f"{where}: {key!r} must be a number, got {value!r}") from error
-        if not math.isfinite(numbers[key]):
-            raise ValueError(f"{where}: {key!r} must be a finite number, got {value!r}")
-    return numbers
+    Returns:
+        One line naming those that the normal form spells otherwise than `fine_r1`, so that a right
+        answer in another spelling gets no reward; empty where there are none.
+    """
+    apart = [name for name in names if _released_form(name) != normal_form(name)]
+    if reward != "fine_r1" or not apart:
+        return ""
+    return (
+        f"reward fine_r1 compares letter by letter, so a right answer may get 0 for "
+        f"{len(apart)} names with special characters: "
+        f"{', '.join(map(ascii, apart[:5]))}{', ...' if apart[5:] else ''}; "
+        "fine_r1_strict reads every spelling"
+    )
 
 
 def is_correct(result: Mapping[str, float]) -> bool:

@@ -80,6 +80,8 @@ class RolloutConfig:
     """Most steps between the weights that sampled a carried group and those it trains."""
     reward: str = "fine_r1"
     """fine_r1, fine_r1_strict, or a function of your own as module:function."""
+    reward_timeout_s: PositiveFloat = 900.0
+    """Longest that a reward function may take for a group; its process is killed then."""
     cut_off: Literal["keep", "mask", "penalise"] = "keep"
     """Responses that were cut off: trained on as any other, left out of the loss, or with
     `cut_off_penalty` taken from their reward."""

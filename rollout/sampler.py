@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.prompts import chat_ids, stage2_text
+from tercet.core.reward_process import RewardProcess
 from tercet.core.rewards import call_reward, keep_group
 from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import Anchor, Completion, Group, Request, Response, Triplet
@@ -25,9 +26,11 @@ from tercet.rollout.engine import Engine, Sampling, together
 Progress = Callable[[int], None]
 OVERSAMPLE = 1.25
 """With streaming: groups in flight, as a multiple of the groups expected to fill the step."""
+REWARDS_AT_ONCE = 32
+"""Most groups whose rewards are computed at the same time; the others wait for their turn."""
 
 
-class NotEnoughGroups(RuntimeError):
+class NotEnoughGroups(ValueError):
     """Too few groups passed within `max_rounds`, and `on_exhausted` is `error`."""
 
 
@@ -93,10 +96,11 @@ class GroupSampler:
         tokenizer: for prompts and for the text that rewards see.
         encoder: counts a prompt's tokens, those of its photo included.
         config: group sizes, sampling and what to do when too few groups pass.
-        reward: batch reward function (see core.rewards).
+        reward: batch reward function (see core.rewards); its process is closed with the sampler.
         names: known sub-category names by super-category, for rewards that need them.
         system_prompt: system message of every prompt.
         seed: of the run.
+        is_reserved: whether a metric's name is the trainer's own and must not be the reward's.
     """
 
     def __init__(
@@ -107,10 +111,11 @@ class GroupSampler:
         encoder: PromptEncoder,
         config: RolloutConfig,
         *,
-        reward: Callable,
+        reward: Callable | RewardProcess,
         names: dict[str, Sequence[str]],
         system_prompt: str | None,
         seed: int,
+        is_reserved: Callable[[str], bool] = lambda metric: False,
     ):
         self.carried: list[Group] = []
         self._engine = engine
@@ -119,6 +124,7 @@ class GroupSampler:
         self._encoder = encoder
         self._config = config
         self._reward = reward
+        self._is_reserved = is_reserved
         self._names = names
         self._system_prompt = system_prompt
         self._seed = seed
@@ -131,6 +137,11 @@ class GroupSampler:
         self._sampling = Sampling(
             config.temperature, config.top_p, config.top_k, config.max_response_tokens
         )
+
+    def close(self) -> None:
+        """End the reward function's process."""
+        if isinstance(self._reward, RewardProcess):
+            self._reward.close()
 
     async def collect(self, step: int, progress: Progress = lambda responses: None) -> StepGroups:
         """Sample until the step has its groups or `max_rounds` are used up.
@@ -160,6 +171,7 @@ class GroupSampler:
         wanted = config.groups_per_step
         limit = math.inf if config.max_rounds is None else config.max_rounds * wanted
         result = StepGroups(groups=self._fresh_carried())
+        self._rewarding = asyncio.Semaphore(REWARDS_AT_ONCE)  # of this call's event loop
         self.carried = []
         passing = {group.id for group in result.groups}
         fill = self._stream_in if config.streaming else self._rounds
@@ -369,7 +381,9 @@ class GroupSampler:
             }
             for response in group.responses
         ]
-        outcomes = await call_reward(self._reward, rows)
+        async with self._rewarding:
+            timeout_s = config.reward_timeout_s
+            outcomes = await call_reward(self._reward, rows, timeout_s, self._is_reserved)
         for response, outcome in zip(group.responses, outcomes, strict=True):
             penalised = config.cut_off == "penalise" and response.finish_reason == "length"
             response.reward = outcome["overall"] - penalised * config.cut_off_penalty

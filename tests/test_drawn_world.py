@@ -11,7 +11,8 @@ from PIL import Image
 
 from tercet.core.data.photos import read_photos
 from tercet.core.data.records import read_sft
-from tercet.core.prompts import extract_answer, names_in
+from tercet.core.names import names_in
+from tercet.core.prompts import extract_answer
 from tercet.core.rewards import fine_r1_reward
 from tercet.train.demo import drawing, drawn_world
 from tercet.train.demo.drawing import draw

@@ -11,6 +11,7 @@ from tercet.kernels.reference import TERMS
 from tercet.train.learner.metrics import (
     METRICS,
     PANELS,
+    is_reserved,
     phase_seconds,
     read_metrics,
     tensorboard_tag,
@@ -79,3 +80,21 @@ def test_a_damaged_line_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: not a JSON object with a step"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_names_that_a_reward_must_not_use():
+    taken = [
+        "reward",
+        "kept",
+        "acceptance",
+        "response_length",
+        "len",
+        "loss",
+        "lr",
+        "step",
+        "groups",
+    ]
+    taken += ["seconds_generate", "seconds/update", "train/loss", "train/step", "mismatch_max"]
+    assert all(map(is_reserved, taken))
+    free = ["accuracy", "several_names", "format", "length", "rewards", "judge/score", "overall"]
+    assert not any(map(is_reserved, free))

@@ -174,3 +174,12 @@ def test_bad_photos_stop_or_are_left_out_with_the_anchors_that_need_them(tmp_pat
     assert left.skipped[4] == "anchor a: no good positive or no good negative is left"
     with pytest.raises(ValueError, match="no anchor has its photos; 3 are bad"):
         manifest.without_bad("skip")
+
+
+def test_two_spellings_of_a_name_are_refused(tmp_path):
+    path = drawn_manifest(tmp_path).write(tmp_path)
+    stored = json.loads(path.read_text())
+    stored["anchors"][1]["sub_category"] = stored["anchors"][1]["sub_category"].upper()
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"triplets.json: the sub-categories of .* are one name"):
+        Manifest.read(path)

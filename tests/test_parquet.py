@@ -66,7 +66,7 @@ def test_every_form_of_cell_is_read(tmp_path, form):
         negatives=(f"{path}#1/image_aug/0",),
         question="Which bird?",
         super_category="",
-        sub_category="Least_Auklet",
+        sub_category="Least Auklet",
     )
     keys = (anchors[1].image, anchors[1].positives[0], anchors[1].negatives[0])
     colours = [load_image(key).getpixel((0, 0)) for key in keys]
@@ -236,3 +236,10 @@ def test_a_photo_that_fails_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="gone.png"):
         write_parquet([anchor], path, partial(resized, Qwen2VLImageProcessorPil()))
     assert list(path.parent.iterdir()) == []
+
+
+def test_two_spellings_of_an_answer_are_refused(tmp_path):
+    rows = [row(CELLS["bytes"], answer=name) for name in ("S4_Sedan", "S4 Sedan", "s4 sedan")]
+    assert len(read_parquet(write(tmp_path / "t.parquet", rows[:2]))) == 2
+    with pytest.raises(ValueError, match="t.parquet: the sub-categories 'S4 Sedan' and 's4 sedan'"):
+        read_parquet(write(tmp_path / "t.parquet", rows))

@@ -1,5 +1,6 @@
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tercet.core.data import fields
+from tercet.core.data.fields import as_words
 from tercet.core.data.photos import check_images, read_photos
 from tercet.core.data.records import read_eval, read_sft
 from tercet.core.data.vision import load_image
@@ -464,6 +466,37 @@ def test_eval_questions_are_read_with_names_as_words(tmp_path):
     assert second.partition == "seen"
     (own,) = read_eval(write_lines(tmp_path / "q.jsonl", question(super_category="tiny_bird")))
     assert (own.super_category, own.partition) == ("tiny bird", "")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Least_Auklet", "least auklet"),
+        (unicodedata.normalize("NFD", "Citroën_C4"), "Citroën_C4"),
+        ("Boeing 737-200", "Boeing 737\u2011200"),
+        ("Brewer's Blackbird", "Brewer’s Blackbird"),
+    ],
+    ids=["case", "accents", "hyphen", "apostrophe"],
+)
+def test_two_spellings_of_a_class_are_refused_by_every_reader(tmp_path, names):
+    """Else a negative could be of the same sub-category."""
+    for folder in (*names, "Laysan Albatross"):
+        save(tmp_path / "photos" / "bird" / folder / "1.png")
+    photos = ["photos/bird/Laysan Albatross/1.png", f"photos/bird/{names[0]}/1.png"]
+    rows = [line(photo, sub_category=name) for photo, name in zip(photos, names, strict=True)]
+    listed = {"classes": [{**row, "partition": "seen"} for row in rows], "images": []}
+    listed["images"] = [{**rows[0], "path": "1.png", "split": "train"}]
+    save(tmp_path / "listed" / "1.png")
+    (tmp_path / "listed" / "manifest.json").write_text(json.dumps(listed))
+    write_lines(tmp_path / "photos.jsonl", *rows)
+    options = [question(options=["wren", name, "great_tit"]) for name in names]
+    write_lines(tmp_path / "questions.jsonl", *options)
+    readers = {"photos": read_photos, "listed": read_photos, "photos.jsonl": read_photos}
+    shown = [repr(as_words(name)) for name in names]
+    for name, read in (readers | {"questions.jsonl": read_eval}).items():
+        with pytest.raises(ValueError, match="are one name in two spellings") as caught:
+            read(tmp_path / name)
+        assert all(word in str(caught.value) for word in [f"{tmp_path / name}: ", *shown])
 
 
 @pytest.mark.parametrize(

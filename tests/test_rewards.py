@@ -2,14 +2,18 @@
 
 import asyncio
 import math
-import sys
+import random
+import re
 import threading
 import time
+import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
+from tercet.core.names import names_in
 from tercet.core.rewards import (
     call_reward,
     fine_r1,
@@ -18,6 +22,11 @@ from tercet.core.rewards import (
     is_correct,
     keep_group,
     load_reward,
+    read_apart,
+)
+from tercet.train.evaluation.metrics import (
+    closed_world_correct,
+    open_world_included,
 )
 
 pytestmark = pytest.mark.core
@@ -105,55 +114,85 @@ def test_strict_refuses_a_truth_it_does_not_know():
         fine_r1_strict(rows("<answer>tern</answer>", truth="tern"))
 
 
+OLD_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+OLD_ANSWER = re.compile("<answer>(.*?)</answer>", re.DOTALL)
+PIECES = ["<answer>", "</answer>", "<think>", "</think>", *"<>/ \n_", "auklet", "Gull", "s"]
+
+
+def released(response: str, truth: str) -> tuple[float, float]:
+    """Accuracy and format as the released code has them, with expressions that are quadratic."""
+    response = re.sub(r"\s*([<>/])\s*", r"\1", response)
+    answer = OLD_ANSWER.search(response)
+    hit = answer is not None and truth.lower() in answer.group(1).strip().lower()
+    return float(hit), float(OLD_FORMAT.fullmatch(response) is not None)
+
+
+def test_fine_r1_is_that_of_the_released_code():
+    draw = random.Random(0)
+    found = Counter()
+    for _ in range(20_000):
+        inner = ["".join(draw.choices(PIECES, k=draw.randrange(4))) for _ in range(4)]
+        text = "".join(inner)
+        if draw.random() < 0.5:
+            text = "<think>{}</think>{}<answer>{}</answer>{}".format(*inner)
+        expected = released(text, "auklet")
+        result = fine_r1_reward(text, "auklet")
+        assert (result["accuracy"], result["format"]) == expected, text
+        found[expected] += 1
+    assert len(found) == 4 and min(found.values()) > 100, found
+
+
+LONG = {
+    "fine_r1": lambda text: fine_r1_reward(text, "auklet"),
+    "strict": lambda text: fine_r1_strict(rows(f"<answer>{text}</answer>")),
+    "closed": lambda text: closed_world_correct(text, "auklet"),
+    "included": lambda text: open_world_included(text, "auklet", cars=False),
+}
+UNITS = ["<think>", "</think>", "<answer>", "</answer>", "<think></think>", "</think> "]
+UNITS += [*" <>/7a'’", "</", " <", "< answer >", "auklet", "auklet ", "\u0316\u0300", "小"]
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=ascii)
+def test_reading_takes_time_in_proportion_to_the_length(unit):
+    """Ten times the text takes about ten times as long, a hundred times where it is quadratic."""
+    for name, read in LONG.items():
+        seconds = []
+        for size in (100_000, 1_000_000):
+            text = unit * (size // len(unit))
+            started = time.process_time()
+            read(text)
+            seconds.append(time.process_time() - started)
+        assert seconds[1] < max(30 * seconds[0], 0.3), (name, seconds)
+
+
+def test_many_names_take_time_in_proportion_to_their_number():
+    text, seconds = "an auk, or name 17x of them all " * 1000, []
+    for count in (200, 2000):
+        names = [*(f"name {n}" for n in range(count)), "auk"]
+        names_in(text, names)  # sorts the names, once
+        started = time.process_time()
+        assert names_in(text, names) == ["auk"]
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < max(30 * seconds[0], 0.3)
+
+
+def test_fine_r1_is_apart_from_the_normal_form_where_names_are_not_plain():
+    nfd = unicodedata.normalize("NFD", "Citroën C4")
+    names = ["auk", "Citroën C4", nfd, "Brewer’s Blackbird", "Weißstorch", "S4_Sedan", "7\u20112"]
+    line = read_apart("fine_r1", names)
+    assert line.startswith("reward fine_r1 compares letter by letter") and "5 names" in line
+    assert r"'Citroe\u0308n C4', 'Brewer\u2019s Blackbird'" in line
+    assert read_apart("fine_r1", names[:2]) == read_apart("fine_r1_strict", names) == ""
+    (row,) = rows("<answer>Citroën C4</answer>", truth=nfd, names=(nfd, "S5"))
+    assert (fine_r1([row])[0]["accuracy"], fine_r1_strict([row])[0]["accuracy"]) == (0, 1)
+
+
 def test_built_in_names():
     assert load_reward("fine_r1") is fine_r1
     assert load_reward("fine_r1_strict") is fine_r1_strict
-    assert load_reward("math:hypot") is math.hypot
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A current directory whose modules are forgotten after the test."""
-    monkeypatch.chdir(tmp_path)
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
-
-
-def test_functions_of_the_current_directory(folder):
-    (folder / "my_reward.py").write_text("def length(rows): return [{'overall': 4.0}]\n")
-    (folder / "my_pack").mkdir()
-    (folder / "my_pack" / "__init__.py").write_text("")
-    (folder / "my_pack" / "base.py").write_text("VALUE = 5.0\n")
-    (folder / "my_pack" / "deep.py").write_text(
-        "from .base import VALUE\ndef f(rows): return [{'overall': VALUE}]\n"
-    )
-    path = list(sys.path)
-    assert load_reward("my_reward:length")([{}]) == [{"overall": 4.0}]
-    assert load_reward("my_pack.deep:f")([{}]) == [{"overall": 5.0}]
-    assert load_reward("my_reward:length") is load_reward("my_reward:length")
-    assert sys.path == path
-
-
-def test_functions_that_cannot_be_loaded(folder):
-    (folder / "broken_reward.py").write_text("import no_such_module_here\n")
-    (folder / "my_reward.py").write_text("limit = 3\n")
-    (folder / "bare_folder").mkdir()
-    (folder / "bare_folder" / "inner.py").write_text("def f(rows): return []\n")
-    for spec, message in [
-        ("fine_r2", "must be fine_r1, fine_r1_strict or module:function, got 'fine_r2'"),
-        (":f", "must be fine_r1"),
-        ("math:", "must be fine_r1"),
-        ("no_such_reward:f", "No module named 'no_such_reward'"),
-        ("broken_reward:f", "No module named 'no_such_module_here'"),
-        ("bare_folder.inner:f", "No module named 'bare_folder'"),
-        ("my_reward:missing", r"my_reward\.py has no function 'missing'"),
-        ("my_reward:limit", r"my_reward\.py has no function 'limit'"),
-    ]:
-        with pytest.raises(ValueError, match=message):
+    for spec in ("fine_r2", ":f", "math:", ""):
+        with pytest.raises(ValueError, match="must be fine_r1, fine_r1_strict or module:function"):
             load_reward(spec)
-    assert "broken_reward" not in sys.modules and "bare_folder" not in sys.modules
 
 
 def call(function, batch):
@@ -223,6 +262,13 @@ def returns(value):
         ([{"overall": None}, {"overall": 1.0}], "'overall' must be a number, got None"),
         ([{"overall": torch.zeros(2)}, {"overall": 1.0}], "'overall' must be a number, got tensor"),
         ([{"overall": 1.0, "accuracy": 1}, {"overall": 1.0}], "`accuracy` must be in all of its"),
+        ([{"overall": 1.0, 3: 1.0}] * 2, "response 0: a metric's name must be a text, got 3"),
+        ([{"overall": 1.0, "a\nb": 1.0}] * 2, "a metric's name must be a text, got 'a\\nb'"),
+        ([{"overall": 1.0, "\ud800": 1.0}] * 2, "a metric's name must be a text, got '\\ud800'"),
+        ([{"overall": 1.0, " ": 1.0}] * 2, "a metric's name must be a text, got ' '"),
+        ([{"overall": b"1.0"}] * 2, "'overall' must be a finite number, got b'1.0'"),
+        ([{"overall": "9" * 10_000}] * 2, "'overall' must be a finite number, got '999"),
+        ([{"overall": 10**400}] * 2, "'overall' must be a number, got 1000"),
     ],
 )
 def test_bad_results_name_group_and_function(value, message):
@@ -231,18 +277,61 @@ def test_bad_results_name_group_and_function(value, message):
     assert message in str(caught.value) and "group g7" in str(caught.value)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("oops"), KeyError("oops"), StopIteration("oops")])
+class Silent(Exception):
+    def __repr__(self):
+        raise SystemExit
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("oops"),
+        KeyError("oops"),
+        StopIteration("oops"),
+        SystemExit("oops"),
+        KeyboardInterrupt("oops"),
+        asyncio.CancelledError("oops"),
+        TimeoutError("oops"),
+        GeneratorExit("oops"),
+        ValueError("oops\n" * 10_000),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_functions_that_raise_are_named(error):
     def raising_reward(batch):
         raise error
 
     async def raising_coroutine(batch):
         await asyncio.sleep(0)
-        raise RuntimeError("oops")
+        raise RuntimeError("oops") if isinstance(error, StopIteration | GeneratorExit) else error
 
     for function in (raising_reward, raising_coroutine):
-        with pytest.raises(ValueError, match=f"{function.__name__}', group g7: it raised .*oops"):
-            asyncio.run(asyncio.wait_for(call_reward(function, rows("a")), timeout=5))
+        pattern = f"{function.__name__}', group g7: it raised .*oops"
+        with pytest.raises(ValueError, match=pattern) as caught:
+            call(function, rows("a"))
+        assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
+
+
+def test_an_exception_that_cannot_be_shown_is_named():
+    def silent(batch):
+        raise Silent
+
+    with pytest.raises(ValueError, match="silent', group g7: it raised Silent$"):
+        call(silent, rows("a"))
+
+
+def test_a_coroutine_that_hangs_is_named():
+    async def endless(batch):
+        await asyncio.sleep(60)
+
+    with pytest.raises(ValueError, match=r"endless', group g7: no result within 0.05 s \(rollout"):
+        asyncio.run(call_reward(endless, rows("a"), 0.05))
+
+
+def test_metrics_of_the_trainer_are_its_own():
+    function = returns([{"overall": 1.0, "kept": 1.0}])
+    with pytest.raises(ValueError, match="group g7: the trainer has a metric .* called 'kept'"):
+        asyncio.run(call_reward(function, rows("a"), 5, lambda metric: metric == "kept"))
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,18 @@ class Script:
         return [{"overall": 0.1 + 0.9 * r, "accuracy": r, "format": 1.0} for r in right]
 
 
-def build(parts, encoder, anchors, reward, *, engine=None, seed=0, system_prompt=None, **options):
+def build(
+    parts,
+    encoder,
+    anchors,
+    reward,
+    *,
+    engine=None,
+    seed=0,
+    system_prompt=None,
+    is_reserved=lambda name: False,
+    **options,
+):
     defaults = {"groups_per_step": 4, "n_anchor": 3, "n_positive": 2, "max_response_tokens": 9}
     return GroupSampler(
         engine or ScriptedEngine(parts.tokenizer),
@@ -120,6 +131,7 @@ def build(parts, encoder, anchors, reward, *, engine=None, seed=0, system_prompt
         names=NAMES,
         system_prompt=system_prompt,
         seed=seed,
+        is_reserved=is_reserved,
     )
 
 
@@ -519,6 +531,46 @@ def test_a_failing_reward_names_the_group_and_loses_nothing(make, parts, reward,
         collect(sampler, step=1)
     assert sampler.carried is carried and sampler._stream.state() == position
     assert [(r.reward, r.metrics) for group in carried for r in group.responses] == before
+
+
+def test_a_metric_of_the_trainers_is_refused_and_loses_nothing(make):
+    def kept(rows):
+        return [{**result, "kept": 1.0} for result in Script({0, 1, 2, 3})(rows)]
+
+    sampler = make(kept, is_reserved=lambda name: name == "kept")
+    with pytest.raises(ValueError, match=r"group 0\.\d.a\d: the trainer has a metric .*'kept'"):
+        collect(sampler)
+    assert sampler._stream.state() == START
+
+
+def test_a_reward_that_takes_too_long_is_named_and_loses_nothing(make):
+    async def endless(rows):
+        await asyncio.sleep(60)
+
+    sampler = make(endless, reward_timeout_s=0.05)
+    with pytest.raises(ValueError, match=r"group 0\.\d.a\d: no result within 0.05 s"):
+        collect(sampler)
+    assert sampler._stream.state() == START
+
+
+def test_only_so_many_rewards_are_computed_at_once(make, monkeypatch):
+    """The time of a group that waits for its turn does not count."""
+    running = [0, 0]
+
+    async def slow(rows):
+        running[0] += 1
+        running[1] = max(running)
+        await asyncio.sleep(0.05)
+        running[0] -= 1
+        return [{"overall": float(i)} for i in range(len(rows))]
+
+    monkeypatch.setattr("tercet.rollout.sampler.REWARDS_AT_ONCE", 2)
+    result = collect(make(slow, groups_per_step=40, reward_timeout_s=0.9))
+    assert len(result.groups) == 40 and running == [0, 2]
+
+
+def test_too_few_groups_end_a_command_with_one_line():
+    assert issubclass(NotEnoughGroups, ValueError)
 
 
 def test_a_failing_reward_ends_the_sampling_at_once(make, parts):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from support import tiny
 from transformers import AutoModelForImageTextToText
 
 from tercet.core.config import TapoConfig
+from tercet.core.data.triplets import prepare_manifest
 from tercet.core.data.vision import PromptEncoder
 from tercet.rollout.judge import Judge, judged
 from tercet.rollout.server import free_ports
@@ -264,12 +266,66 @@ def test_failure_of_the_reward_saves_and_names_it(monkeypatch, workspace, tmp_pa
     assert all(torch.equal(v, weights(saved)[n]) for n, v in weights(whole).items())
 
 
-def run_command(workspace: Path, out: Path, *more: str) -> subprocess.Popen:
-    reward = out.parent / "slow_reward.py"
-    reward.write_text(
-        "def length(rows):\n return [{'overall': r['response_length']} for r in rows]"
-    )
-    argv = options(workspace, out, "--rollout.reward=slow_reward:length", *more)
+REWARDS = """
+import itertools, sys
+calls = itertools.count()
+def length(rows):
+    return [{"overall": row["response_length"]} for row in rows]
+def leaves(rows):
+    return sys.exit(0) if next(calls) > 5 else length(rows)
+def hangs(rows):
+    while rows[0]["group_id"].startswith("1."):
+        open("hanging", "w")
+    return length(rows)
+def kept(rows):
+    return [{"kept": 1.0, **result} for result in length(rows)]
+"""
+
+
+@pytest.mark.parametrize(
+    "name, more, steps, fault",
+    [
+        ("leaves", (), 1, r"group 1\.\d.*: it raised SystemExit\(0\)"),
+        ("hangs", ("--rollout.reward_timeout_s=0.5",), 1, r"group 1\..*: no result within 0.5 s"),
+        ("kept", (), 0, r"group 0\.\d.*: the trainer has a metric of its own called 'kept'"),
+    ],
+)
+def test_a_reward_of_ones_own_that_fails_saves_and_is_named(
+    monkeypatch, workspace, tmp_path, name, more, steps, fault
+):
+    (tmp_path / f"own_{name}.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    argv = options(workspace, tmp_path / "run", f"--rollout.reward=own_{name}:{name}", *more)
+    config, _, resolved = parse(TapoConfig, argv, "")
+    with pytest.raises(ValueError, match=f"^reward function 'own_{name}:{name}', {fault}"):
+        tapo.train(config, resolved)
+    state = load_state(tmp_path / "run" / "checkpoints" / f"step_00000{steps}")
+    assert state["steps_done"] == steps and state["groups"] == []
+
+
+def test_names_that_fine_r1_reads_to_the_letter_are_told_once(
+    monkeypatch, workspace, tmp_path, capsys
+):
+    manifest = prepared(workspace, tmp_path)
+    stored = json.loads(manifest.read_text().replace("red bird", "Brewer’s bird"))
+    manifest.write_text(json.dumps(stored))
+    argv = options(workspace, tmp_path / "run", f"--data.path={manifest}", "--run.steps=1")
+    config, _, resolved = parse(TapoConfig, argv, "")
+    tapo.train(config, resolved)
+    said = capsys.readouterr().out
+    assert said.count("reward fine_r1 compares letter by letter") == 1
+    assert r"for 1 names with special characters: 'Brewer\u2019s bird'" in " ".join(said.split())
+
+
+def prepared(workspace: Path, out: Path) -> Path:
+    """The triplets of the workspace's photos."""
+    config, _, _ = parse(TapoConfig, options(workspace, out), "")
+    return prepare_manifest(config.data, lambda keys: torch.eye(len(keys))).write(out)
+
+
+def run_command(workspace: Path, out: Path, *more: str, reward: str = "length") -> subprocess.Popen:
+    (out.parent / "slow_reward.py").write_text(REWARDS)
+    argv = options(workspace, out, f"--rollout.reward=slow_reward:{reward}", *more)
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train" / "tapo.py"), *argv],
         cwd=out.parent,
@@ -361,6 +417,19 @@ def test_sigterm_checkpoints_and_stops(workspace, tmp_path):
     assert load_state(checkpoint)["steps_done"] >= 2
 
 
+def test_sigterm_stops_a_run_whose_reward_hangs(workspace, tmp_path):
+    process = run_command(workspace, tmp_path / "run", reward="hangs")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "hanging").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 143, said
+    assert "Traceback" not in said and "stopped by SIGTERM" in said.splitlines()[-1]
+    assert load_state(tmp_path / "run" / "checkpoints" / "step_000001")["steps_done"] == 1
+
+
 @pytest.mark.parametrize(
     ("option", "named"),
     [
@@ -378,6 +447,14 @@ def test_bad_options_are_named(monkeypatch, workspace, tmp_path, option, named):
     with pytest.raises(ValueError, match=named):
         config, _, resolved = parse(TapoConfig, argv, "")
         tapo.train(config, resolved)
+
+
+def test_a_signal_ends_a_wait_at_once():
+    with StopSignal() as stop, pytest.raises(Interrupted) as caught:
+        with stop.at_once():
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            threading.Event().wait(60)
+    assert caught.value.exit_code == 128 + signal.SIGTERM
 
 
 def test_stop_signal_keeps_the_first_and_restores_handlers():

@@ -49,21 +49,17 @@ from tercet.core.packing import (
     prompts_of,
     weigh_rows,
 )
-from tercet.core.rewards import load_reward
+from tercet.core.rewards import load_reward, read_apart
 from tercet.core.types import Group, MicroBatch, PolicyParts
 from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler
-from tercet.train.learner.assemble import (
-    build_policy,
-    open_manifest,
-    open_parts,
-    sampled_parts,
-)
+from tercet.train.learner.assemble import build_policy, open_manifest, open_parts, sampled_parts
 from tercet.train.learner.checkpoint import Checkpoints, find_checkpoint, load_state
 from tercet.train.learner.device import set_up
 from tercet.train.learner.figures import draw_figures
 from tercet.train.learner.interrupt import StopSignal
+from tercet.train.learner.metrics import is_reserved
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
 from tercet.train.learner.optim import build_optimizer, learning_rate
 from tercet.train.learner.ranks import Ranks, restarts
@@ -126,6 +122,9 @@ class TapoRun:
             ranks=self.ranks,
             budget=self.budget,
         )
+        names = [name for of_super in self.manifest.names.values() for name in of_super]
+        if apart := read_apart(config.rollout.reward, names):
+            self.log.say(apart)
         if sampled is not self.parts:
             self.log.say("rank 0 samples on a whole copy of the policy")
         check_sampler(self)
@@ -277,20 +276,24 @@ class TapoRun:
         self.stream = TripletStream(
             self.manifest.anchors, positive=config.data.positive, seed=config.run.seed
         )
+        with self.stop.at_once():
+            reward = self.ranks.on_first(lambda: load_reward(config.rollout.reward))
         return GroupSampler(
             self.engine,
             self.stream,
             self.parts.tokenizer,
             self.encoder,
             config.rollout,
-            reward=load_reward(config.rollout.reward),
+            reward=reward,
             names=self.manifest.names,
             system_prompt=config.model.system_prompt,
             seed=config.run.seed,
+            is_reserved=is_reserved,
         )
 
     def close(self) -> None:
-        """Stop the servers that sample, and leave the other ranks."""
+        """Stop the servers that sample and what computes rewards, and leave the other ranks."""
+        self.sampler.close()
         self.engine.close()
         self.checkpoints.close()
         self.ranks.close()

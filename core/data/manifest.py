@@ -12,6 +12,7 @@ from typing import get_args
 from tercet.core.data.fields import load_json, text_of, texts_of
 from tercet.core.data.files import check_text
 from tercet.core.data.photos import OnBadImage, check_images
+from tercet.core.names import refuse_alike
 from tercet.core.types import Anchor, Partition, Photo
 
 MANIFEST_NAME = "triplets.json"
@@ -80,8 +81,10 @@ class Manifest:
                 partition: _photos(stored["test"][partition], f"{path}: test[{partition!r}]")
                 for partition in get_args(Partition)
             }
+            manifest = cls(**stored).with_keys(lambda key: os.path.normpath(root / key))
+            refuse_alike(manifest.classes(), path)
             _check_names(stored, path)
-            return cls(**stored).with_keys(lambda key: os.path.normpath(root / key))
+            return manifest
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a manifest of triplets: {error!r}") from error
 
@@ -108,6 +111,12 @@ class Manifest:
         keys = [key for a in self.anchors for key in (a.image, *a.positives, *a.negatives)]
         photos = [*self.sft, *self.test["seen"], *self.test["unseen"]]
         return list(dict.fromkeys(keys + [photo.image for photo in photos]))
+
+    def classes(self) -> set[tuple[str, str]]:
+        """The (super-category, sub-category) pairs that its lists name."""
+        photos = [*self.anchors, *self.sft, *self.test["seen"], *self.test["unseen"]]
+        listed = {(super_, name) for super_, names in self.names.items() for name in names}
+        return listed | {(photo.super_category, photo.sub_category) for photo in photos}
 
     def common_folder(self) -> str:
         """The deepest folder that holds every photo, or the Parquet file that the photo is in."""

@@ -18,8 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from tercet.core.data.fields import as_words
 from tercet.core.data.files import check_text, regular
 from tercet.core.data.vision import load_image
+from tercet.core.names import refuse_alike
 from tercet.core.prompts import IMAGE_MARKER, STAGE2_INSTRUCTION
 from tercet.core.types import Anchor
 
@@ -45,7 +47,7 @@ def read_parquet(path: str | Path) -> list[Anchor]:
 
     A photo cell holds one photo or a list of them; a photo is its bytes, its path, or a struct of
     both. `<image>` and the stage-2 instruction are removed from `problem`. The super-category is
-    not known and stays empty.
+    not known and stays empty. `_` in an answer is read as a space.
 
     Args:
         path: a Parquet file, a folder of them, or the clone of a data set (see `parquet_files`).
@@ -60,6 +62,7 @@ def read_parquet(path: str | Path) -> list[Anchor]:
     anchors = [anchor for file in parquet_files(path)[0] for anchor in _read_file(file)]
     if not anchors:
         raise ValueError(f"{path} holds no Parquet rows")
+    refuse_alike(((a.super_category, a.sub_category) for a in anchors), path)
     return anchors
 
 
@@ -180,7 +183,7 @@ def _anchor(cells: dict[str, pa.Scalar], path: Path, row: int) -> Anchor:
         negatives=keys["image_aug"],
         question=question,
         super_category="",
-        sub_category=texts["answer"],
+        sub_category=as_words(texts["answer"]),
     )
 
 

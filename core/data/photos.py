@@ -25,6 +25,7 @@ from tercet.core.data.fields import (
 from tercet.core.data.folder_names import read_names
 from tercet.core.data.layouts import Split, read_layout
 from tercet.core.data.vision import check_image
+from tercet.core.names import refuse_alike
 from tercet.core.types import Partition, Photo
 
 OnBadImage = Literal["error", "skip"]
@@ -87,6 +88,7 @@ def read_photos(
         raise ValueError(f"{path}: no such folder, nor a .jsonl file of photos")
     if not photos:
         raise ValueError(f"{path} holds no photos")
+    refuse_alike({(p.super_category, p.sub_category) for p in photos}.union(partitions or ()), path)
     photos.sort(key=lambda photo: (photo.super_category, photo.sub_category, photo.image))
     bad = check_images([photo.image for photo in photos], on_bad_image)
     photos = [photo for photo in photos if photo.image not in bad]

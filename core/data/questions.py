@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from tercet.core.data.files import check_text, read_yaml, shown
+from tercet.core.names import normal_form
 
 MAX_BYTES = 2**20
 
@@ -56,12 +57,12 @@ def read_questions(path: str | Path | None = None) -> dict[str, tuple[str, ...]]
             )
         for index, template in enumerate(templates):
             check_text(template, f"{where}; question {index}")
-    return QUESTIONS | {name.replace("_", " ").lower(): tuple(own[name]) for name in own}
+    return QUESTIONS | {normal_form(name): tuple(own[name]) for name in own}
 
 
 def questions_for(super_category: str, templates: dict[str, tuple[str, ...]]) -> list[str]:
     """The templates of a super-category, its name filled in; "birds" uses those of "bird"."""
-    key = super_category.lower()
+    key = normal_form(super_category)
     if key not in templates and key.endswith("s") and key[:-1] in templates:
         key = super_category = key[:-1]
     chosen = templates.get(key, templates["default"])

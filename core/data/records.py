@@ -19,6 +19,7 @@ from tercet.core.data.fields import (
 )
 from tercet.core.data.files import check_text, shown
 from tercet.core.data.photos import OnBadImage, check_images
+from tercet.core.names import refuse_alike
 from tercet.core.types import EvalQuestion, Partition
 
 END_OF_TURN = "<|im_end|>"
@@ -85,6 +86,7 @@ def read_eval(path: str | Path) -> list[EvalQuestion]:
     questions = [_eval_question(record, path, where) for where, record in json_lines(path)]
     if not questions:
         raise ValueError(f"{path} holds no questions")
+    refuse_alike(((q.super_category, name) for q in questions for name in q.options), path)
     return questions
 
 

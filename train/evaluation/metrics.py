@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tercet.core.prompts import extract_answer, is_only_name
+from tercet.core.names import is_only_name
+from tercet.core.prompts import extract_answer
 
 
 def closed_world_correct(output: str, truth: str) -> bool:

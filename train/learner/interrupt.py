@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 PARENT_POLL_S = 1.0
 
@@ -32,6 +34,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._signum: int | None = None
+        self._raises = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -50,6 +53,16 @@ class StopSignal:
         """The first signal received; 0: none."""
         return self._signum or 0
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A signal raises Interrupted wherever it comes: in a wait, before there is any state."""
+        self._raises = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._raises = False
+
     def check(self) -> None:
         """Raise Interrupted if a signal was received."""
         if self._signum is not None:
@@ -63,3 +76,5 @@ class StopSignal:
 
     def _mark(self, signum: int, _frame) -> None:
         self._signum = self._signum or signum
+        if self._raises:
+            self.check()

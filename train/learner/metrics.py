@@ -107,6 +107,16 @@ METRICS = (
 # fmt: on
 """Every metric that the training commands write, in the order of the terminal's two lines."""
 
+FROM_REWARDS = ("accuracy", "several_names", "format")
+"""Metrics of the table that reward functions give."""
+RESERVED = {"step"}.union(*({m.name, m.label} for m in METRICS if m.name not in FROM_REWARDS))
+
+
+def is_reserved(name: str) -> bool:
+    """Whether the trainer itself writes a metric of that name, or calls one so on a step's line."""
+    return name.startswith((SECONDS, "seconds/")) or name.removeprefix("train/") in RESERVED
+
+
 PHASES = {
     "generate": "gen",
     "reward": "rew",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -91,6 +91,8 @@ class SglangEngine:
         """Prompt tokens that servers had cached, over all replies that counted."""
         self.prompt_tokens = 0
         """Prompt tokens, over all replies that counted."""
+        self.redrawn: Counter[str] = Counter()
+        """Samples drawn again because of what was drawn, by the reason."""
         self._parts, self._encoder = parts, encoder
         self._endpoints, self._sync, self._weights = endpoints, sync, weights
         addresses = [e.url for e in self._endpoints]
@@ -255,6 +257,7 @@ class SglangEngine:
                     reply = await self._prefill(session, job, body)
                 return self._completion(job, j, reply)
             except _Unfit as error:
+                self.redrawn["an image token"] += 1
                 reason = str(error)
                 continue
             except Again as error:
@@ -262,6 +265,8 @@ class SglangEngine:
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__}: {error}"
                 await self._revive(session, endpoint, restarts)
+                if isinstance(error, httpx.TimeoutException) and endpoint.restarts == restarts:
+                    self.redrawn["a time-out"] += 1  # else the server hung, whatever was drawn
                 await endpoint.abort(session.client, rid)
             except asyncio.CancelledError:
                 await endpoint.abort(session.client, rid)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tercet.core.mismatch import mismatch_figures
-from tercet.core.types import Response
+from tercet.core.types import Group, Response
 from tercet.kernels.reference import TERMS
 from tercet.train.learner.metrics import (
     METRICS,
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.core
 
 def test_every_metric_is_listed_once_and_described():
     names = [metric.name for metric in METRICS]
-    assert len(names) == len(set(names)) == 28
+    assert len(names) == len(set(names)) == 29
     assert all(metric.meaning and metric.meaning[-1] != "." for metric in METRICS)
     labels = [metric.label for metric in METRICS if metric.line]
     assert [label for label in labels if labels.count(label) > 1] == ["clip"] * 3
@@ -29,7 +29,8 @@ def test_every_metric_is_listed_once_and_described():
 
 def test_what_the_loss_and_the_mismatch_report_is_listed():
     response = Response("anchor", (1,), (-1.0,), "stop", 0, old_logprobs=torch.tensor([-1.5]))
-    reported = {*TERMS, *mismatch_figures([response])} - {"ref_kl"}  # the trainer has no reference
+    group = Group("0.0.a", None, (), [response])
+    reported = {*TERMS, *mismatch_figures([group], 0)} - {"ref_kl"}  # the trainer has no reference
     assert len(reported) == 13
     assert reported <= {metric.name for metric in METRICS}
 

@@ -31,6 +31,7 @@ def open_engine(
     config: RolloutConfig,
     work_dir: Path,
     weights: Callable[[], Iterator[tuple[str, Tensor]]],
+    check_stop: Callable[[], None] = lambda: None,
 ) -> LocalEngine | SglangEngine:
     """The engine that the options ask for; starts SGLang servers unless `urls` names running ones.
 
@@ -40,13 +41,14 @@ def open_engine(
         config: which engine, and its options.
         work_dir: for the servers' logs and files, and for weights that are sent over the disk.
         weights: gives the policy's current weights, for a server that has been restarted.
+        check_stop: the in-process engine calls it before every token.
 
     Raises:
         ValueError: neither or both of sglang_python and urls.
         ServerError: a server that does not start or does not answer.
     """
     if config.engine == "local":
-        return LocalEngine(parts, encoder, max_rows=config.max_rows)
+        return LocalEngine(parts, encoder, max_rows=config.max_rows, check_stop=check_stop)
     if bool(config.sglang_python) == bool(config.urls):
         raise ValueError(
             "rollout.engine sglang needs rollout.sglang_python, to start servers, or rollout.urls"

@@ -42,6 +42,8 @@ PRESETS: dict[str, dict[str, object]] = {
 class DataConfig:
     path: str = ""
     """A triplets.json, a folder of photos, JSON Lines, or a Parquet file or folder of them."""
+    names: str | None = None
+    """JSON or YAML of names by folder of a folder of photos, {folder: name}; None: the folders'."""
     questions: str | None = None
     """YAML of question templates, {super_category: [template, ...]}; None: the built-in ones."""
     positive: Literal["redraw", "fixed"] = "redraw"
@@ -169,7 +171,7 @@ class LossConfig:
 
     @property
     def negative_now(self) -> bool:
-        """Whether the negative is scored beside the update, at the same weights."""
+        """Whether log-probs on the negative are computed with the update, at the same weights."""
         return self.needs_negative and self.neg_at == "now"
 
 

@@ -31,16 +31,16 @@ def mismatch_figures(groups: Sequence[Group], weight_version: int) -> dict[str, 
         E[e^d - 1 - d] of KL(sampler || trainer) with d = old - rollout; mismatch_over, the share
         of tokens with |d| > BOUND. Empty without tokens.
     """
-    scored = [
+    compared = [
         r
         for group in groups
         for r in group.responses
         if r.role == "anchor" and r.weight_version == weight_version
         if r.old_logprobs is not None and r.token_ids
     ]
-    if not scored:
+    if not compared:
         return {}
-    difference = torch.cat([r.old_logprobs.double() - _rollout(r).double() for r in scored])
+    difference = torch.cat([r.old_logprobs.double() - _rollout(r).double() for r in compared])
     return {
         "mismatch_mean": float(difference.abs().mean()),
         "mismatch_max": float(difference.abs().max()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -137,12 +138,19 @@ def load_policy(config: ModelConfig, device: str | torch.device = "cpu") -> Poli
         config: path, dtype, pixel limits and frozen parts.
         device: where the parameters go; `meta`: shapes without data.
 
+    Warns where tokenizer and generation_config do not name the end of turn of the chat template.
+
     Raises:
         ValueError: naming the path, when it cannot be loaded, weights or the image pad are missing,
-            or the architecture is not supported.
+            the architecture is not supported, or it needs code of its own, which is never run.
     """
     if not config.path:
         raise ValueError("model.path is empty: give the folder or hub id of a model")
+    if (Path(config.path) / "adapter_config.json").exists():
+        raise ValueError(
+            f"model.path {config.path!r} is a LoRA adapter: give the folder of a whole model, such "
+            "as a checkpoint of this trainer, which has the adapter merged"
+        )
     model = _load_model(config.path, config.dtype, torch.device(device))
     tokenizer = _read(config.path, AutoTokenizer)
     pad_id = tokenizer.get_vocab().get(IMAGE_PAD)
@@ -154,7 +162,39 @@ def load_policy(config: ModelConfig, device: str | torch.device = "cpu") -> Poli
     processor = _read(config.path, family_of(model.config).IMAGE_PROCESSOR)
     processor.size = _pixel_limits(config, processor.size)
     freeze(model, vision=config.freeze_vision, merger=config.freeze_merger)
-    return PolicyParts(model, tokenizer, processor)
+    parts = PolicyParts(model, tokenizer, processor)
+    said = _settle_ends(parts, config.path)
+    if said and model.device.type != "meta":
+        warnings.warn(said, stacklevel=2)
+    return parts
+
+
+def _settle_ends(parts: PolicyParts, path: str) -> str:
+    """Make generation_config name every token that ends a response.
+
+    Returns:
+        A line that says what was named before, where this is not one end of turn; else empty.
+    """
+    generation, tokenizer = parts.model.generation_config, parts.tokenizer
+    ends, vocabulary = parts.stop_ids, parts.model.config.text_config.vocab_size
+    wrong = [i for i in ends if type(i) is not int or not 0 <= i < vocabulary]
+    if wrong:
+        raise ValueError(
+            f"model.path {path!r}: eos_token_id must hold token ids below {vocabulary}, got {wrong}"
+        )
+    named = generation.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    if set(named) != set(ends):
+        generation.eos_token_id = list(ends)
+    if named[:1] == [parts.turn_end] and tokenizer.eos_token_id == parts.turn_end:
+        return ""
+    first, *of_others = tokenizer.convert_ids_to_tokens(ends)
+    in_config = tokenizer.convert_ids_to_tokens([i for i in named if i is not None])
+    return (
+        f"model.path {path!r}: the chat template ends a turn with {first}, the tokenizer's end is "
+        f"{tokenizer.eos_token}, generation_config names {', '.join(in_config) or 'none'}: answers "
+        f"to train on end with {first}, sampling stops at {', '.join([first, *of_others])}"
+    )
 
 
 def _load_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -174,19 +214,27 @@ def _load_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
 
 def _read(path: str, kind, **options):
     try:
-        return kind.from_pretrained(path, **options)
+        return kind.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds on a damaged folder
+        said = " ".join(str(error).split())
+        if "trust_remote_code" in said:
+            said = "it needs code of its own (auto_map), which is never run"
         absent = "" if Path(path).exists() else "no such folder; as a hub id: "
-        raise ValueError(f"model.path {path!r} cannot be loaded: {absent}{error}") from error
+        raise ValueError(f"model.path {path!r} cannot be loaded: {absent}{said}") from error
 
 
 def _pixel_limits(config: ModelConfig, size) -> dict[str, int]:
-    fewest = size["shortest_edge"] if config.min_pixels is None else config.min_pixels
-    most = size["longest_edge"] if config.max_pixels is None else config.max_pixels
-    if not (fewest and most and 0 < fewest <= most):
-        raise ValueError(
-            f"model.min_pixels and model.max_pixels must be 0 < min <= max, got {fewest}, {most}"
-        )
+    """Fewest and most pixels of a photo, from the options or else from preprocessor_config.json."""
+    # transformers 4.4x wrote the second name of each.
+    names = ("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")
+    stored = (next(filter(None, (getattr(size, n, None) for n in pair)), None) for pair in names)
+    given = (config.min_pixels, config.max_pixels)
+    fewest, most = (s if g is None else g for g, s in zip(given, stored, strict=True))
+    if not (isinstance(fewest, int) and isinstance(most, int) and 0 < fewest <= most):
+        where = "model.min_pixels and model.max_pixels"
+        if given == (None, None):
+            where = f"model.path {config.path!r}: min_pixels and max_pixels in its image processor"
+        raise ValueError(f"{where} must be 0 < min <= max, got {fewest}, {most}")
     return {"shortest_edge": fewest, "longest_edge": most}
 
 

@@ -84,7 +84,7 @@ def _cat(parts: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some responses of one group, scored together: the unit that mini-batches are made of."""
+    """Some responses of one group: the unit that mini-batches are made of."""
 
     group: Group
     responses: tuple[int, ...]
@@ -227,9 +227,9 @@ def micro_batch(
     Args:
         pieces: their responses have row weights (see `weigh_rows`).
         encode: prompt ids and image keys to an EncodedPrompt.
-        loss: update_on, whether the negative is scored now, and is_cap, the bound of the
+        loss: update_on, whether the negative is computed now, and is_cap, the bound of the
             importance weights against the sampler (None: no such weights). Under `anchor` they
-            are 1 for responses sampled on the positive: another image is scored.
+            are 1 for responses sampled on the positive: their log-probs are those on another photo.
         num_loss_tokens: sum of the weights of all rows of the mini-batch, over all ranks.
 
     Returns:
@@ -237,10 +237,10 @@ def micro_batch(
     """
     responses = [r for piece in pieces for r in piece.chosen()]
 
-    def scored(name: str) -> Tensor | None:
-        unscored = [getattr(r, name) is None for r in responses]
-        assert all(unscored) or not any(unscored), f"{name} of some responses, not of all"
-        return None if any(unscored) else rows(responses, lambda r: getattr(r, name))
+    def known(name: str) -> Tensor | None:
+        missing = [getattr(r, name) is None for r in responses]
+        assert all(missing) or not any(missing), f"{name} of some responses, not of all"
+        return None if any(missing) else rows(responses, lambda r: getattr(r, name))
 
     def importance(response: Response) -> Tensor | float:
         if loss.update_on == "anchor" and response.role == "positive":
@@ -254,8 +254,8 @@ def micro_batch(
         negative=negative,
         advantages=rows(responses, lambda r: r.advantage),
         loss_mask=rows(responses, lambda r: r.row_weight),
-        old_logprobs=scored("old_logprobs"),
-        neg_logprobs=scored("neg_logprobs"),
+        old_logprobs=known("old_logprobs"),
+        neg_logprobs=known("neg_logprobs"),
         is_weights=None if loss.is_cap is None else rows(responses, importance),
     )
 

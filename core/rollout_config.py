@@ -18,6 +18,9 @@ class RolloutConfig:
     """GPUs of each server to start, as `0` or `2,3`; an empty entry: the trainer's own GPUs."""
     colocated: bool = False
     """Servers and trainer share GPUs; servers free their memory while the policy is updated."""
+    served_dtype: Literal["policy", "float32"] = "policy"
+    """Dtype of the weights on the servers. float32: what LoRA adds to a bfloat16 policy reaches
+    them unrounded, at twice the memory and traffic."""
     sglang_args: str = ""
     """Further flags of sglang.launch_server, as on a command line."""
     urls: list[str] = field(default_factory=list)
@@ -30,12 +33,18 @@ class RolloutConfig:
     """Size in MiB of the weights that are sent at once."""
     sync_host: str = "127.0.0.1"
     """Address at which servers reach this machine for `weight_sync: distributed`."""
+    api_key_file: str = ""
+    """File with the key that is sent to the servers; servers that are started require it. Without
+    a file the variable TERCET_API_KEY is read."""
     api_key: str | None = None
-    """Key that is sent to the servers; servers that are started require it."""
+    """Refused: options are seen by others, on the command line and in config.yaml."""
     start_timeout_s: PositiveFloat = 600.0
     """Longest that a server may take to load."""
     request_timeout_s: PositiveFloat = 600.0
     """Longest that one response may take."""
+    mismatch_limit: PositiveFloat | None = None
+    """Most that servers' log-probs may differ from the trainer's, on average over the tokens that
+    are sampled at the start; None: as much as the dtype explains."""
     max_in_flight: PositiveInt = 256
     """Most requests sent to the servers at once."""
     n_anchor: PositiveInt = 5
@@ -78,6 +87,14 @@ class RolloutConfig:
     """What `cut_off: penalise` takes from a reward."""
     max_rows: PositiveInt = 256
     """Most responses that the in-process engine decodes at once."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a key among the options, without repeating it."""
+        if self.api_key is not None:
+            raise ValueError(
+                "rollout.api_key is refused: options are seen by others; set the variable "
+                "TERCET_API_KEY or rollout.api_key_file"
+            )
 
     @property
     def streaming(self) -> bool:

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+from tercet.core.exports import add_older_names
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerFast
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 Role = Literal["anchor", "positive"]
 Partition = Literal["seen", "unseen"]
 FinishReason = Literal["stop", "length"]
+ANSWER = "AnAnswer"  # a text that no chat template holds
 
 
 @dataclass(frozen=True)
@@ -249,12 +253,38 @@ class PolicyParts:
     tokenizer: PreTrainedTokenizerFast
     image_processor: BaseImageProcessor
 
+    @cached_property
+    def turn_end(self) -> int:
+        """Token id that ends an answer: what the chat template puts behind it.
+
+        The tokenizer's end-of-text token where there is no template, or none of its tokens follows.
+
+        Raises:
+            ValueError: the template does not render an answer, or nothing tells how one ends.
+        """
+        tokenizer, after = self.tokenizer, ""
+        if tokenizer.chat_template is not None:
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
+            try:
+                after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(ANSWER)[2]
+            except Exception as error:
+                raise ValueError(
+                    f"the tokenizer's chat template does not render {turns}: {error}"
+                ) from error
+        special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+        ids = tokenizer.encode(after, add_special_tokens=False)
+        end = next((i for i in ids if i in special), tokenizer.eos_token_id)
+        if end is None:
+            raise ValueError("neither the chat template nor the tokenizer has a token that ends")
+        return end
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end a response."""
-        eos = self.model.generation_config.eos_token_id
-        eos = self.tokenizer.eos_token_id if eos is None else eos
-        return tuple(eos) if isinstance(eos, list) else (eos,)
+        """Token ids that end a response: `turn_end`, then those that anything else names."""
+        named = self.model.generation_config.eos_token_id
+        named = named if isinstance(named, list | tuple) else [named]
+        ids = [self.turn_end, *named, self.tokenizer.eos_token_id]
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
 
     @property
     def banned_ids(self) -> tuple[int, ...]:
@@ -271,6 +301,7 @@ class PolicyParts:
         self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+        add_older_names(folder)
 
 
 def to_device(batch, device: torch.device | str):

@@ -12,34 +12,66 @@ import re
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
 import httpx
 
 from tercet.core.data.vision import data_uri
-from tercet.rollout.endpoint import Again, SharedSession, bearer, pause, refuse
+from tercet.rollout.endpoint import BYTES_A_TOKEN, TRIES, SharedSession, bearer, pause
+from tercet.rollout.exchange import SMALL_BYTES, Again, BadReply, Refused, check_address, exchange
+from tercet.rollout.replies import Chat, read
 from tercet.rollout.server import ServerError
 
 MOST_DOUBLINGS = 6
 """Of the first pause, 0.5 s: the longest one is 32 s."""
+GROWTH = (8, 64)
+"""An answer that was cut off is asked for again with this many times the tokens."""
+RESPONSE_CHARS = 100_000
+"""Longer responses are cut before they are judged."""
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_OF = re.compile(r"\s*(?:/|out of)\s*")
 
 
 def read_number(text: str, low: float = 0.0, high: float = 100.0) -> float | None:
     """The score in an answer: `85`, `Score: 85`, `85/100`, `85 out of 100`.
+
+    Thoughts before `</think>` do not count. The time is linear in the text.
 
     Args:
         text: the judge's answer.
         low, high: allowed range.
 
     Returns:
-        The number before `/ high` or `out of high`, else the last number; None without a number, or
-        with one outside the range.
+        The number before `/ high` or `out of high`, else the last number; None without a number,
+        with one outside the range, or where a thought does not end.
     """
-    of_all = re.search(rf"({_NUMBER.pattern})\s*(?:/|out of)\s*{high:g}\b", text)
-    found = of_all.group(1) if of_all else (_NUMBER.findall(text) or [None])[-1]
-    return float(found) if found is not None and low <= float(found) <= high else None
+    text = text.rpartition("</think>")[2]
+    if "<think>" in text:
+        return None
+    found = ""
+    for number in _NUMBER.finditer(text):
+        found = number[0]
+        of = _OF.match(text, number.end())
+        if of and (top := _NUMBER.match(text, of.end())) and _same(top[0], high):
+            break
+    return float(found) if found and low <= float(found) <= high else None
+
+
+def _same(digits: str, number: float) -> bool:
+    return len(digits) < 20 and float(digits) == number
+
+
+@dataclass(frozen=True)
+class _Answer:
+    text: str
+    reason: str | None
+    """Why it ended; None: the endpoint does not say."""
+
+    @property
+    def is_whole(self) -> bool:
+        return self.reason in (None, "stop")
 
 
 class Judge:
@@ -50,9 +82,9 @@ class Judge:
         model: name of the model that the endpoint serves.
         api_key: sent when given.
         concurrency: most questions in flight.
-        timeout_s: longest that one answer may take.
+        timeout_s: longest that one answer may take, from connecting to its last byte.
         patience_s: how long to wait for an endpoint that is down.
-        max_tokens: longest answer.
+        max_tokens: longest answer at the first attempt.
         cache: file that keeps the answers; None: they are kept in memory.
     """
 
@@ -68,11 +100,15 @@ class Judge:
         max_tokens: int = 16,
         cache: str | Path | None = None,
     ):
-        self._url, self._model = url.rstrip("/"), model
-        self._patience_s, self._max_tokens = patience_s, max_tokens
-        self._shared = SharedSession(timeout_s, concurrency, bearer(api_key))
-        self._cache = sqlite3.connect(cache or ":memory:", timeout=30.0, isolation_level=None)
-        self._cache.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT)")
+        self._url, self._model = check_address(url, "judge"), model
+        self._timeout_s, self._patience_s, self._max_tokens = timeout_s, patience_s, max_tokens
+        self._shared = SharedSession(concurrency, bearer(api_key))
+        self._cache_path = cache or ":memory:"
+        try:
+            self._cache = sqlite3.connect(self._cache_path, timeout=30.0, isolation_level=None)
+        except sqlite3.Error as error:
+            raise self._cache_error(error) from None
+        self._in_cache("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT)")
 
     async def ask(self, question: str, images: Sequence[str] = ()) -> str:
         """The most likely answer to a question about photos.
@@ -82,8 +118,23 @@ class Judge:
             images: image keys (see core.data.vision.load_image).
 
         Raises:
-            ServerError: the endpoint refuses the question, or is down for longer than patience_s.
+            ServerError: the endpoint refuses the question, is down for longer than patience_s, or
+                gives no answer that can be read in TRIES attempts.
         """
+        return (await self._ask(question, images)).text
+
+    async def score(
+        self, question: str, images: Sequence[str] = (), low: float = 0.0, high: float = 100.0
+    ) -> float | None:
+        """The number in the answer, in [low, high]; None without one (see `read_number`)."""
+        answer = await self._ask(question, images)
+        return read_number(answer.text, low, high) if answer.is_whole else None
+
+    def close(self) -> None:
+        """Close the cache."""
+        self._cache.close()
+
+    async def _ask(self, question: str, images: Sequence[str]) -> _Answer:
         photos = [{"type": "image_url", "image_url": {"url": data_uri(i)}} for i in images]
         content = [*photos, {"type": "text", "text": question}]
         body = {
@@ -92,43 +143,68 @@ class Judge:
             "temperature": 0.0,
             "max_tokens": self._max_tokens,
         }
-        key = blake2b(json.dumps([self._url, body]).encode(), digest_size=16).hexdigest()
-        kept = self._cache.execute("SELECT text FROM answers WHERE key = ?", (key,)).fetchone()
-        if kept:
-            return kept[0]
+        # The last word tells them from answers that were kept before they were checked.
+        text = json.dumps([self._url, body, "whole"])
+        key = blake2b(text.encode(), digest_size=16).hexdigest()
+        if kept := self._in_cache("SELECT text FROM answers WHERE key = ?", key):
+            return _Answer(kept[0][0], "stop")
         async with self._shared.use() as session, session.places:
-            text = await self._answer(session.client, body)
-        self._cache.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, text))
-        return text
+            answer = await self._answer(session.client, body)
+            for growth in GROWTH:
+                if answer.reason != "length":
+                    break
+                body["max_tokens"] = growth * self._max_tokens
+                try:
+                    answer = await self._answer(session.client, body)
+                except ServerError as error:
+                    if error.status is None:
+                        raise
+                    break  # more tokens than it can give
+        if answer.is_whole and answer.text:
+            self._in_cache("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, answer.text)
+        return answer
 
-    async def score(
-        self, question: str, images: Sequence[str] = (), low: float = 0.0, high: float = 100.0
-    ) -> float | None:
-        """The number in the answer, in [low, high]; None without one (see `read_number`)."""
-        return read_number(await self.ask(question, images), low, high)
-
-    def close(self) -> None:
-        """Close the cache."""
-        self._cache.close()
-
-    async def _answer(self, client: httpx.AsyncClient, body: dict) -> str:
-        deadline = time.monotonic() + self._patience_s
-        attempt = 0
+    async def _answer(self, client: httpx.AsyncClient, body: dict) -> _Answer:
+        """One answer; waits for an endpoint that is down, and asks again for one that is bad."""
+        url, deadline = f"{self._url}/chat/completions", time.monotonic() + self._patience_s
+        attempt = bad = 0
         while True:
             try:
-                reply = await client.post(f"{self._url}/chat/completions", json=body)
-                await refuse(reply)
-                return reply.json()["choices"][0]["message"]["content"] or ""
+                seconds, most = self._timeout_s, SMALL_BYTES + BYTES_A_TOKEN * body["max_tokens"]
+                reply = await exchange(client, "POST", url, body, seconds=seconds, most_bytes=most)
+                return _read_answer(reply.content)
+            except BadReply as error:
+                bad, reason = bad + 1, str(error)
             except (Again, httpx.TransportError) as error:
                 reason = f"{type(error).__name__}: {error}"
-            except (json.JSONDecodeError, LookupError, TypeError) as error:
-                reason = f"an answer that cannot be read: {error!r}"
+            except Refused as error:
+                raise ServerError(f"judge: {error}", error.status) from None
+            if bad == TRIES:
+                raise ServerError(f"judge {self._url}: {TRIES} bad answers, the last one: {reason}")
             if time.monotonic() > deadline:
                 raise ServerError(
                     f"judge {self._url}: no answer in {self._patience_s:.0f} s: {reason}"
                 )
             await pause(min(attempt, MOST_DOUBLINGS))
             attempt += 1
+
+    def _in_cache(self, command: str, *values: str) -> list[tuple]:
+        try:
+            return self._cache.execute(command, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._cache_error(error) from None
+
+    def _cache_error(self, error: sqlite3.Error) -> ValueError:
+        return ValueError(f"judge: the cache {self._cache_path} cannot be used: {error}")
+
+
+def _read_answer(content: bytes) -> _Answer:
+    """The answer in a reply; raises Again where there is none."""
+    choice = read(Chat, content).choices[0]
+    answer = _Answer(choice.message.content or "", choice.finish_reason)
+    if answer.is_whole and choice.message.content is None:
+        raise BadReply("an answer without text")
+    return answer
 
 
 def judged(
@@ -147,7 +223,8 @@ def judged(
     """
 
     async def judge_one(row: dict) -> dict:
-        fields = {name: row[name] for name in ("question", "response", "ground_truth")}
+        fields = {name: row[name] for name in ("question", "ground_truth")}
+        fields["response"] = row["response"][:RESPONSE_CHARS]
         score = await judge.score(template.format(**fields), row["images"], low, high)
         scaled = 0.0 if score is None else (score - low) / (high - low)
         return {"overall": scaled, "unreadable": float(score is None)}

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import PolicyParts
 from tercet.rollout.endpoint import Endpoint, bearer
+from tercet.rollout.exchange import check_address
+from tercet.rollout.guard import MEMORY_DISK, remove_abandoned
 from tercet.rollout.local import LocalEngine
-from tercet.rollout.server import Server, free_ports, start_all, stop_all
+from tercet.rollout.server import API_KEY, Server, free_ports, start_all, stop_all
 from tercet.rollout.sglang import SglangEngine
-from tercet.rollout.weights import open_sync, roomy_folder
+from tercet.rollout.weight_folder import roomy_folder
+from tercet.rollout.weights import WeightSync, open_sync
 
 SAME_PIXELS = ("--image-processor-backend", "pil")
 """The trainer's image processor. SGLang's default, torchvision's, resizes differently, which
@@ -31,6 +36,8 @@ def open_engine(
     config: RolloutConfig,
     work_dir: Path,
     weights: Callable[[], Iterator[tuple[str, Tensor]]],
+    *,
+    dtype: torch.dtype | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> LocalEngine | SglangEngine:
     """The engine that the options ask for; starts SGLang servers unless `urls` names running ones.
@@ -41,10 +48,13 @@ def open_engine(
         config: which engine, and its options.
         work_dir: for the servers' logs and files, and for weights that are sent over the disk.
         weights: gives the policy's current weights, for a server that has been restarted.
-        check_stop: the in-process engine calls it before every token.
+        dtype: what servers are started to compute in; None: as the policy.
+        check_stop: called before every token of the in-process engine, and while servers are waited
+            for; raises where the run is to stop.
 
     Raises:
-        ValueError: neither or both of sglang_python and urls.
+        ValueError: neither or both of sglang_python and urls, a bad address, or an API key that
+            cannot be read or that stands on a command line.
         ServerError: a server that does not start or does not answer.
     """
     if config.engine == "local":
@@ -53,21 +63,16 @@ def open_engine(
         raise ValueError(
             "rollout.engine sglang needs rollout.sglang_python, to start servers, or rollout.urls"
         )
+    addresses = [check_address(url, "rollout.urls") for url in config.urls]
+    api_key = read_api_key(config)
     parts.save(work_dir / POLICY)
-    size = sum(parameter.nbytes for parameter in parts.model.parameters())
-    sync = open_sync(
-        config.weight_sync,
-        parent=work_dir if config.urls else roomy_folder(size, work_dir),
-        config_from=work_dir / POLICY,
-        bucket_bytes=config.weight_bucket_mib << 20,
-        host=config.sync_host,
-        timeout_s=config.request_timeout_s,
-    )
-    servers = _make_servers(config, work_dir) if config.sglang_python else []
-    addresses = [server.url for server in servers] + [url.rstrip("/") for url in config.urls]
+    sync = _open_sync(parts, config, work_dir)
+    servers = []
+    if config.sglang_python:
+        servers = _make_servers(config, work_dir, api_key, dtype or parts.model.dtype, check_stop)
     endpoints = [
-        Endpoint(url, server, bearer(config.api_key), config.request_timeout_s)
-        for url, server in zip_longest(addresses, servers)
+        Endpoint(url, server, bearer(api_key), config.request_timeout_s, check_stop)
+        for url, server in zip_longest([s.url for s in servers] or addresses, servers)
     ]
     start_all(servers)
     try:
@@ -79,18 +84,71 @@ def open_engine(
         raise
 
 
-def _make_servers(config: RolloutConfig, work_dir: Path) -> list[Server]:
+def _open_sync(parts: PolicyParts, config: RolloutConfig, work_dir: Path) -> WeightSync:
+    """The way for weights to reach servers, after the folders of dead trainers are removed."""
+    size = sum(parameter.nbytes for parameter in parts.model.parameters())
+    for parent in (MEMORY_DISK, work_dir):
+        remove_abandoned(parent)
+    return open_sync(
+        config.weight_sync,
+        parent=work_dir if config.urls else roomy_folder(size, work_dir),
+        config_from=work_dir / POLICY,
+        bucket_bytes=config.weight_bucket_mib << 20,
+        host=config.sync_host,
+        timeout_s=config.request_timeout_s,
+    )
+
+
+def read_api_key(config: RolloutConfig) -> str | None:
+    """The servers' key, from rollout.api_key_file or else from the variable TERCET_API_KEY.
+
+    Raises:
+        ValueError: it cannot be read, or is no single word; the message does not hold it.
+    """
+    key, source = os.environ.get(API_KEY, ""), API_KEY
+    if config.api_key_file:
+        source = f"rollout.api_key_file: {config.api_key_file}"
+        try:
+            key = Path(config.api_key_file).expanduser().read_text(encoding="ascii").strip()
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not ASCII text"
+            raise ValueError(f"{source}: {reason}") from None
+        if not key:
+            raise ValueError(f"{source}: it holds no key")
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError(f"{source}: a key is one word of printable ASCII characters")
+    return key or None
+
+
+def _make_servers(
+    config: RolloutConfig,
+    work_dir: Path,
+    api_key: str | None,
+    dtype: torch.dtype,
+    check_stop: Callable[[], None],
+) -> list[Server]:
+    more = shlex.split(config.sglang_args)
+    if any(word.startswith(("--api-key", "--admin-api-key")) for word in more):
+        raise ValueError(
+            "rollout.sglang_args: a key on a command line is seen by others: set the variable "
+            f"{API_KEY} or rollout.api_key_file"
+        )
+    # Left to itself, SGLang serves a float32 model in float16.
+    served = "float32" if config.served_dtype == "float32" else str(dtype).removeprefix("torch.")
+    own = [*SAME_PIXELS, "--dtype", served]
     ports = free_ports(len(config.server_gpus))
     return [
         Server(
             work_dir / POLICY,
             config.sglang_python,
             work_dir / f"server_{number}",
-            arguments=[*SAME_PIXELS, *shlex.split(config.sglang_args)],
+            arguments=[*own, *more],
             port=port,
-            api_key=config.api_key,
+            api_key=api_key,
             start_timeout_s=config.start_timeout_s,
             environment={"CUDA_VISIBLE_DEVICES": gpus} if gpus else {},
+            weight_folders=(MEMORY_DISK, work_dir.resolve()),
+            check_stop=check_stop,
         )
         for number, (gpus, port) in enumerate(zip(config.server_gpus, ports, strict=True))
     ]

@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +19,7 @@ from tercet.core.data.vision import PromptEncoder
 from tercet.core.prompts import chat_ids, stage2_text
 from tercet.core.rewards import call_reward, keep_group
 from tercet.core.rollout_config import RolloutConfig
-from tercet.core.types import Completion, Group, Request, Response, Triplet
+from tercet.core.types import Anchor, Completion, Group, Request, Response, Triplet
 from tercet.rollout.engine import Engine, Sampling, together
 from tercet.rollout.step_groups import StepGroups
 
@@ -267,19 +267,29 @@ class GroupSampler:
         result.sampled += [response for group in groups for response in group.responses]
         return passes
 
+    def check_prompts(self, anchors: Iterable[Anchor]) -> None:
+        """Raises ValueError for a prompt that no triplet of these anchors may have."""
+        for anchor in anchors:
+            photos = (anchor.image, *anchor.positives, *anchor.negatives)
+            self._checked(anchor.id, anchor.question, photos)
+
     def _prompt(self, triplet: Triplet) -> tuple[int, ...]:
         """Prompt ids of a triplet's question; checks the length with each of its three photos."""
-        question = triplet.question
+        photos = (triplet.anchor, triplet.positive, triplet.negative)
+        return self._checked(triplet.id, triplet.question, photos)
+
+    def _checked(self, name: str, question: str, photos: Iterable[str]) -> tuple[int, ...]:
+        """Prompt ids of a question that fits the limit with each of the photos."""
         if question not in self._prompt_ids:
             messages = [{"role": "user", "content": "<image>" + stage2_text(question)}]
             ids = chat_ids(self._tokenizer, messages, 1, system_prompt=self._system_prompt)
             self._prompt_ids[question] = tuple(ids)
         prompt_ids = self._prompt_ids[question]
-        for image in (triplet.anchor, triplet.positive, triplet.negative):
-            length = len(self._encoder(prompt_ids, (image,)))
+        for image in photos:
+            length = self._encoder.length(prompt_ids, (image,))
             if length > self._config.max_prompt_tokens:
                 raise ValueError(
-                    f"triplet {triplet.id!r}, image {image!r}: the prompt has {length} tokens; "
+                    f"triplet {name!r}, image {image!r}: the prompt has {length} tokens; "
                     f"rollout.max_prompt_tokens is {self._config.max_prompt_tokens} (prompts are "
                     "never cut: lower model.max_pixels or raise the limit)"
                 )

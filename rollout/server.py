@@ -1,51 +1,44 @@
 """SGLang servers as child processes: started, watched, restarted, stopped.
 
 A server runs in its own virtual environment (SGLang pins another torch), its own process group and
-its own working directory, and logs to a file. Its parent is a guard, a small process that reads
-from a pipe of the trainer's. When the trainer ends, however it ends, the pipe closes and the guard
-kills the process group.
+its own working directory, and logs to a file. Its parent is a guard (rollout/guard.py), a small
+process that ends it when the trainer ends, however it ends.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 
+from tercet.rollout import exchange, guard
+from tercet.rollout.exchange import Again, Refused
+
 HOST = "127.0.0.1"
 POLL_S = 0.5
 POLL_TIMEOUT_S = 5.0
 HUNG_S = 30.0
 """A server that does not answer for this long hangs."""
-STOP_S = 2.0
-"""Time between SIGTERM and SIGKILL."""
+STOP_S = 4 * guard.STOP_S
+"""Longest that a guard takes to end its server."""
 LOG_LINES = 20
 """Lines of the server's log that an error shows."""
 TORCHRUN = ("TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_")
 """Beginnings of the variables that torchrun sets; a server that has them waits for ever."""
-GUARD = """
-import os, signal, subprocess, sys, threading
-
-def watch():
-    while os.read(0, 1):
-        pass
-    os.killpg(0, signal.SIGKILL)
-
-server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-signal.signal(signal.SIGTERM, lambda *_: server.terminate())
-threading.Thread(target=watch, daemon=True).start()
-os._exit(server.wait() & 255)
-"""
+API_KEY = "TERCET_API_KEY"
+"""Variable with the key of the servers."""
+DECIDING = ("SGLANG_", "SGL_", "VLLM_")
+"""Beginnings of the variables that change what a server computes or replies. They are not passed
+on: a run is described by its options alone."""
 
 
 class ServerError(RuntimeError):
@@ -66,9 +59,12 @@ class Server:
         work_dir: the server's working directory; its log is `sglang.log` in it.
         arguments: further flags of `sglang.launch_server`, passed on as they are.
         port: port to listen on; None: a free one.
-        api_key: when given, every client must send it.
+        api_key: when given, every client must send it. It stands in the server's environment, not
+            on its command line.
         start_timeout_s: how long loading may take.
         environment: variables set on top of the trainer's.
+        weight_folders: where the trainer's weights are removed when it has been killed.
+        check_stop: called while a start is waited for; raises where the run is to stop.
 
     Raises:
         ValueError: no such Python, or no model in the folder.
@@ -85,6 +81,8 @@ class Server:
         api_key: str | None = None,
         start_timeout_s: float = 600.0,
         environment: dict[str, str] | None = None,
+        weight_folders: Sequence[Path] = (),
+        check_stop: Callable[[], None] = lambda: None,
     ):
         self.model_path, self.python = Path(model_path).resolve(), Path(python).absolute()
         self.work_dir, self.arguments = Path(work_dir).resolve(), tuple(arguments)
@@ -92,8 +90,11 @@ class Server:
         self.api_key = api_key
         self.start_timeout_s = start_timeout_s
         self.environment = environment or {}
+        self.weight_folders, self.check_stop = tuple(weight_folders), check_stop
         self.log_path = self.work_dir / "sglang.log"
         self._process: subprocess.Popen | None = None
+        self._shared: set[Path] = set()
+        """Its files in shared memory."""
         if not self.python.exists():
             raise ValueError(f"rollout.sglang_python: there is no {self.python}")
         if not (self.model_path / "config.json").exists():
@@ -127,14 +128,12 @@ class Server:
             return
         _require_free(self.port)
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        command = [str(self.python), "-m", "sglang.launch_server"]
-        command += ["--model-path", str(self.model_path), "--host", HOST]
-        command += ["--port", str(self.port), *self.arguments]
-        if self.api_key:
-            command += ["--api-key", self.api_key]
         with self.log_path.open("ab") as log:
+            if left_out := [name for name in os.environ if name.startswith(DECIDING)]:
+                log.write(f"tercet: not passed on: {', '.join(left_out)}\n".encode())
+                log.flush()
             self._process = subprocess.Popen(
-                [sys.executable, "-c", GUARD, *command],
+                self._command(),
                 cwd=self.work_dir,
                 env=self._environment(),
                 stdin=subprocess.PIPE,
@@ -148,6 +147,7 @@ class Server:
         except BaseException:
             self.stop()
             raise
+        self._shared = guard.shared_files(guard.members(self._process.pid))
 
     def is_running(self) -> bool:
         """Whether the process is alive; it may hang all the same."""
@@ -158,9 +158,9 @@ class Server:
         if not self.is_running():
             return False
         try:
-            reply = httpx.get(f"{self.url}/health", timeout=timeout_s, trust_env=False)
-            return reply.status_code == 200
-        except httpx.HTTPError:
+            exchange.wait(exchange.submit(self._ask_health(timeout_s)), self.check_stop)
+            return True
+        except (httpx.HTTPError, Again, Refused):
             return False
 
     def restart(self) -> None:
@@ -169,19 +169,19 @@ class Server:
         self.start()
 
     def stop(self) -> None:
-        """End the whole process group: SIGTERM, then SIGKILL."""
+        """End all its processes, and remove what they left in shared memory."""
         process, self._process = self._process, None
         if process is None:
             return
         atexit.unregister(self.stop)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            _signal_group(process.pid, number)
-            deadline = time.monotonic() + STOP_S
-            while time.monotonic() < deadline:
-                if process.poll() is not None and not _group_lives(process.pid):
-                    process.stdin.close()
-                    return
-                time.sleep(0.05)
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            pass  # the guard hangs too
+        guard.end_group(process.pid, 0.0, self._shared)
+        process.wait()
+        process.stdin.close()
 
     def log_tail(self) -> str:
         """The last lines of its log."""
@@ -190,24 +190,39 @@ class Server:
         lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-LOG_LINES:])
 
+    def _command(self) -> list[str]:
+        command = [sys.executable, "-I", guard.__file__, *map(str, self.weight_folders), "--"]
+        command += [str(self.python)]
+        command += ["-c", guard.START] if self.api_key else ["-m", "sglang.launch_server"]
+        command += ["--model-path", str(self.model_path), "--host", HOST]
+        return [*command, "--port", str(self.port), *self.arguments]
+
+    async def _ask_health(self, timeout_s: float) -> None:
+        async with exchange.open_client() as client:
+            await exchange.exchange(client, "GET", f"{self.url}/health", seconds=timeout_s)
+
     def _environment(self) -> dict[str, str]:
         # SGLang cannot release memory with expandable segments, which this variable may ask for.
+        dropped = ("PYTORCH_CUDA_ALLOC_CONF", API_KEY)
         variables = {
             name: value
             for name, value in os.environ.items()
-            if name != "PYTORCH_CUDA_ALLOC_CONF" and not name.startswith(TORCHRUN)
+            if name not in dropped and not name.startswith(TORCHRUN + DECIDING)
         }
         variables |= {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
         # Cached features of photos would be those of an earlier vision tower.
-        variables.setdefault("SGLANG_VLM_CACHE_SIZE_MB", "0")
+        variables["SGLANG_VLM_CACHE_SIZE_MB"] = "0"
+        if self.api_key:
+            variables[guard.SERVER_KEY] = self.api_key
         variables["GLOO_SOCKET_IFNAME"] = "lo"
         return variables | self.environment
 
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + self.start_timeout_s
         while not self.is_healthy(POLL_TIMEOUT_S):
+            self.check_stop()
             if not self.is_running():
-                code = self._process.returncode
+                code = self._process.returncode if self._process else "none: it was stopped"
                 raise ServerError(f"{self.url} ended with code {code}:\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 raise ServerError(
@@ -252,18 +267,3 @@ def _require_free(port: int) -> None:
             probe.bind((HOST, port))
         except OSError as error:
             raise ServerError(f"port {port} of {HOST} is taken: {error}") from None
-
-
-def _signal_group(group: int, number: int) -> None:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        pass
-
-
-def _group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -5,10 +5,10 @@ it has its first token, so that the prefill of prompt and photo is computed once
 prompts of a group go to one server. Prompt ids are sent with one image pad a photo and are never
 re-tokenised.
 
-A reply counts only with the number of prompt tokens that the trainer counts, log-probs for all of
-its tokens, no image token among them and the expected weight version; otherwise the sample is drawn
-again. Faults that can pass by themselves (a lost connection, a 5xx, a time-out) are tried again
-with growing pauses. A server of ours that has died or hangs is restarted with the current weights.
+A reply counts only once it is checked (rollout/replies.py); otherwise the sample is drawn again, on
+another server where there is one. Faults that can pass by themselves (a lost connection, a 5xx, a
+time-out) are tried again with growing pauses. A server of ours that has died or hangs is restarted
+with the current weights.
 """
 
 from __future__ import annotations
@@ -29,18 +29,16 @@ from torch import Tensor
 from tercet.core.data.vision import PromptEncoder, data_uri
 from tercet.core.models import checkpoint_names
 from tercet.core.types import Completion, PolicyParts, Request
-from tercet.rollout.endpoint import TRIES, Again, Endpoint, Session, SharedSession, pause
+from tercet.rollout.endpoint import TRIES, Endpoint, Session, SharedSession, pause
 from tercet.rollout.engine import Sampling, sample_seed, together
+from tercet.rollout.exchange import Again, Refused
+from tercet.rollout.replies import Expected, Generated, Unfit, checked_sample, read
 from tercet.rollout.server import ServerError, stop_all
 from tercet.rollout.weights import WeightSync
 
 SETTLE_S = 10.0
 """Longest wait for servers to release GPU memory."""
 SETTLE_POLL_S = 0.2
-
-
-class _Unfit(Exception):
-    """A sample with a token that must not be drawn."""
 
 
 @dataclass
@@ -98,8 +96,9 @@ class SglangEngine:
         addresses = [e.url for e in self._endpoints]
         if not addresses or len(set(addresses)) < len(addresses):
             raise ValueError(f"rollout.urls: no server, or one address twice: {addresses}")
-        first = endpoints[0]
-        self._shared = SharedSession(first.timeout_s, concurrency, first.headers)
+        self._shared = SharedSession(concurrency, endpoints[0].headers)
+        vocabulary = parts.model.get_output_embeddings().weight.shape[0]
+        self._expected = Expected(vocabulary, parts.stop_ids, parts.banned_ids)
         self._version_name = "default"  # SGLang's name for the weights that a server starts with
         self._running: dict[str, asyncio.Task] = {}
         """By request id."""
@@ -166,6 +165,8 @@ class SglangEngine:
 
     def close(self) -> None:
         """Stop the servers that are ours, and wake the others if they answer."""
+        for endpoint in self._endpoints:
+            endpoint.hurry()
         self._sync.close()
         for endpoint in self._endpoints:
             if endpoint.server is None:
@@ -254,81 +255,74 @@ class SglangEngine:
                 if j or request.n == 1:
                     reply = await endpoint.ask(session.client, "/generate", body)
                 else:
-                    reply = await self._prefill(session, job, body)
+                    on_first = job.prefilled.set  # lets the other samples start
+                    body |= {"stream": True}
+                    reply = await endpoint.stream(session.client, "/generate", body, on_first)
                 return self._completion(job, j, reply)
-            except _Unfit as error:
+            except Unfit as error:
                 self.redrawn["an image token"] += 1
-                reason = str(error)
+                reason = f"{endpoint.url}: {error}"
                 continue
             except Again as error:
-                reason = str(error)
+                reason = f"{endpoint.url}: {error}"
+            except Refused as error:
+                raise ServerError(str(error), error.status) from None
             except httpx.TransportError as error:
-                reason = f"{type(error).__name__}: {error}"
+                reason = f"{endpoint.url}: {type(error).__name__}: {error}"
                 await self._revive(session, endpoint, restarts)
-                if isinstance(error, httpx.TimeoutException) and endpoint.restarts == restarts:
+                if isinstance(error, httpx.ReadTimeout) and endpoint.restarts == restarts:
                     self.redrawn["a time-out"] += 1  # else the server hung, whatever was drawn
                 await endpoint.abort(session.client, rid)
             except asyncio.CancelledError:
                 await endpoint.abort(session.client, rid)
                 raise
-            await pause(attempt)
-        raise ServerError(
-            f"{endpoint.url}: sample {j} of {request.id} failed {TRIES} times: {reason}"
+            if attempt < TRIES - 1:
+                await pause(attempt)
+            endpoint = self._other(endpoint)
+        raise ServerError(f"sample {j} of {request.id} failed {TRIES} times: {reason}")
+
+    def _other(self, endpoint: Endpoint) -> Endpoint:
+        """The server with the fewest samples among the others; the same where there is no other."""
+        others = [e for e in self._endpoints if e is not endpoint]
+        return min(others, key=lambda e: e.load, default=endpoint)
+
+    def _completion(self, job: _Job, j: int, reply: bytes) -> Completion:
+        """A reply as a completion, once it is checked; raises Again where it does not count."""
+        about = checked_sample(
+            reply,
+            self._expected,
+            prompt_tokens=job.prompt_tokens,
+            most_tokens=job.sampling.max_tokens,
+            version=self._version_name,
         )
-
-    async def _prefill(self, session: Session, job: _Job, body: dict) -> dict:
-        """Reply to a prompt's first sample; its first token lets the other samples start."""
-        reply: dict = {}
-        body = body | {"stream": True}
-        async for message in job.endpoint.stream(session.client, "/generate", body):
-            reply = message
-            job.prefilled.set()
-        return reply
-
-    def _completion(self, job: _Job, j: int, reply: dict) -> Completion:
-        """A reply as a completion, once it is checked.
-
-        Raises:
-            Again: the reply does not count.
-            _Unfit: the sample holds an image token.
-            ServerError: the server counts other prompt tokens than the trainer.
-        """
-        about = reply.get("meta_info")
-        if not about:
-            raise Again("the reply is empty")
-        reason = (about.get("finish_reason") or {}).get("type")
-        if reason not in ("stop", "length"):
-            raise Again(f"it ended with {reason}")
-        if about.get("prompt_tokens") != job.prompt_tokens:
-            raise ServerError(
-                f"request {job.request.id}: {job.endpoint.url} counts {about.get('prompt_tokens')} "
-                f"prompt tokens, the trainer {job.prompt_tokens}: image settings differ"
-            )
-        if str(about.get("weight_version")) != self._version_name:
-            raise Again(f"weights of version {about.get('weight_version')}")
-        entries = about.get("output_token_logprobs") or []
-        tokens = tuple(int(entry[1]) for entry in entries)
-        if len(tokens) != about.get("completion_tokens") or not tokens:
-            raise Again(f"{len(tokens)} log-probs for {about.get('completion_tokens')} tokens")
-        if banned := set(tokens) & set(self._parts.banned_ids):
-            raise _Unfit(f"it holds image token(s) {sorted(banned)}")
+        logprobs, tokens, _ = zip(*about.output_token_logprobs, strict=True)
         self.prompt_tokens += job.prompt_tokens
-        self.cached_tokens += about.get("cached_tokens", 0)
+        self.cached_tokens += about.cached_tokens
         return Completion(
             request_id=job.request.id,
             index=j,
             token_ids=tokens,
-            rollout_logprobs=tuple(float(entry[0]) for entry in entries),
+            rollout_logprobs=logprobs,
             finish_reason="stop" if tokens[-1] in self._parts.stop_ids else "length",
             weight_version=self.weight_version,
         )
 
     def _probe(self, endpoint: Endpoint) -> bool:
-        """Whether log-probs are taken before top_p: with one token left after it, not 0."""
+        """Whether log-probs are taken before top_p: with one token left after it, not 0.
+
+        Raises:
+            ServerError: the server gives no good reply.
+        """
         sampling = {"temperature": 2.0, "top_p": 1e-6, "max_new_tokens": 1}
         body = {"input_ids": list(self._parts.stop_ids), "sampling_params": sampling}
-        reply = endpoint.post("/generate", body | {"return_logprob": True})
-        return reply["meta_info"]["output_token_logprobs"][0][0] < -1e-6
+
+        def logprob(content: bytes) -> float:
+            about = read(Generated, content).meta_info
+            if about is None or len(about.output_token_logprobs) != 1:
+                raise Again("the reply to a request for one token holds another number of them")
+            return about.output_token_logprobs[0][0]
+
+        return endpoint.generate(body | {"return_logprob": True}, logprob) < -1e-6
 
     async def _revive(self, session: Session, endpoint: Endpoint, restarts: int) -> None:
         """Restart a server of ours that has died or hangs, and send it the current weights.
@@ -364,10 +358,9 @@ class SglangEngine:
         finally:
             deque(named_weights, maxlen=0)  # the other ranks gather each weight with this one
         for endpoint in endpoints:
-            found = str(endpoint.get("/model_info").get("weight_version"))
-            if found != str(version):
+            if (found := endpoint.version()) != str(version):
                 raise ServerError(
-                    f"{endpoint.url} has weights {found} after an update to {version}"
+                    f"{endpoint.url} has weights {found[:40]} after an update to {version}"
                 )
 
 

@@ -12,54 +12,34 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import pickle
-import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import httpx
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import BroadcastOptions, PrefixStore, TCPStore
 from torch.distributed import distributed_c10d as c10d
 from torch.multiprocessing import reductions
 
 from tercet.rollout.endpoint import Endpoint
+from tercet.rollout.exchange import wait
 from tercet.rollout.server import ServerError
+from tercet.rollout.weight_folder import NamedWeights, buckets, own_folder, write_weights
 
-NamedWeights = Iterable[tuple[str, Tensor]]
+Value = TypeVar("Value")
 Way = Literal["disk", "distributed", "tensor"]
-MEMORY_DISK = Path("/dev/shm")
 POLL_S = 0.005
 UUID_PLACE = 6  # index of the device in the arguments by which torch rebuilds a CUDA tensor
-
-
-def buckets(named_weights: NamedWeights, size: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Split weights, in order, into buckets of one dtype and at most `size` bytes.
-
-    A tensor that is larger has a bucket to itself.
-    """
-    bucket: list[tuple[str, Tensor]] = []
-    used = 0
-    for name, tensor in named_weights:
-        if bucket and (used + tensor.nbytes > size or tensor.dtype != bucket[0][1].dtype):
-            yield bucket
-            bucket, used = [], 0
-        bucket.append((name, tensor))
-        used += tensor.nbytes
-    if bucket:
-        yield bucket
 
 
 class WeightSync(Protocol):
@@ -121,10 +101,9 @@ class DiskSync:
     def send(
         self, endpoints: Sequence[Endpoint], named_weights: NamedWeights, version: int
     ) -> None:
-        self._parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix="tercet-weights-", dir=self._parent) as folder:
-            write_weights(named_weights, self._config_from, Path(folder), self._bucket_bytes)
-            body = {"model_path": folder, "weight_version": str(version), "flush_cache": True}
+        with own_folder(self._parent) as folder:
+            write_weights(named_weights, self._config_from, folder, self._bucket_bytes)
+            body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
             _post_all(endpoints, "/update_weights_from_disk", body)
 
     def close(self) -> None:
@@ -154,7 +133,7 @@ class DistributedSync:
                     body = _about(bucket) | _ending(version, last)
                     body |= {"group_name": self._name, "load_format": "flattened_bucket"}
                     with _posting(endpoints, "/update_weights_from_distributed", body) as replies:
-                        self._broadcast(flat, replies)
+                        self._broadcast(flat, endpoints, replies)
         except BaseException:
             self._drop()  # its members no longer agree on what comes next
             raise
@@ -186,7 +165,7 @@ class DistributedSync:
         if self._group is not None and members == self._members:
             return
         self._drop()
-        sizes = [_ranks(e) for e in endpoints]
+        sizes = [e.ranks() for e in endpoints]
         backend = "nccl" if device.type == "cuda" else "gloo"
         self._name = f"tercet-{time.time_ns()}"  # new, as servers keep groups of dead trainers
         with socket.create_server((self._host, 0)) as listener:
@@ -214,9 +193,10 @@ class DistributedSync:
         for prefix in (self._name, f"{self._name}/", f"{device.type}/"):
             store = PrefixStore(prefix, store)
         with _posting(endpoints, "/init_weights_update_group", *bodies) as replies:
-            self._group = self._make(backend, store, 1 + sum(sizes))
-            for reply in replies:
-                reply.result()
+            made = _in_thread(lambda: self._make(backend, store, 1 + sum(sizes)))
+            _watch(endpoints, made.done, replies)
+            self._group = made.result()
+            _await(endpoints, replies)
         self._endpoints, self._members = endpoints, members
 
     def _make(self, backend: str, store: PrefixStore, size: int) -> c10d.Backend:
@@ -230,19 +210,15 @@ class DistributedSync:
         options._devices = [c10d.ProcessGroupGloo.create_device(hostname=self._host)]
         return c10d.ProcessGroupGloo(store, 0, size, options)
 
-    def _broadcast(self, flat: Tensor, replies: Sequence[Future]) -> None:
-        """Send to all servers; raise at once if one replies with an error, as it never receives."""
+    def _broadcast(
+        self, flat: Tensor, endpoints: Sequence[Endpoint], replies: Sequence[Future]
+    ) -> None:
         options = BroadcastOptions()
         options.rootRank = 0
         work = self._group.broadcast([flat], options)
-        while not work.is_completed():
-            for reply in replies:
-                if reply.done():
-                    reply.result()
-            time.sleep(POLL_S)
+        _watch(endpoints, work.is_completed, replies)
         work.wait()
-        for reply in replies:
-            reply.result()
+        _await(endpoints, replies)
 
 
 class TensorSync:
@@ -258,7 +234,7 @@ class TensorSync:
             for bucket, last in _marked(buckets(named_weights, self._bucket_bytes)):
                 payload = pickled(bucket)
                 bodies = [
-                    {"serialized_named_tensors": [payload] * _ranks(e)} | _ending(version, last)
+                    {"serialized_named_tensors": [payload] * e.ranks()} | _ending(version, last)
                     for e in endpoints
                 ]
                 _post_all(endpoints, "/update_weights_from_tensor", *bodies)
@@ -288,38 +264,6 @@ class _HandlePickler(ForkingPickler):
             str(device.uuid),
             *arguments[UUID_PLACE + 1 :],
         )
-
-
-def write_weights(
-    named_weights: NamedWeights, config_from: Path, folder: Path, shard_bytes: int
-) -> None:
-    """Write a folder that a server can load, with one shard in memory at a time.
-
-    Args:
-        named_weights: (name in checkpoints, tensor), streamed.
-        config_from: Hugging Face folder whose other files (configuration, tokenizer) are copied.
-        folder: an empty folder.
-        shard_bytes: most bytes of a file.
-    """
-    for file in config_from.iterdir():
-        if file.is_file() and not file.name.startswith(("model.safetensors", "model-", "state")):
-            shutil.copy(file, folder / file.name)
-    index: dict[str, str] = {}
-    total = 0
-    for number, bucket in enumerate(buckets(named_weights, shard_bytes), start=1):
-        name = f"model-{number:05}.safetensors"
-        shard = {key: tensor.to("cpu").contiguous() for key, tensor in bucket}
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(shard, name)
-        total += sum(tensor.nbytes for tensor in shard.values())
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": index}), encoding="utf-8"
-    )
-
-
-def _ranks(endpoint: Endpoint) -> int:
-    """Number of processes over which a server spreads its weights (tensor parallelism)."""
-    return endpoint.get("/server_info").get("tp_size", 1)
 
 
 def _about(bucket: list[tuple[str, Tensor]]) -> dict:
@@ -371,28 +315,54 @@ def _begin(endpoint: Endpoint) -> bool:
 @contextmanager
 def _posting(
     endpoints: Sequence[Endpoint], path: str, *bodies: dict
-) -> Iterator[list[Future[dict]]]:
-    """Post to all servers at once, in threads, while the block runs: one body for all, or one
-    each."""
-    pool = ThreadPoolExecutor(max(1, len(endpoints)))
+) -> Iterator[list[Future[None]]]:
+    """Post to all servers at once while the block runs: one body for all, or one each."""
     each = bodies * len(endpoints) if len(bodies) == 1 else bodies
+    replies = [e.begin_post(path, body) for e, body in zip(endpoints, each, strict=True)]
     try:
-        yield [pool.submit(e.post, path, body) for e, body in zip(endpoints, each, strict=True)]
+        yield replies
     finally:
-        pool.shutdown(wait=False)
+        for reply in replies:
+            reply.cancel()
 
 
 def _post_all(endpoints: Sequence[Endpoint], path: str, *bodies: dict) -> None:
     """Post to all servers at once and wait for their replies; raises the first error."""
     with _posting(endpoints, path, *bodies) as replies:
-        for reply in replies:
-            reply.result()
+        _await(endpoints, replies)
 
 
-def roomy_folder(needed: int, otherwise: Path) -> Path:
-    """/dev/shm if it has room for twice `needed` bytes, else the folder `otherwise`."""
-    try:
-        free = shutil.disk_usage(MEMORY_DISK).free
-    except OSError:
-        return otherwise
-    return MEMORY_DISK if free > 2 * needed else otherwise
+def _await(endpoints: Sequence[Endpoint], replies: Sequence[Future]) -> None:
+    """Wait for the servers' replies; raises the first error, and where the run is to stop."""
+    for endpoint, reply in zip(endpoints, replies, strict=True):
+        wait(reply, endpoint.check_stop)
+
+
+def _watch(
+    endpoints: Sequence[Endpoint], is_done: Callable[[], bool], replies: Sequence[Future]
+) -> None:
+    """Wait for what the trainer and all servers do together.
+
+    Raises at once where a server replies with an error, as it never takes part, and where the run
+    is to stop.
+    """
+    while not is_done():
+        for endpoint, reply in zip(endpoints, replies, strict=True):
+            endpoint.check_stop()
+            if reply.done():
+                reply.result()
+        time.sleep(POLL_S)
+
+
+def _in_thread(work: Callable[[], Value]) -> Future[Value]:
+    """Run what cannot be interrupted in a thread that the process does not wait for."""
+    future: Future[Value] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

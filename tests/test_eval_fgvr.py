@@ -88,13 +88,30 @@ def test_the_command_writes_every_answer(tmp_path, monkeypatch, capsys):
         lines.append(json.dumps(line | {"options": ["least auklet", "puffin", "gull", "tern"]}))
     (tmp_path / "questions.jsonl").write_text("\n".join(lines))
     argv = ["eval", f"--model.path={tmp_path / 'policy'}", f"--data={tmp_path / 'questions.jsonl'}"]
-    argv += [f"--out={tmp_path / 'eval.json'}", "--max_tokens=6", "--prompt=closed_world"]
+    argv += [f"--out={tmp_path / 'new' / 'eval.json'}", "--max_tokens=6", "--prompt=closed_world"]
     monkeypatch.setattr(sys, "argv", argv)
     eval_fgvr.main()
-    written = json.loads((tmp_path / "eval.json").read_text())
+    written = json.loads((tmp_path / "new" / "eval.json").read_text())
     assert [a["question"]["image"] for a in written["answers"]] == [
         str(tmp_path / f"{n}.png") for n in range(3)
     ]
     assert all(a["output"] for a in written["answers"])
     (row,) = written["table"].values()
     assert row["n"] == 3 and "closed" in capsys.readouterr().out
+
+
+def test_what_would_be_lost_at_the_end_is_named_before_a_model_is_loaded(tmp_path, monkeypatch):
+    Image.new("RGB", (70, 60)).save(tmp_path / "0.png")
+    line = {"question": "What is it?", "options": ["gull", "tern"], "ground_truth": "gull"}
+    lines = [json.dumps({"image_path": f"{n}.png"} | line) for n in range(2)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        ("new/eval.json", r"1\.png': no such file \(1 bad photos"),
+        ("file/eval.json", "--out: .*eval.json cannot be written: .*file is no folder"),
+        (".", "--out: .* is a folder"),
+    ):
+        argv = ["eval", "--model.path=nowhere", f"--data={tmp_path / 'questions.jsonl'}"]
+        monkeypatch.setattr(sys, "argv", [*argv, f"--out={tmp_path / out}"])
+        with pytest.raises(ValueError, match=message):
+            eval_fgvr.main()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import threading
 import time
 from contextlib import contextmanager
+from hashlib import blake2b
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -21,7 +23,10 @@ pytestmark = pytest.mark.core
 
 
 class Endpoint:
-    """A chat endpoint that answers `say(body)`, after replies with `statuses`."""
+    """A chat endpoint that answers `say(body)`, after replies with `statuses`.
+
+    An answer that is no text is sent as it is: a choice of its own, or the bytes of a reply.
+    """
 
     def __init__(self, say=lambda body: "85", statuses=()):
         self.say, self.statuses = say, list(statuses)
@@ -46,8 +51,12 @@ def serving(chat: Endpoint):
             time.sleep(0.02)
             with lock:
                 chat.running -= 1
-            message = {"choices": [{"message": {"content": chat.say(body)}}]}
-            content = json.dumps(message).encode() if status == 200 else b"not now"
+            said = chat.say(body)
+            if isinstance(said, str):
+                said = {"message": {"content": said}}
+            if not isinstance(said, bytes):
+                said = json.dumps({"choices": [said]}).encode()
+            content = said if status == 200 else b"not now"
             self.send_response(status)
             self.send_header("content-length", str(len(content)))
             self.end_headers()
@@ -57,7 +66,7 @@ def serving(chat: Endpoint):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}/v1"
     finally:
@@ -85,6 +94,11 @@ def short_pauses(monkeypatch):
         ("-3", None),
         ("no number", None),
         ("", None),
+        ("<think>perhaps 30/100</think> 85/100", 85.0),
+        ("<think>perhaps 30/100", None),
+        ("30 <think> or 40", None),
+        ("9" * 400, None),
+        ("85/1000", None),
     ],
 )
 def test_scores_are_read(text, score):
@@ -94,6 +108,131 @@ def test_scores_are_read(text, score):
 def test_scores_of_another_range():
     assert read_number("7/10", high=10) == 7.0
     assert read_number("70", high=10) is None
+
+
+@pytest.mark.parametrize("part", ["9", "9 ", " ", "-", ".", "9.", "/", "out of", "<think>", "a"])
+def test_a_score_is_read_in_linear_time(part):
+    """10^6 characters, and twice as many take about twice as long."""
+    text = part * (1_000_000 // len(part))
+    started = time.process_time()
+    read_number(text)
+    read_number("9" * 200_000)
+    assert time.process_time() - started < 5  # quadratic: hours
+
+
+def ended(content, reason) -> dict:
+    return {"message": {"content": content}, "finish_reason": reason}
+
+
+SPOILT = {
+    "null": ended(None, "stop"),
+    "null and no reason": ended(None, None),
+    "a number": ended(85, "stop"),
+    "a list": ended([{"type": "text", "text": "85"}], "stop"),
+    "an object": ended({"text": "85"}, "stop"),
+    "a boolean": ended(True, "stop"),
+    "a reason that is a number": ended("85", 3),
+    "a reason that is a list": ended("85", ["stop"]),
+    "a message that is text": {"message": "85"},
+    "a message that is null": {"message": None},
+    "no message": {},
+    "a choice that is a list": [],
+    "no choices": b'{"choices": []}',
+    "choices that are an object": b'{"choices": {"0": {}}}',
+    "a list of choices": b"[]",
+    "null alone": b"null",
+    "not JSON": b"85",
+    "bad UTF-8": json.dumps({"choices": [ended("x", "stop")]}).encode().replace(b"x", b"\xff"),
+    "a lone surrogate": b'{"choices": [{"message": {"content": "\\ud800"}}]}',
+    "deep": b"[" * 100_000,
+    "an error": b'{"error": "out of memory"}',
+    "too long": b'{"choices": [' + b" " * (2 << 20) + b"]}",
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_bad_answer_is_asked_for_again_and_never_kept(name, tmp_path):
+    replies = [SPOILT[name], "85"]
+    with serving(Endpoint(lambda body: replies.pop(0))) as url:
+        judge = Judge(url, "m", cache=tmp_path / "answers.sqlite")
+        assert asyncio.run(judge.score("Good?")) == 85.0
+    assert replies == []
+    chat = Endpoint(lambda body: SPOILT[name])
+    with serving(chat) as url, pytest.raises(ServerError, match=f"judge {url}: 5 bad answers"):
+        asyncio.run(Judge(url, "m").score("Good?"))
+    assert len(chat.bodies) == 5
+
+
+def test_an_answer_that_is_cut_off_is_asked_for_with_more_tokens(tmp_path):
+    """It holds no score: neither half a number nor one in a thought."""
+    chat = Endpoint(lambda body: ended("Score: 85", "stop" if body["max_tokens"] > 8 else "length"))
+    with serving(chat) as url:
+        assert asyncio.run(Judge(url, "m", max_tokens=2).score("Good?")) == 85.0
+    assert [body["max_tokens"] for body in chat.bodies] == [2, 16]
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("Score: 8", "length"),
+        ("<think>Is it 30?", "length"),
+        (None, "length"),
+        ("Score: 8", "content_filter"),
+        (None, "content_filter"),
+        ("", "stop"),
+    ],
+)
+def test_what_is_no_whole_answer_holds_no_score_and_is_not_kept(content, reason, tmp_path):
+    chat = Endpoint(lambda body: ended(content, reason))
+    with serving(chat) as url:
+        judge = Judge(url, "m", max_tokens=2, cache=tmp_path / "answers.sqlite")
+        assert [asyncio.run(judge.score("Good?")) for _ in range(2)] == [None, None]
+        assert asyncio.run(judge.ask("Good?")) == (content or "")
+    tries = [2, 16, 128] if reason == "length" else [2]
+    assert [body["max_tokens"] for body in chat.bodies] == tries * 3
+
+
+def test_more_tokens_than_the_endpoint_gives_are_no_error():
+    chat = Endpoint(lambda body: ended("Score: 8", "length"))
+    with serving(chat) as url:
+        judge = Judge(url, "m", max_tokens=2)
+        ask = judge._answer
+
+        async def refusing(client, body):
+            if body["max_tokens"] > 2:
+                raise ServerError("max_tokens is too large", 400)
+            return await ask(client, body)
+
+        judge._answer = refusing
+        assert asyncio.run(judge.score("Good?")) is None
+
+
+def test_a_cache_that_is_none_is_named(tmp_path):
+    (tmp_path / "answers.sqlite").write_text("this is no database, but a longer text")
+    for path in (tmp_path / "answers.sqlite", tmp_path / "no" / "folder"):
+        with pytest.raises(ValueError, match=f"^judge: the cache {path} cannot be used: "):
+            Judge("http://127.0.0.1:1/v1", "m", cache=path)
+
+
+def test_answers_from_before_they_were_checked_are_not_used(tmp_path):
+    """Such a cache may hold half numbers, and "" for null."""
+    cache = tmp_path / "answers.sqlite"
+    with serving(Endpoint()) as url:
+        content = [{"type": "text", "text": "Good?"}]
+        body = {"model": "m", "messages": [{"role": "user", "content": content}]}
+        body |= {"temperature": 0.0, "max_tokens": 16}
+        old = blake2b(json.dumps([url, body]).encode(), digest_size=16).hexdigest()
+        Judge(url, "m", cache=cache).close()
+        with sqlite3.connect(cache) as rows:
+            rows.execute("INSERT INTO answers VALUES (?, '8')", (old,))
+        assert asyncio.run(Judge(url, "m", cache=cache).score("Good?")) == 85.0
+
+
+@pytest.mark.parametrize("url", ["", "localhost", "http://u:geheim@x/v1"])
+def test_a_bad_address_is_named(url):
+    with pytest.raises(ValueError, match="^judge: ") as caught:
+        Judge(url, "m")
+    assert "geheim" not in str(caught.value)
 
 
 def test_a_question_carries_its_photo_and_the_key(photos):

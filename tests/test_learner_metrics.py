@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tercet.core.mismatch import mismatch_figures
-from tercet.core.types import Group, Response
+from tercet.core.types import Group, Response, Triplet
 from tercet.kernels.reference import TERMS
 from tercet.train.learner.metrics import (
     METRICS,
@@ -29,7 +29,7 @@ def test_every_metric_is_listed_once_and_described():
 
 def test_what_the_loss_and_the_mismatch_report_is_listed():
     response = Response("anchor", (1,), (-1.0,), "stop", 0, old_logprobs=torch.tensor([-1.5]))
-    group = Group("0.0.a", None, (), [response])
+    group = Group("g", Triplet("t", "a", "p", "n", "What?", "bird", "wren"), (1,), [response])
     reported = {*TERMS, *mismatch_figures([group], 0)} - {"ref_kl"}  # the trainer has no reference
     assert len(reported) == 13
     assert reported <= {metric.name for metric in METRICS}

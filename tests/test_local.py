@@ -59,8 +59,9 @@ def tokens_of(completions: dict) -> dict[tuple[str, int], tuple[int, ...]]:
 
 def endless(parts: PolicyParts, **options) -> LocalEngine:
     """An engine for which no token ends a response."""
-    parts.model.generation_config.eos_token_id = []
-    return LocalEngine(parts, PromptEncoder(parts), **options)
+    engine = LocalEngine(parts, PromptEncoder(parts), **options)
+    engine._stop_ids = frozenset()
+    return engine
 
 
 def watch_rows(parts: PolicyParts) -> list[tuple[int, int]]:

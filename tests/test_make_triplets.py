@@ -81,6 +81,21 @@ def test_out_must_not_be_the_folder_of_photos(inputs):
         make_triplets(DataConfig(path=photos), ModelConfig(), photos + "/")
 
 
+def test_where_nothing_can_be_written_is_named_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.parquet").mkdir()
+    data = DataConfig(path="nowhere")
+    for out, parquet, named in (
+        ("file", None, "--out: .*file is no folder"),
+        ("file/deep", None, "--out: .*file is no folder"),
+        ("new/out", "folder.parquet", "--parquet: .*folder.parquet is a folder"),
+    ):
+        parquet = parquet and str(tmp_path / parquet)
+        with pytest.raises(ValueError, match=named):
+            make_triplets(data, ModelConfig(), str(tmp_path / out), parquet)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.parquet"]
+
+
 def test_the_policy_must_be_named_where_it_is_needed(inputs, tmp_path):
     with pytest.raises(ValueError, match="model.path is empty"):
         make_triplets(DataConfig(path=str(inputs / "photos")), ModelConfig(), str(tmp_path / "o"))

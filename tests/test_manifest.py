@@ -104,6 +104,48 @@ def test_an_unknown_field_is_named(tmp_path):
         Manifest.read(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m["anchors"][1].update(id=m["anchors"][0]["id"]),
+            r"anchors\[1\]: the id 'a' is",
+        ),
+        (lambda m: m["anchors"][1].update(id=7), r"anchors\[1\]: 'id' must be a text, got 7"),
+        (lambda m: m["anchors"][0].update(question=7), r"anchors\[0\]: 'question' must be a text"),
+        (lambda m: m["anchors"][0].update(question="<|im_end|>"), "'question' must not hold"),
+        (lambda m: m["anchors"][0].update(positives=[]), "'positives' must be a list of photos"),
+        (lambda m: m["anchors"][0].update(negatives="c.jpg"), "'negatives' must be a list of ph"),
+        (lambda m: m["anchors"][0].update(negatives=[None]), r"'negatives'\[0\] must be a text"),
+        (lambda m: m["anchors"][0].update(sub_category=1), "'sub_category' must be a text, got 1"),
+        (
+            lambda m: m["anchors"][0].update(sub_category="x"),
+            r"'x' is not among the names of 'bird'",
+        ),
+        (lambda m: m.update(anchors=[1]), r"anchors\[0\]: 'id' must be a text"),
+        (lambda m: m.update(names={"bird": [1, 2]}), r"names: 'bird'\[0\] must be a text, got 1"),
+        (lambda m: m.update(names=["bird"]), "names"),
+        (lambda m: m["sft"].append("a.jpg"), r"sft\[1\]: 'image' must be a text"),
+        (lambda m: m.update(nearest=[]), "not a manifest of triplets"),
+        (lambda m: m.update(skipped=[1]), "'skipped' must be a list of texts"),
+        (lambda m: m.update(root=1), "'root' must be a text, got 1"),
+    ],
+)
+def test_a_field_that_is_no_text_or_empty_is_named(tmp_path, change, message):
+    path = drawn_manifest(tmp_path).write(tmp_path)
+    stored = json.loads(path.read_text())
+    change(stored)
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=f"triplets.json.*{message}"):
+        Manifest.read(path)
+
+
+def test_notes_are_kept_and_shown_before_what_was_left_out(tmp_path):
+    manifest = replace(drawn_manifest(tmp_path), notes=["folders train, test are read as splits"])
+    assert Manifest.read(manifest.write(tmp_path)) == manifest
+    assert manifest.remarks() == [*manifest.notes, "left out: image 'x' is bad"]
+
+
 def test_image_keys_are_listed_once(tmp_path):
     manifest = drawn_manifest(tmp_path)
     assert manifest.image_keys() == [str(tmp_path / "bird" / f"{n}.jpg") for n in "abcdefg"]

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -159,7 +164,7 @@ def test_frozen_parts(parts, folder, vision, merger):
 def test_processor_config_with_bare_pixel_limits(one_folder):
     """The released models' preprocessor_config.json has min_pixels and max_pixels, no size."""
     config = json.loads((one_folder / "preprocessor_config.json").read_text())
-    del config["size"]
+    del config["size"], config["min_pixels"], config["max_pixels"]
     config |= {"min_pixels": 3136, "max_pixels": 12845056}
     (one_folder / "preprocessor_config.json").write_text(json.dumps(config))
     assert load(one_folder).image_processor.size == {
@@ -168,6 +173,33 @@ def test_processor_config_with_bare_pixel_limits(one_folder):
     }
     limited = load(one_folder, max_pixels=1003520).image_processor.size
     assert limited == {"shortest_edge": 3136, "longest_edge": 1003520}
+
+
+@pytest.mark.parametrize(
+    ("size", "complaint"),
+    [
+        ({"min_pixels": 3136, "max_pixels": 50000}, None),  # of transformers 4.4x
+        ({"height": 448, "width": 448}, "got None, None"),
+        ({"shortest_edge": -5, "longest_edge": 12544}, "got -5, 12544"),
+    ],
+)
+def test_pixel_limits_that_were_not_given_are_not_named(one_folder, size, complaint):
+    config = json.loads((one_folder / "preprocessor_config.json").read_text())
+    del config["min_pixels"], config["max_pixels"]
+    (one_folder / "preprocessor_config.json").write_text(json.dumps(config | {"size": size}))
+    if complaint is None:
+        assert load(one_folder).image_processor.size == {
+            "shortest_edge": 3136,
+            "longest_edge": 50000,
+        }
+    else:
+        match = rf"{one_folder}': min_pixels and max_pixels in its image processor .* {complaint}"
+        with pytest.raises(ValueError, match=match):
+            load(one_folder)
+    assert load(one_folder, min_pixels=800, max_pixels=9000).image_processor.size == {
+        "shortest_edge": 800,
+        "longest_edge": 9000,
+    }
 
 
 # the tokenizer
@@ -240,7 +272,218 @@ def test_tokenizer_keeps_to_its_size_and_learns():
     assert len(large.tokenizer("What bird").input_ids) < 9
 
 
+# how an answer ends
+
+IM_END, ENDOFTEXT = "<|im_end|>", "<|endoftext|>"
+
+
+def write_generation_config(folder: Path, **content) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(content))
+
+
+def set_field(folder: Path, file: str, **fields) -> None:
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | fields))
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ([2, 0], None),
+        (2, None),
+        (
+            [0, 2],
+            r"generation_config names <\|endoftext\|>, <\|im_end\|>: answers to train on end ",
+        ),
+        (
+            0,
+            r"_config names <\|endoftext\|>: answers .* with <\|im_end\|>, sampling stops ",
+        ),
+        (None, "generation_config names none: answers"),
+        ([], "generation_config names none: answers"),
+    ],
+)
+def test_the_templates_end_of_turn_comes_first_and_every_end_stops(one_folder, named, said):
+    write_generation_config(one_folder, eos_token_id=named, pad_token_id=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parts = load(one_folder)
+        load_policy(ModelConfig(path=str(one_folder)), "meta")  # the other ranks say nothing
+    lines = [str(w.message) for w in caught if str(one_folder) in str(w.message)]
+    assert len(lines) == (said is not None)
+    assert said is None or re.search(said, lines[0])
+    assert parts.turn_end == parts.stop_ids[0] == 2
+    assert parts.stop_ids == ((2, 0) if named in ([2, 0], [0, 2], 0) else (2,))
+    parts.save(one_folder.with_name("again"))  # other software stops there as well
+    saved = json.loads((one_folder.with_name("again") / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == (named if named in (2, [2, 0], [0, 2]) else [*parts.stop_ids])
+
+
+def test_the_tokenizers_end_stops_as_well(one_folder):
+    set_field(one_folder, "tokenizer_config.json", eos_token=ENDOFTEXT)
+    write_generation_config(one_folder, eos_token_id=2)
+    with pytest.warns(UserWarning, match=r"the tokenizer's end is <\|endoftext\|>"):
+        assert load(one_folder).stop_ids == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("{% for m in messages %}{{ m.content }}\n<|im_end|>\n{% endfor %}", IM_END),
+        ("{% for m in messages %}{{ m.content + '<|endoftext|>' }}{% endfor %}", ENDOFTEXT),
+        ("{% for m in messages %}<|im_start|>{{ m.content }}\n{% endfor %}", IM_END),  # eos_token
+        (None, IM_END),
+    ],
+)
+def test_end_of_turn_of_other_templates(template, end):
+    parts = tiny()
+    parts.tokenizer.chat_template = template
+    assert parts.tokenizer.convert_ids_to_tokens(parts.turn_end) == end
+
+
+def test_a_policy_without_an_end_is_named():
+    parts = tiny()
+    parts.tokenizer.eos_token = parts.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="neither the chat template nor the tokenizer"):
+        _ = parts.turn_end
+    parts = tiny()
+    parts.tokenizer.chat_template = "{{ raise_exception('no assistant') }}"
+    with pytest.raises(ValueError, match="chat template does not render .*: no assistant"):
+        _ = parts.stop_ids
+
+
+@pytest.mark.parametrize("wrong", [10**6, -1, True, 2.5])
+def test_ends_outside_the_vocabulary_are_named(one_folder, wrong):
+    write_generation_config(one_folder, eos_token_id=[2, wrong])
+    with pytest.raises(ValueError, match=rf"{one_folder}.*(eos_token_id|cannot be loaded)"):
+        load(one_folder)
+
+
+# what is exported
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_exports_name_what_transformers_4_reads(tmp_path, tied, parts):
+    parts = tiny(parts.model.config.model_type, tie_word_embeddings=tied)
+    parts.save(tmp_path / "one")
+    load(tmp_path / "one").save(tmp_path / "two")
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        config, tokenizer, processor = (
+            json.loads((folder / f"{name}config.json").read_text())
+            for name in ("", "tokenizer_", "preprocessor_")
+        )
+        text = config["text_config"]
+        sections = {"rope_type": "default", "mrope_section": [4, 6, 6]}
+        assert (text["rope_theta"], text["rope_scaling"]) == (10000.0, sections)
+        assert text["rope_parameters"] == sections | {"rope_theta": 10000.0}
+        assert config["tie_word_embeddings"] is text["tie_word_embeddings"] is tied
+        assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert tokenizer["additional_special_tokens"][:2] == [ENDOFTEXT, "<|im_start|>"]
+        assert "extra_special_tokens" not in tokenizer
+        assert (processor["min_pixels"], processor["max_pixels"]) == (6272, 12544)
+    again = load(tmp_path / "two")
+    assert_equal_weights(again.model, parts.model)
+    assert again.tokenizer.extra_special_tokens == parts.tokenizer.extra_special_tokens
+    assert again.model.config.text_config.rope_parameters["mrope_section"] == [4, 6, 6]
+
+
+OLDER = """
+import sys, torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+folder, photo, asked = sys.argv[1:]
+asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}]
+model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True)
+photo = AutoImageProcessor.from_pretrained(folder, use_fast=False)(
+    images=[Image.open(photo)], return_tensors="pt"
+)
+pad, pads = model.config.image_token_id, int(photo["image_grid_thw"].prod()) // 4
+ids = torch.tensor([[i for token in ids for i in [token] * (pads if token == pad else 1)]])
+given = {"attention_mask": torch.ones_like(ids), **photo}
+with torch.no_grad():
+    logits = model(input_ids=ids, **given).logits[0]
+    said = model.generate(input_ids=ids, do_sample=False, max_new_tokens=12, **given)
+torch.save({"ids": ids[0], "logits": logits, "said": said[0, ids.shape[1] :]}, folder + "/found.pt")
+"""
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_exports_are_the_same_policy_in_transformers_4(tmp_path, photos, parts, tied):
+    """TERCET_TRANSFORMERS_4: `pip install --no-deps --target FOLDER` of it, tokenizers and hub."""
+    packages = os.environ.get("TERCET_TRANSFORMERS_4")
+    if not packages:
+        pytest.skip("set TERCET_TRANSFORMERS_4 to a folder with transformers 4.52 to 4.57")
+    parts = tiny(parts.model.config.model_type, tie_word_embeddings=tied)
+    folder, environment = tmp_path / "policy", os.environ | {"PYTHONPATH": packages}
+    parts.save(folder)
+    command = [sys.executable, "-c", OLDER, str(folder), photos[0], TEXT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(folder / "found.pt")
+    ids = parts.tokenizer.apply_chat_template(
+        [ASKED], add_generation_prompt=True, return_dict=False
+    )
+    prompt = PromptEncoder(parts)(tuple(ids), (photos[0],))
+    assert torch.equal(found["ids"], prompt.input_ids)
+    image = {
+        "pixel_values": prompt.images[0].pixel_values,
+        "image_grid_thw": prompt.images[0].grid_thw,
+    }
+    pads = (prompt.input_ids == parts.model.config.image_token_id)[None].int()
+    ids = prompt.input_ids[None]
+    with torch.no_grad():
+        ours = parts.model(input_ids=ids, mm_token_type_ids=pads, **image).logits[0]
+        said = parts.model.generate(
+            input_ids=ids, mm_token_type_ids=pads, do_sample=False, max_new_tokens=12, **image
+        )
+    assert (found["logits"] - ours).abs().max() < 1e-5 and ours.std() > 0.1
+    assert torch.equal(found["said"], said[0, ids.shape[1] :])
+
+
 # what is refused
+
+
+CODE = "open({!r}, 'w')\n"  # what a module of a folder would do
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer_config.json", "preprocessor_config.json"]
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_code_of_a_folder_is_never_run(one_folder, monkeypatch, file, known):
+    """Nor does it ask on standard input whether it may."""
+    ran = one_folder.with_name("ran")
+    (one_folder / "own.py").write_text(CODE.format(str(ran)))
+    (one_folder / "custom_generate").mkdir()
+    (one_folder / "custom_generate" / "generate.py").write_text(CODE.format(str(ran)))
+    classes = {
+        "config.json": {"AutoConfig": "own.A", "AutoModelForImageTextToText": "own.B"},
+        "tokenizer_config.json": {"AutoTokenizer": [None, "own.A"]},
+        "preprocessor_config.json": {"AutoImageProcessor": "own.A"},
+    }
+    set_field(one_folder, file, auto_map=classes[file])
+    kinds = ("model_type", "tokenizer_class", "image_processor_type")
+    if not known:
+        set_field(one_folder, file, **{dict(zip(classes, kinds, strict=True))[file]: "own"})
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asks on standard input"))
+    if known or file != "config.json":  # classes that are known read the rest of the folder
+        assert_equal_weights(load(one_folder).model, tiny().model)
+    else:
+        match = rf"'{one_folder}' cannot be loaded: it needs code of its own \(auto_map\)"
+        with pytest.raises(ValueError, match=match):
+            load(one_folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("config_too", [True, False])
+def test_an_adapter_is_named(one_folder, config_too):
+    (one_folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not config_too:
+        (one_folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=rf"model.path '{one_folder}' is a LoRA adapter: give"):
+        load(one_folder)
 
 
 def test_empty_path_is_refused():

@@ -1,5 +1,6 @@
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,9 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from tercet.core.config import DataConfig
 from tercet.core.data.parquet import read_parquet, write_parquet
+from tercet.core.data.triplets import prepare_manifest
 from tercet.core.data.vision import load_image
 from tercet.core.families.qwen2_vl import resized
 from tercet.core.prompts import STAGE2_INSTRUCTION, stage2_text
@@ -108,8 +111,10 @@ def test_the_question_is_bare(tmp_path, problem):
     [
         ({"image_aug": None}, r"t.parquet#1: column 'image_aug' holds no photo"),
         ({"image_noisy": []}, r"t.parquet#1: column 'image_noisy' holds no photo"),
-        ({"answer": " "}, r"t.parquet#1: column 'answer' must hold a text, got ' '"),
-        ({"problem": None}, r"t.parquet#1: column 'problem' must hold a text, got None"),
+        ({"answer": " "}, r"t.parquet#1: column 'answer' must be a text, got ' '"),
+        ({"problem": None}, r"t.parquet#1: column 'problem' must be a text, got None"),
+        ({"problem": "<image>Which <|image_pad|>?"}, r"column 'problem' must not hold <.image_pad"),
+        ({"answer": "<image>"}, r"column 'answer' must not hold <image>"),
         ({"problem": "<image><image>?"}, r"t.parquet#1: .*got 1 photos and 2 <image>"),
         (
             {"images": CELLS["list of bytes"]("red") * 2},
@@ -141,6 +146,42 @@ def test_what_is_no_parquet_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no Parquet rows"):
         read_parquet(tmp_path / "empty")
+
+
+def test_the_clone_of_a_data_set_is_read_and_other_splits_are_not(tmp_path):
+    data = tmp_path / "clone" / "data"
+    data.mkdir(parents=True)
+    (data.parent / "README.md").write_text("A data set.")
+    for name in ("test-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"):
+        write(data / f"{name}.parquet", [row(CELLS["bytes"])])
+    manifest = prepare_manifest(DataConfig(path=str(data.parent)), refuse)
+    assert [anchor.id for anchor in manifest.anchors] == [
+        "train-00000-of-00002.parquet#0",
+        "train-00001-of-00002.parquet#0",
+    ]
+    assert manifest.notes == ["Parquet files of other splits left out: test-00000-of-00001.parquet"]
+
+
+def refuse(keys):
+    raise AssertionError("nothing is to be embedded")
+
+
+def test_files_that_are_damaged_or_still_to_be_downloaded_are_named(tmp_path):
+    path = write(tmp_path / "t.parquet", [row(CELLS["bytes"])] * 3)
+    whole = Path(path).read_bytes()
+    for place in range(4, len(whole) - 8, 37):
+        Path(path).write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            read_parquet(path)
+        except ValueError as error:
+            assert "t.parquet" in str(error) and "\n" not in str(error)
+    Path(path).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match="t.parquet cannot be read as Parquet.*git lfs pull"):
+        read_parquet(path)
+    table = pa.Table.from_arrays([pa.array(["a"])] * 2, names=["problem", "problem"])
+    pq.write_table(table, path)
+    with pytest.raises(ValueError, match="has several columns 'problem'"):
+        read_parquet(path)
 
 
 def smooth(path, size, colour):

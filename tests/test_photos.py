@@ -1,10 +1,12 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tercet.core.data import fields
 from tercet.core.data.photos import check_images, read_photos
 from tercet.core.data.records import read_eval, read_sft
 from tercet.core.data.vision import load_image
@@ -60,12 +62,14 @@ def test_folder_is_read_in_one_order_with_names_as_words(tmp_path):
     [
         ([], "holds no photos"),
         (["bird/1.jpg"], "bird holds photos; they must lie one folder deeper"),
-        (["bird/wren/1.jpg", "bird/tit/1.gif"], r"tit holds no photo \(jpeg jpg png"),
+        (["bird/wren/1.jpg", "bird/tit/heic"], r"tit holds no photo \(.* jpeg .*, but .*1 .heic"),
     ],
 )
 def test_folder_of_another_shape_is_refused(tmp_path, paths, message):
     for path in paths:
-        save(tmp_path / path)
+        saved = Path(save(tmp_path / path.replace("heic", "1.jpg")))
+        if path.endswith("heic"):
+            saved.rename(saved.with_suffix(".heic"))
     with pytest.raises(ValueError, match=message):
         read_photos(tmp_path)
 
@@ -148,6 +152,8 @@ def test_a_manifest_of_another_kind_is_no_split(tmp_path):
             r"images\[2\]: .*1.jpg is listed before",
         ),
         (lambda listing: listing["images"][0].pop("path"), r"images\[0\]: 'path' must be a text"),
+        (lambda listing: listing.update(classes=[1]), r"classes\[0\]: 'super_category' must be a"),
+        (lambda listing: listing.update(images=["a"]), r"images\[0\]: 'super_category' must be a"),
     ],
 )
 def test_a_faulty_manifest_is_named(tmp_path, change, message):
@@ -186,6 +192,13 @@ def test_json_lines_are_relative_to_their_file(tmp_path):
         ),
         (line(" "), r":3: 'image' must be a text, got ' '"),
         (line("b.jpg", question=7), r":3: 'question' must be a text, got 7"),
+        (line("b.jpg", question="<image>Which?"), r":3: 'question' must not hold <image>"),
+        (line("b.jpg", question="Which\ud800?"), r":3: 'question' holds '\\ud800', half a"),
+        (line("b.jpg", sub_category=737), r":3: 'sub_category' must be a text, got 737"),
+        (line("b.jpg", sub_category="a<|im_end|>"), r":3: 'sub_category' must not hold <\|im_end"),
+        (line("b.jpg", size=float("inf")), r":3: malformed JSON line: Infinity is no JSON number"),
+        ("[" * 100_000, r":3: malformed JSON line: it is nested too deeply"),
+        ("1" * 5000, r":3: malformed JSON line: Exceeds the limit"),
         (line("./a.jpg", sub_category="tit"), r":3: .*a.jpg is listed before"),
     ],
 )
@@ -334,6 +347,19 @@ USER = {"role": "user", "content": "<image>Which?"}
         (record(messages=[USER, {"role": "assistant", "content": ""}]), "'content' must be a text"),
         (record(messages=["Which?"]), "'role' must be system or user or as"),
         (record(images=[3]), "'images' must be a list of paths"),
+        (record(images=[""]), "'images' must be a list of paths"),
+        (record(messages="Which?"), "needs a list 'messages'"),
+        (record("<image>Which <|image_pad|>?"), r"'content' must not hold <\\|image_pad"),
+        (record("<image>Which <|im_end|>"), r"'content' must not hold <\\|im_end"),
+        (record("<image>Which\ud800?"), "'content' holds '.*ud800'"),
+        (
+            record(messages=[USER, {"role": "assistant", "content": "a<|im_end|>b<|im_end|>"}]),
+            r"'content' must not hold <\\|im_end",
+        ),
+        (
+            record(messages=[{"role": "system", "content": "<|vision_start|>"}, USER, ASSISTANT]),
+            r"'content' must not hold <\\|vision_start",
+        ),
         ({"images": []}, "needs a list 'messages'"),
     ],
 )
@@ -342,6 +368,67 @@ def test_a_faulty_stage1_record_is_named(tmp_path, faulty, message):
     path = write_json(tmp_path / "cot.json", [record(), faulty])
     with pytest.raises(ValueError, match=f"cot.json: record 1: .*{message}"):
         read_sft(path)
+
+
+def test_an_answer_may_end_with_its_end_of_turn(tmp_path):
+    save(tmp_path / "a.jpg")
+    turns = [USER, {"role": "assistant", "content": "wren<|im_end|>\n"}]
+    samples, _ = read_sft(write_json(tmp_path / "cot.json", [record(messages=turns)]))
+    assert samples[0].messages[1] == ("assistant", "wren<|im_end|>\n")
+
+
+def test_records_that_all_lack_their_photos_are_an_error(tmp_path):
+    path = write_json(tmp_path / "cot.json", [record(images=["gone.jpg"])] * 2)
+    with pytest.raises(ValueError, match=r"cot.json: no record has its photos; .*gone.jpg"):
+        read_sft(path, "skip")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("[" + "1" * 5000 + "]", "Exceeds the limit"),
+        ("[NaN]", "NaN is no JSON number"),
+        (b"[\xff]", "cannot be read: 'utf-8'"),
+    ],
+)
+def test_json_that_no_parser_takes_is_named(tmp_path, content, message):
+    path = tmp_path / "cot.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"cot.json.*{message}"):
+        read_sft(path)
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "cot.json")
+    for path in (tmp_path / "cot.json", "/dev/zero", tmp_path):
+        with pytest.raises(ValueError, match=f"{path} cannot be read: it is not a regular file"):
+            read_sft(path)
+    os.mkfifo(tmp_path / "photo.png")
+    for key in (str(tmp_path / "photo.png"), "/dev/zero"):
+        assert "not a regular file" in check_images([key], "skip")[key]
+    (tmp_path / "long.jsonl").write_text(" " * 101)
+    monkeypatch.setattr(fields, "MAX_JSON_BYTES", 100)
+    with pytest.raises(ValueError, match="long.jsonl cannot be read: it is larger than 100 bytes"):
+        read_photos(tmp_path / "long.jsonl")
+
+
+def test_a_photo_whose_name_is_not_utf8_is_bad(tmp_path):
+    good = save(tmp_path / "bird" / "wren" / "1.png")
+    odd = os.fsencode(save(tmp_path / "bird" / "wren" / "x.png"))
+    os.rename(odd, odd[:-5] + b"\xff.png")
+    with pytest.raises(ValueError, match="not UTF-8: rename it") as caught:
+        read_photos(tmp_path)
+    assert str(caught.value).isprintable()
+    read = read_photos(tmp_path, "skip")
+    assert [photo.image for photo in read.photos] == [good] and len(read.skipped) == 1
+
+
+def test_a_folder_of_bad_photos_alone_is_an_error(tmp_path):
+    (tmp_path / "bird" / "wren").mkdir(parents=True)
+    (tmp_path / "bird" / "wren" / "1.png").write_bytes(b"?")
+    with pytest.raises(ValueError, match=r"all 1 photos are bad: image '.*1\.png'"):
+        read_photos(tmp_path, "skip")
 
 
 def test_faulty_json_is_named_with_its_line(tmp_path):

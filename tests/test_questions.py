@@ -37,6 +37,15 @@ def test_a_yaml_file_overrides_by_super_category(tmp_path):
         ("bird: []", r"'bird' must be a list of questions, got \[\]"),
         ("bird: [3]", "'bird' must be a list of questions"),
         ("bird: [", "cannot be read"),
+        ("737: ['Which?']", "in quotes, if it is a number.* must be a text, got 737"),
+        ("bird: [' ']", "'bird' must be a list of questions"),
+        ("bird: ['<image>Which?']", "must not hold <image>"),
+        ("bird: ['Which<|im_end|>?']", r"must not hold <\|im_end"),
+        ('bird: ["\\ud800?"]', "half a character|cannot be read"),
+        ("bird: 2001-99-99", "cannot be read"),
+        ("[" * 5_000, "nested too deeply"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", r"line 2: aliases \(\*name\) are not"),
+        ("a: ['" + "x" * 2**20 + "']", "larger than 1,048,576 bytes"),
     ],
 )
 def test_faulty_yaml_is_named(tmp_path, text, message):

@@ -9,11 +9,12 @@ import torch
 
 from tercet.core.config import LossConfig, ModelConfig, ParallelConfig, TapoConfig, TapoOptimConfig
 from tercet.core.costs import PromptLoad, Shape, forward_flops
-from tercet.core.packing import Piece, mini_batches, pack_branch, split_by_budget
+from tercet.core.packing import Piece, mini_batches, pack, prompts_of
 from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import EncodedImage, EncodedPrompt, Group, Response, Triplet
 from tercet.train.fit.memory import Load
 from tercet.train.fit.roofline import BUS, Card, Engines, Lengths, Step, Volume, phases
+from tercet.train.learner.micro_batches import split
 
 pytestmark = pytest.mark.core
 SHAPE = Shape(2, 8, 24, 4, 2, 2, 100, 1, 4, 2, 12, 3, 1, 0, 2, 6)
@@ -62,17 +63,17 @@ def test_micro_batches_are_those_of_the_packing(budget, update_on):
     assert step.minibatches == len(batches) == 2
     mine: list[Piece] = batches[0][:3]  # of two GPUs
     assert step.groups_a_gpu == 3
-    assert step.microbatches == len(list(split_by_budget(mine, [update_on], encode, budget)))
+    assert step.microbatches == len(list(split(mine, [update_on], encode, budget)))
 
 
 def test_the_load_is_that_of_a_pack():
     step = make_step(budget=1000)
     pieces = mini_batches(make_groups(), 3, "group")[0]
-    packed = pack_branch(pieces, "anchor", encode)
+    packed = pack(prompts_of(pieces, "anchor", encode))
     assert step.load("update") == Load(
         len(packed.input_ids), len(packed.pixel_values), len(packed.hidden_index)
     )
-    own = pack_branch(pieces, "own", encode)
+    own = pack(prompts_of(pieces, "own", encode))
     both = make_step(budget=2000, update_on="own")
     assert both.load("update").tokens == len(own.input_ids)
     assert both.load("update").patches == 2 * both.load("negative").patches == 6 * 64

@@ -590,6 +590,9 @@ def test_an_over_long_prompt_names_triplet_and_photo(make, anchors, encoder):
     with pytest.raises(ValueError, match=message):
         collect(too_tight)
     assert too_tight._stream.state() == START
+    with pytest.raises(ValueError, match=message):
+        too_tight.check_prompts(anchors)  # before the first step
+    make(Script(), max_prompt_tokens=max(limits)).check_prompts(anchors)
 
 
 @pytest.mark.parametrize("role", ["positive", "negative"])
@@ -606,7 +609,10 @@ def test_a_photo_that_makes_a_prompt_too_long_is_named_whatever_its_role(
         len(encoder(group.prompt_ids, (plain.image,))), len(encoder(group.prompt_ids, (wide,))) - 1
     )
     sampler = build(parts, encoder, [anchor], Script(), max_prompt_tokens=limit)
-    with pytest.raises(ValueError, match=rf"triplet 'a0', image {re.escape(repr(wide))}"):
+    message = rf"triplet 'a0', image {re.escape(repr(wide))}"
+    with pytest.raises(ValueError, match=message):
+        sampler.check_prompts([anchor])
+    with pytest.raises(ValueError, match=message):
         collect(sampler)
 
 
@@ -616,6 +622,8 @@ def test_a_bad_photo_is_named_and_loses_nothing(make, parts, encoder, anchors):
     with pytest.raises(ValueError, match="gone.png"):
         collect(sampler)
     assert sampler._stream.state() == START
+    with pytest.raises(ValueError, match=r"gone\.png': no such file"):
+        sampler.check_prompts([missing])
 
 
 # Repeatable ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support import tiny
 
 from tercet.core.config import ModelConfig, SftConfig
-from tercet.core.data.records import read_sft
+from tercet.core.data.records import SftSample, read_sft
 from tercet.core.models import load_policy
 from tercet.train import sft
 from tercet.train.learner.command_line import parse
@@ -97,6 +97,32 @@ def test_first_loss_equals_plain_transformers(stage1, tmp_path):
     assert first_loss(tmp_path) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+SAID = "<think>Red.</think><answer>wren</answer>"
+
+
+def tokens_of(answer: str, parts=None) -> sft.Example:
+    turns = (("user", "What?"), ("assistant", answer))
+    return sft.tokenize(SftSample("7", turns, ()), parts or tiny(), None)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("ends", [[0, 2], 0, [2, 0], None])
+@pytest.mark.parametrize("more", ["", "<|im_end|>", "<|im_end|>\n", "<|im_end|><|im_end|> \n"])
+def test_targets_end_with_the_templates_end_of_turn_once(ends, more):
+    parts = tiny()
+    parts.model.generation_config.eos_token_id = ends
+    example = tokens_of(SAID + more, parts)
+    assert parts.tokenizer.decode(example.target_ids) == SAID + "<|im_end|>"
+    assert example == tokens_of(SAID)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"])
+def test_tokens_that_no_answer_holds_are_named(token):
+    with pytest.raises(ValueError, match=r"^sample '7': its answer must not hold <\|\w+\|>$"):
+        tokens_of(f"a {token} b")
+
+
 def test_vision_stays_frozen_unless_told(stage1, tmp_path):
     before = load_file(stage1 / "policy" / "model.safetensors")
     for name, flags in {
@@ -148,6 +174,7 @@ def test_out_of_memory_begins_the_step_again(stage1, tmp_path, monkeypatch):
 def test_a_sample_over_the_limit_is_named(stage1, tmp_path):
     with pytest.raises(ValueError, match=r"sample .*tokens; optim.max_tokens is 20"):
         train(stage1, tmp_path, "--optim.max_tokens=20")
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
 def test_bad_photos_stop_or_are_left_out(stage1, tmp_path):

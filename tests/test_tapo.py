@@ -604,6 +604,7 @@ def test_sigterm_checkpoints_and_stops(workspace, tmp_path):
         ("--loss.mean_over=tokens", "mean_over"),
         ("--parallel.micro_batch_tokens=100", "micro_batch_tokens"),
         ("--rollout.reward=nowhere:f", "nowhere"),
+        ("--rollout.max_prompt_tokens=30", "the prompt has .* tokens; rollout.max_prompt_tokens"),
     ],
 )
 def test_bad_options_are_named(monkeypatch, workspace, tmp_path, option, named):

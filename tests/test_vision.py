@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -16,6 +17,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tercet.core.config import ModelConfig
 from tercet.core.data import vision
+from tercet.core.data.cells import RowGroups
+from tercet.core.data.photos import check_images
 from tercet.core.data.vision import PromptEncoder, load_image
 from tercet.core.models import load_policy
 from tercet.core.types import EncodedPrompt
@@ -138,7 +141,7 @@ def jpeg_with_damaged_exif() -> bytes:
     entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x0128, 2, 3, b"ab\0\0")
     directory = b"II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
     stored = BytesIO()
-    Image.new("RGB", (4, 4)).save(stored, "JPEG", exif=b"Exif\0\0" + directory)
+    Image.new("RGB", (6, 4)).save(stored, "JPEG", exif=b"Exif\0\0" + directory)
     return stored.getvalue()
 
 
@@ -148,14 +151,120 @@ def jpeg_cut_in_half() -> bytes:
     return stored.getvalue()[: stored.tell() // 2]
 
 
-@pytest.mark.parametrize(
-    "content", [jpeg_cut_in_half(), jpeg_with_damaged_exif(), b"", b"not a photo"]
-)
+def test_damaged_metadata_leave_the_photo_as_it_is(tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(jpeg_with_damaged_exif())
+    assert load_image(str(path)).size == vision.image_size(str(path)) == (4, 6)  # turned
+    assert check_images([str(path)]) == {}
+    damaged = jpeg_with_damaged_exif().replace(b"II*\0\x08", b"II*\0\xff")
+    path.write_bytes(damaged)
+    assert load_image(str(path)).size == vision.image_size(str(path)) == (6, 4)
+    assert check_images([str(path)]) == {}
+
+
+@pytest.mark.parametrize("content", [jpeg_cut_in_half(), b"", b"not a photo"])
 def test_damaged_photo_is_named(tmp_path, content):
     path = tmp_path / "bad.jpg"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"image '.*bad\.jpg' cannot be read: "):
         load_image(str(path))
+
+
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of these chunks with good checksums, after a head of 64 x 48 RGB."""
+    head = (b"IHDR", struct.pack(">IIBBBBB", 64, 48, 8, 2, 0, 0, 0))
+    stored = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (head, *chunks, (b"IEND", b"")):
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        stored += struct.pack(">I", len(data)) + kind + data + checksum
+    return stored
+
+
+def one_bit(width: int, height: int) -> bytes:
+    stored = BytesIO()
+    Image.new("1", (width, height)).save(stored, "PNG")
+    return stored.getvalue()
+
+
+SHORT = zlib.compress(noise(48, 193, 1).tobytes())[:500]
+REFUSED = {
+    "a short stream": (png((b"IDAT", SHORT)), "cannot be read"),
+    "no image data": (png(), "cannot be read"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "or none of JPEG, PNG"),
+    "67 million pixels": (one_bit(8192, 8193), "8192 x 8193 pixels are more than 67,108,864"),
+    "400 million pixels": (one_bit(20000, 20000), "pixels? ?.*67,108,864|67,108,864 pixels"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_check_refuses_what_would_not_load(tmp_path, monkeypatch, case):
+    content, message = REFUSED[case]
+    path = tmp_path / "photo.png"
+    path.write_bytes(content)
+
+    def never(*args, **options):
+        raise AssertionError("nothing is to be started, and no pixel of a large photo decoded")
+
+    monkeypatch.setattr("subprocess.Popen", never)
+    if "million" in case:
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", never)
+    for read in (load_image, vision.image_size, vision.check_image):
+        with pytest.raises(ValueError, match=rf"image '.*photo\.png' .*({message})"):
+            read(str(path))
+
+
+@pytest.mark.parametrize("top", [255, 1023, 4095, 16383, 65535])
+def test_grey_of_any_depth_is_scaled_to_full_range(tmp_path, top):
+    levels = np.linspace(0, top, 64).round().astype(np.uint16)[None].repeat(3, 0)
+    for name in ("a.tif", "a.png"):
+        Image.fromarray(levels).save(tmp_path / name)
+        found = loaded(tmp_path / name)[0, :, 0]
+        assert np.abs(found - np.linspace(0, 255, 64)).max() < 1.5 and found[-1] == 255
+
+
+def test_a_declared_depth_counts_more_than_the_brightest_value(tmp_path):
+    """12 bits packed, as a camera stores them: half of full range stays half."""
+    stored = BytesIO()
+    Image.fromarray(np.zeros((2, 4), np.uint16)).save(stored, "TIFF")
+    packed = b"".join(
+        bytes([high >> 4, (high & 15) << 4 | low >> 8, low & 255])
+        for high, low in [(0x000, 0x7FF)] * 4
+    )
+    content = stored.getvalue().replace(struct.pack("<HHIHH", 258, 3, 1, 16, 0), b"%bits%")
+    content = content.replace(b"%bits%", struct.pack("<HHIHH", 258, 3, 1, 12, 0))
+    (start,) = struct.unpack("<I", content[content.index(struct.pack("<HH", 273, 4)) + 8 :][:4])
+    (tmp_path / "a.tif").write_bytes(content[:start] + packed + content[start + len(packed) :])
+    assert loaded(tmp_path / "a.tif")[..., 0].tolist() == [[0, 127] * 2] * 2
+
+
+def test_floating_point_photos_are_scaled_or_refused(tmp_path):
+    ramp = np.linspace(0, 1, 64, dtype=np.float32)[None].repeat(3, 0)
+    path = tmp_path / "a.tif"
+    for factor in (1, 255):
+        Image.fromarray(ramp * factor).save(path)
+        assert (loaded(path)[0, :, 0] == (ramp[0] * 255).round()).all()
+    holed = np.where(ramp == 1, np.nan, ramp)
+    for values in (holed, ramp * 2 - 1, ramp * 1.5, ramp * 65535, np.full_like(ramp, np.inf)):
+        Image.fromarray(values.astype(np.float32)).save(path)
+        with pytest.raises(ValueError, match=r"a\.tif' .*floating-point values go from"):
+            load_image(str(path))
+        assert list(check_images([str(path)], "skip")) == [str(path)]
+
+
+def test_deep_colours_that_would_turn_dark_are_refused(tmp_path):
+    path = tmp_path / "deep.png"
+    for top, fits in ((65535, True), (4095, False)):
+        values = np.linspace(0, top, 64 * 48 * 3).astype(">u2").reshape(48, -1)
+        rows = b"".join(b"\0" + row.tobytes() for row in values)
+        content = png((b"IDAT", zlib.compress(rows)))
+        head = struct.pack(">IIBBBBB", 64, 48, 16, 2, 0, 0, 0)
+        content = content[:16] + head + struct.pack(">I", zlib.crc32(b"IHDR" + head)) + content[33:]
+        path.write_bytes(content)
+        if fits:
+            assert loaded(path)[-1, -1].tolist() == [255] * 3
+        else:
+            with pytest.raises(ValueError, match=r"deep\.png' .*use 12 bits or fewer"):
+                load_image(str(path))
 
 
 def test_photo_that_is_no_file_is_named(tmp_path):
@@ -239,6 +348,33 @@ def test_wrong_parquet_cell_is_named(parquet, cell):
     assert str(caught.value).startswith(f"image {parquet + '#' + cell!r} cannot be read: ")
 
 
+def test_a_row_group_is_read_once_and_the_cache_is_bounded(tmp_path, monkeypatch):
+    """Four files of two row groups, in any order; before, whole columns were read again."""
+    stored = [[bytes([shard, row]) * 500 for row in range(6)] for shard in range(4)]
+    for shard, photos in enumerate(stored):
+        table = pa.table({name: photos for name in ("a", "b", "c")})
+        pq.write_table(table, tmp_path / f"{shard}.parquet", row_group_size=3)
+    places = [(s, r, c) for s in range(4) for r in range(6) for c in "abc"]
+    order = np.random.default_rng(0).permutation(len(places) * 2) % len(places)
+    reads = []
+    read = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda self, group, **options: reads.append(group) or read(self, group, **options),
+    )
+
+    def play(cache):
+        reads.clear()
+        for shard, row, column in (places[place] for place in order):
+            cell = cache.cell(str(tmp_path / f"{shard}.parquet"), column, row)
+            assert cell == stored[shard][row]
+        return len(reads)
+
+    assert play(RowGroups()) == 4 * 2 * 3
+    assert play(RowGroups(cache_bytes=1)) > 100  # the newest alone is kept
+
+
 def test_wrong_parquet_file_is_named(tmp_path):
     (tmp_path / "junk.parquet").write_bytes(b"PAR1 and no more")
     for name in ("junk", "gone"):
@@ -315,6 +451,14 @@ def test_positions_go_on_as_in_transformers(parts, photos, ending):
     )
     following = prompt.next_position + torch.arange(4).expand(3, -1)
     assert torch.equal(torch.cat([prompt.position_ids, following], 1), expected[:, 0])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_length_of_a_prompt_is_known_without_encoding_it(parts, tmp_path, size):
+    keys = (save_noise(tmp_path / "photo.png", *size),) * 2
+    encoder = PromptEncoder(parts)
+    ids = (50, START, PAD, END, PAD, 51)
+    assert encoder.length(ids, keys) == len(encoder(ids, keys))
 
 
 def test_prompt_without_photos(parts):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import os
 import pickle
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from tercet.core.models import checkpoint_names
-from tercet.rollout import weights
-from tercet.rollout.weights import buckets, open_sync, pickled, write_weights
+from tercet.rollout import weight_folder
+from tercet.rollout.guard import remove_abandoned
+from tercet.rollout.weight_folder import buckets, own_folder, roomy_folder, write_weights
+from tercet.rollout.weights import open_sync, pickled
 
 pytestmark = pytest.mark.core
 
@@ -66,12 +70,31 @@ def test_a_payload_is_the_tensors_and_no_code():
 
 
 def test_weights_go_to_memory_where_there_is_room(monkeypatch, tmp_path):
-    monkeypatch.setattr(weights, "MEMORY_DISK", tmp_path)
+    monkeypatch.setattr(weight_folder, "MEMORY_DISK", tmp_path)
     elsewhere = Path("elsewhere")
-    assert weights.roomy_folder(1000, elsewhere) == tmp_path
-    assert weights.roomy_folder(1 << 60, elsewhere) == elsewhere
-    monkeypatch.setattr(weights, "MEMORY_DISK", tmp_path / "none")
-    assert weights.roomy_folder(1000, elsewhere) == elsewhere
+    assert roomy_folder(1000, elsewhere) == tmp_path
+    assert roomy_folder(1 << 60, elsewhere) == elsewhere
+    monkeypatch.setattr(weight_folder, "MEMORY_DISK", tmp_path / "none")
+    assert roomy_folder(1000, elsewhere) == elsewhere
+
+
+def test_folders_of_killed_processes_are_removed_and_those_in_use_stay(tmp_path):
+    """A lock tells them apart, so that the number of an ended process may come again."""
+    if not (child := os.fork()):
+        with own_folder(tmp_path) as folder:
+            (folder / "model.safetensors").write_bytes(b"x" * 1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (abandoned,) = tmp_path.iterdir()
+    assert (abandoned / "model.safetensors").exists()
+    (tmp_path / "tercet-other").mkdir()
+    (tmp_path / "tercet-weights-link").symlink_to(tmp_path / "tercet-other")
+    with own_folder(tmp_path) as used:
+        (used / "a").write_text("b")
+        assert remove_abandoned(tmp_path) == [abandoned]
+        assert (used / "a").exists() and not abandoned.exists()
+    assert not used.exists() and (tmp_path / "tercet-other").exists()
+    assert remove_abandoned(tmp_path / "none") == []
 
 
 def test_an_unknown_way_is_named(tmp_path):

@@ -18,7 +18,7 @@ from typing import Literal
 import jsonargparse
 
 from tercet.core.config import ModelConfig, RunConfig
-from tercet.train.learner.command_line import command
+from tercet.train.learner.command_line import check_output, command
 
 
 def main() -> None:
@@ -38,16 +38,21 @@ def main() -> None:
 def evaluate(options: jsonargparse.Namespace) -> None:
     """Ask the questions, score the answers, write them and print the table."""
     # Here, so that --help does not wait for torch and transformers.
+    from tercet.core.data.photos import check_images
     from tercet.core.data.vision import PromptEncoder
     from tercet.core.models import load_policy
     from tercet.rollout.local import LocalEngine
     from tercet.train.evaluation.answers import ask, questions_of, table
     from tercet.train.learner.device import set_up
 
+    check_output(Path(options.out), "out")
+    questions, names = questions_of(options.data, options.per_class)
+    bad = check_images((question.image for question in questions), "skip")
+    if bad:
+        raise ValueError(f"{next(iter(bad.values()))} ({len(bad)} bad photos in {options.data})")
     device = set_up(RunConfig(device=options.device))
     parts = load_policy(options.model, device)
     engine = LocalEngine(parts, PromptEncoder(parts), max_rows=options.max_rows)
-    questions, names = questions_of(options.data, options.per_class)
     answers = ask(
         engine,
         parts,
@@ -58,6 +63,7 @@ def evaluate(options: jsonargparse.Namespace) -> None:
         max_tokens=options.max_tokens,
     )
     result = {"table": table(answers), "answers": [asdict(answer) for answer in answers]}
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
     for partition, scores in result["table"].items():
         print(partition, "  ".join(f"{name} {value:.1f}" for name, value in scores.items()))

@@ -13,13 +13,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 from rich.progress import track
 
 from tercet.core.config import DataConfig, ModelConfig
-from tercet.train.learner.command_line import command
+from tercet.train.learner.command_line import check_output, command
 
 if TYPE_CHECKING:
     from tercet.core.data.manifest import Manifest
@@ -41,12 +42,16 @@ def make_triplets(
     import torch
 
     from tercet.core.data.embedders import embedder
+    from tercet.core.data.manifest import MANIFEST_NAME
     from tercet.core.data.parquet import write_parquet
     from tercet.core.data.triplets import prepare_manifest
     from tercet.core.models import family_of, load_policy
 
     if os.path.abspath(out) == os.path.abspath(data.path):
         raise ValueError(f"out must differ from data.path, got {out!r} for both")
+    check_output(Path(out) / MANIFEST_NAME, "out")
+    if parquet is not None:
+        check_output(Path(parquet), "parquet")
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     @cache
@@ -65,7 +70,7 @@ def make_triplets(
 
 
 def summary(manifest: Manifest) -> str:
-    """The numbers of a manifest, one line a super-category, and the photos that were left out."""
+    """The numbers of a manifest, one line a super-category, and remarks on the data."""
     anchors = Counter(anchor.super_category for anchor in manifest.anchors)
     sft = Counter(photo.super_category for photo in manifest.sft)
     lines = []
@@ -81,8 +86,7 @@ def summary(manifest: Manifest) -> str:
             f"{anchors[super_category]} anchors, {sft[super_category]} stage-1 photos, "
             f"{tests[0]} + {tests[1]} test photos (seen + unseen); {'; '.join(examples)}"
         )
-    lines += [f"left out: {reason}" for reason in manifest.skipped]
-    return "\n".join([*lines, f"{len(manifest.skipped)} left out"])
+    return "\n".join([*lines, *manifest.remarks(), f"{len(manifest.skipped)} left out"])
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ import torch
 from tercet.core.data.records import SftSample, read_sft
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.draws import EndlessOrder
-from tercet.core.packing import Encode, Prompts, packed_tokens, plain_batch, prompts_of
+from tercet.core.packing import Encode, Prompts, plain_batch, prompts_of
 from tercet.core.prompts import chat_ids
 from tercet.core.types import MicroBatch, PolicyParts
 from tercet.train.learner.assemble import build_policy, open_parts
@@ -68,13 +68,30 @@ class Example:
 
 
 def tokenize(sample: SftSample, parts: PolicyParts, system_prompt: str | None) -> Example:
-    """Prompt and target ids of a conversation; the target ends with the end-of-turn token."""
+    """Prompt and target ids of a conversation; the target ends with the end-of-turn token, once.
+
+    Raises:
+        ValueError: another token that ends an answer, or one of an image, in the target.
+    """
     messages = [{"role": role, "content": content} for role, content in sample.messages]
     prompt = chat_ids(
         parts.tokenizer, messages[:-1], len(sample.images), system_prompt=system_prompt
     )
-    target = parts.tokenizer.encode(messages[-1]["content"], add_special_tokens=False)
-    return Example(sample.id, tuple(prompt), sample.images, (*target, parts.stop_ids[0]))
+    end = parts.tokenizer.convert_ids_to_tokens(parts.turn_end)
+    answer = _without(end, messages[-1]["content"])
+    target = parts.tokenizer.encode(answer, add_special_tokens=False)
+    refused = {*parts.stop_ids, *parts.banned_ids}.intersection(target)
+    if refused:
+        names = ", ".join(parts.tokenizer.convert_ids_to_tokens(sorted(refused)))
+        raise ValueError(f"sample {sample.id!r}: its answer must not hold {names}")
+    return Example(sample.id, tuple(prompt), sample.images, (*target, parts.turn_end))
+
+
+def _without(end: str, answer: str) -> str:
+    """An answer without the end-of-turn tokens that may stand at its end already."""
+    while (cut := answer.rstrip()).endswith(end):
+        answer = cut.removesuffix(end)
+    return answer
 
 
 class SftRun:
@@ -87,6 +104,7 @@ class SftRun:
         self.encoder = PromptEncoder(self.parts)
         samples, skipped = read_sft(config.data.path, config.data.on_bad_image)
         self.examples = [tokenize(s, self.parts, config.model.system_prompt) for s in samples]
+        self.ranks.share(self._check_lengths)
         self.order = EndlessOrder(len(samples), config.run.seed)
         self.policy = build_policy(self.parts, config, self.ranks)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
@@ -106,6 +124,17 @@ class SftRun:
         self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
         for reason in skipped:
             self.log.say(f"left out: {reason}")
+
+    def _check_lengths(self) -> None:
+        limit = self.config.optim.max_tokens
+        for example in self.examples:
+            prompt = self.encoder.length(example.prompt_ids, example.images)
+            tokens = prompt + len(example.target_ids)
+            if tokens > limit:
+                raise ValueError(
+                    f"sample {example.id!r} has {tokens} tokens; optim.max_tokens is {limit} "
+                    "(samples are never cut: lower model.max_pixels or raise the limit)"
+                )
 
     def step(self) -> dict[str, float]:
         """One optimiser step on the next samples of the epoch's order; returns its figures."""
@@ -127,14 +156,6 @@ class SftRun:
 
     def _micro_batches(self, chosen: Sequence[Example]):
         """This rank's micro-batches of an optimiser step."""
-        limit = self.config.optim.max_tokens
-        for example in chosen:
-            tokens = packed_tokens(example.prompts("own", self.encoder)) + 1
-            if tokens > limit:
-                raise ValueError(
-                    f"sample {example.id!r} has {tokens} tokens; optim.max_tokens is {limit} "
-                    "(samples are never cut)"
-                )
         num_loss_tokens = sum(len(example.target_ids) for example in chosen)
 
         def pack(examples: Sequence[Example]) -> MicroBatch:

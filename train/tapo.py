@@ -54,12 +54,7 @@ from tercet.core.types import Group, MicroBatch, PolicyParts
 from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler
-from tercet.train.learner.assemble import (
-    build_policy,
-    open_manifest,
-    open_parts,
-    sampled_parts,
-)
+from tercet.train.learner.assemble import build_policy, open_manifest, open_parts, sampled_parts
 from tercet.train.learner.checkpoint import Checkpoints, find_checkpoint, load_state
 from tercet.train.learner.device import set_up
 from tercet.train.learner.figures import draw_figures
@@ -76,6 +71,7 @@ from tercet.train.learner.run import (
     report_end,
     saved_on_error,
 )
+from tercet.train.learner.sampler_check import check_sampler
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
 STATE = ("steps_done", "groups", "minibatches_done", "figures", "minibatch_figures")
@@ -105,6 +101,7 @@ class TapoRun:
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         self.checkpoints = Checkpoints(self, config.run)
         self.sampler = self._open_sampler()
+        self.ranks.share(lambda: self.sampler.check_prompts(self.manifest.anchors))
         per_epoch = len(self.manifest.anchors) / config.rollout.groups_per_step
         self.total_steps = config.run.steps or max(1, int(config.run.epochs * per_epoch))
         self.schedule = Schedule(config.optim, self.total_steps)
@@ -120,14 +117,15 @@ class TapoRun:
             self._restore(resume)
         self._sync(self.steps_done)
         self.log = open_log(self, resolved)
+        for line in self.manifest.remarks():
+            self.log.say(line)
         longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
         self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
         given = {"encode": self.encoder, "shape": self.policy.shape, "ranks": self.ranks}
         self.micro_batches = partial(micro_batches, **given, budget=self.budget)
         if sampled is not self.parts:
             self.log.say("rank 0 samples on a whole copy of the policy")
-        if not self.engine.full_vocabulary:
-            self.log.say("the sampler's log-probs are renormalised after top_p and top_k")
+        check_sampler(self)
 
     def step(self) -> dict[str, float]:
         """One rollout step; returns its figures.
@@ -252,7 +250,7 @@ class TapoRun:
         if not self.ranks.is_first:
             self.policy.gather_weights()
         self.ranks.share(
-            lambda: self.engine.update_weights(self.policy.named_weights(), version),
+            lambda: self.engine.update_weights(self.policy.sampled_weights(), version),
             self.policy.gather_weights,
         )
 
@@ -265,10 +263,12 @@ class TapoRun:
             # A server was restarted while rank 0 samples: the other ranks, which wait in `share`
             # for what it sampled, must put sharded weights together with it.
             self.ranks.ask_for_help()
-            return self.policy.named_weights()
+            return self.policy.sampled_weights()
 
         rollout, work_dir = self.config.rollout, self.out / "sglang"
-        return open_engine(parts, self.encoder, rollout, work_dir, weights, self.stop.check)
+        dtype = torch.bfloat16 if self.config.parallel.mixed_precision else parts.model.dtype
+        more = {"dtype": dtype, "check_stop": self.stop.check}
+        return open_engine(parts, self.encoder, rollout, work_dir, weights, **more)
 
     def _open_sampler(self) -> GroupSampler:
         config = self.config

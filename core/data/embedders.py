@@ -81,8 +81,8 @@ def folder_embedder(path: str, device: str | torch.device = "cpu") -> Callable[[
         ValueError: naming the path, when it cannot be loaded or gives no pooled embedding.
     """
     try:
-        model = AutoModel.from_pretrained(path).to(device).eval()
-        image_processor = AutoImageProcessor.from_pretrained(path)
+        model = AutoModel.from_pretrained(path, trust_remote_code=False).to(device).eval()
+        image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"data.embedder {path!r} cannot be loaded: {error}") from error
     encode = getattr(model, "get_image_features", model)

@@ -8,9 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
+from tercet.core.data.files import check_text, read_bytes, shown
 from tercet.core.types import Partition
+
+MAX_JSON_BYTES = 2**30
+"""Of a file; a manifest takes about 1,000 bytes an anchor."""
 
 
 def load_json(path: Path):
@@ -19,11 +23,12 @@ def load_json(path: Path):
     Raises:
         ValueError: naming the file, and the line where the JSON is malformed.
     """
+    content = read_bytes(path, MAX_JSON_BYTES)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return _parse(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
@@ -33,36 +38,49 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     Raises:
         ValueError: naming file and line of what is not a JSON object.
     """
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    lines = read_bytes(path, MAX_JSON_BYTES).removeprefix(b"\xef\xbb\xbf").splitlines()
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = _parse(line.decode())
         except ValueError as error:
             raise ValueError(f"{where}: malformed JSON line: {error}") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{where}: a line must be a JSON object, got {record!r}")
+            raise ValueError(f"{where}: a line must be a JSON object, got {shown(record)}")
         yield where, record
 
 
+def _parse(text: str):
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no JSON number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def text_of(record: object, field: str, where: str) -> str:
-    """A field that must hold a text that is not blank; ValueError for anything else."""
+    """A field that must hold a text as `check_text` allows; ValueError for anything else."""
     value = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: {field!r} must be a text, got {value!r}")
-    return value
+    return check_text(value, f"{where}: {field!r}")
+
+
+def texts_of(record: object, field: str, where: str, what: str = "names") -> tuple[str, ...]:
+    """A field that must hold a list of at least one such text; ValueError for anything else."""
+    values = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{where}: {field!r} must be a list of {what}, got {shown(values)}")
+    return tuple(check_text(v, f"{where}: {field!r}[{i}]") for i, v in enumerate(values))
 
 
 def choice_of(record: object, field: str, allowed: tuple[str, ...], where: str) -> str:
     """A field that must hold one of the allowed texts; ValueError for anything else."""
     value = record.get(field) if isinstance(record, dict) else None
     if value not in allowed:
-        raise ValueError(f"{where}: {field!r} must be {' or '.join(allowed)}, got {value!r}")
+        raise ValueError(f"{where}: {field!r} must be {' or '.join(allowed)}, got {shown(value)}")
     return value
 
 

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
-from tercet.core.data.fields import load_json
+from tercet.core.data.fields import load_json, text_of, texts_of
+from tercet.core.data.files import check_text
 from tercet.core.data.photos import OnBadImage, check_images
 from tercet.core.types import Anchor, Partition, Photo
 
@@ -33,6 +34,12 @@ class Manifest:
     """The data options that these choices were made with."""
     skipped: list[str] = field(default_factory=list)
     """Bad photos that were left out, with the reason."""
+    notes: list[str] = field(default_factory=list)
+    """What was made of the photos' folders, and which files are no photos, a line each."""
+
+    def remarks(self) -> list[str]:
+        """Lines for the user: what was made of the data, and what was left out."""
+        return [*self.notes, *(f"left out: {reason}" for reason in self.skipped)]
 
     def write(self, folder: str | Path) -> Path:
         """Write `folder`/triplets.json, whole or not at all.
@@ -48,6 +55,8 @@ class Manifest:
         root = self.common_folder()
         stored = asdict(self.with_keys(lambda key: os.path.relpath(key, root)))
         stored = {"root": os.path.relpath(root, folder)} | stored
+        if not self.notes:
+            del stored["notes"]
         unfinished = folder / f".{MANIFEST_NAME}.unfinished"
         unfinished.write_text(json.dumps(stored, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(unfinished, folder / MANIFEST_NAME)
@@ -64,13 +73,14 @@ class Manifest:
         path = path / MANIFEST_NAME if path.is_dir() else path
         stored = load_json(path)
         try:
-            root = path.parent / stored.pop("root")
-            stored["anchors"] = [_anchor(record) for record in stored["anchors"]]
-            stored["sft"] = [Photo(**record) for record in stored["sft"]]
+            root = path.parent / check_text(stored.pop("root"), f"{path}: 'root'")
+            stored["anchors"] = _anchors(stored["anchors"], f"{path}: anchors")
+            stored["sft"] = _photos(stored["sft"], f"{path}: sft")
             stored["test"] = {
-                partition: [Photo(**record) for record in stored["test"][partition]]
+                partition: _photos(stored["test"][partition], f"{path}: test[{partition!r}]")
                 for partition in get_args(Partition)
             }
+            _check_names(stored, path)
             return cls(**stored).with_keys(lambda key: os.path.normpath(root / key))
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a manifest of triplets: {error!r}") from error
@@ -139,6 +149,49 @@ class Manifest:
         return replace(self, anchors=anchors, sft=sft, test=test, skipped=skipped)
 
 
-def _anchor(record: dict) -> Anchor:
-    photos = {name: tuple(record[name]) for name in ("positives", "negatives")}
-    return Anchor(**(record | photos))
+def _anchors(records: list, where: str) -> list[Anchor]:
+    anchors, ids = [], set()
+    for index, record in enumerate(records):
+        here = f"{where}[{index}]"
+        texts = {name: text_of(record, name, here) for name in ("id", "image", "question")}
+        photos = {n: texts_of(record, n, here, "photos") for n in ("positives", "negatives")}
+        if texts["id"] in ids:
+            raise ValueError(f"{here}: the id {texts['id']!r} is an earlier anchor's")
+        ids.add(texts["id"])
+        anchors.append(Anchor(**(record | texts | photos | _labels(record, here))))
+    return anchors
+
+
+def _photos(records: list, where: str) -> list[Photo]:
+    photos = []
+    for index, record in enumerate(records):
+        here = f"{where}[{index}]"
+        texts = {name: text_of(record, name, here) for name in ("image", "question")}
+        photos.append(Photo(**(record | texts | _labels(record, here))))
+    return photos
+
+
+def _labels(record: dict, where: str) -> dict[str, str]:
+    """The two names; rows of Parquet files have no super-category."""
+    labels = {"sub_category": text_of(record, "sub_category", where)}
+    if record["super_category"] != "":
+        labels["super_category"] = text_of(record, "super_category", where)
+    return labels
+
+
+def _check_names(stored: dict, path: Path) -> None:
+    """ValueError where the names of a manifest are not lists of texts, or lack an anchor's."""
+    names = stored["names"]
+    known = {name: set(texts_of(names, name, f"{path}: names")) for name in names}
+    for index, anchor in enumerate(stored["anchors"]):
+        if anchor.sub_category not in known.get(anchor.super_category, ()):
+            raise ValueError(
+                f"{path}: anchors[{index}]: {anchor.sub_category!r} is not among the names of "
+                f"{anchor.super_category!r}"
+            )
+    for name, of_sub in stored["nearest"].items():
+        for sub_category in of_sub:
+            texts_of(of_sub, sub_category, f"{path}: nearest[{name!r}]")
+    for field_name in ("skipped", "notes"):
+        if not all(isinstance(line, str) for line in stored.get(field_name, [])):
+            raise ValueError(f"{path}: {field_name!r} must be a list of texts")

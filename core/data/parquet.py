@@ -9,6 +9,7 @@ asks for neither.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from tercet.core.data.files import check_text, regular
 from tercet.core.data.vision import load_image
 from tercet.core.prompts import IMAGE_MARKER, STAGE2_INSTRUCTION
 from tercet.core.types import Anchor
@@ -46,7 +48,7 @@ def read_parquet(path: str | Path) -> list[Anchor]:
     not known and stays empty.
 
     Args:
-        path: a Parquet file, or a folder of them.
+        path: a Parquet file, a folder of them, or the clone of a data set (see `parquet_files`).
 
     Returns:
         Anchors with image keys `file.parquet#row/column/index`, in the order of the rows.
@@ -55,11 +57,23 @@ def read_parquet(path: str | Path) -> list[Anchor]:
         ValueError: naming file and column, or file, row and column, at fault.
     """
     path = Path(os.path.abspath(path))
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    anchors = [anchor for file in files for anchor in _read_file(file)]
+    anchors = [anchor for file in parquet_files(path)[0] for anchor in _read_file(file)]
     if not anchors:
         raise ValueError(f"{path} holds no Parquet rows")
     return anchors
+
+
+def parquet_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """The Parquet files that `path` stands for, itself or those in it, and those left out.
+
+    The clone of a data set holds them in its folder `data`. Names begin with the split: where some
+    begin with `train`, the others are left out.
+    """
+    if not path.is_dir():
+        return ([path] if path.suffix == ".parquet" else []), []
+    found = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+    chosen = [file for file in found if re.match(r"train\b", file.name)] or found
+    return chosen, [file for file in found if file not in chosen]
 
 
 def write_parquet(anchors: Iterable[Anchor], path: str | Path, resized: Resized) -> None:
@@ -114,28 +128,39 @@ def _jpeg(photo: Image.Image, size: tuple[int, int]) -> bytes:
 
 def _read_file(path: Path) -> Iterator[Anchor]:
     try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+        regular(path)
+        with pq.ParquetFile(path) as file:
+            yield from _read_rows(file, path)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as Parquet: {reason}{_hint(path)}") from error
+
+
+def _hint(path: Path) -> str:
+    if path.is_file() and path.stat().st_size < 1000 and b"git-lfs" in path.read_bytes():
+        return " (it stands for a file that `git lfs pull` downloads)"
+    return ""
+
+
+def _read_rows(file: pq.ParquetFile, path: Path) -> Iterator[Anchor]:
     needed = [*TEXT_COLUMNS, *IMAGE_COLUMNS]
-    with file:
-        for column in needed:
-            if column not in file.schema_arrow.names:
-                raise ValueError(f"{path} has no column {column!r}; needed: {', '.join(needed)}")
-        row = 0
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=needed):
-            for index in range(batch.num_rows):
-                cells = {name: batch.column(name)[index] for name in needed}
-                yield _anchor(cells, path, row)
-                row += 1
+    for column in needed:
+        if file.schema_arrow.names.count(column) != 1:
+            has = "several columns" if column in file.schema_arrow.names else "no column"
+            raise ValueError(f"{path} has {has} {column!r}; needed: {', '.join(needed)}")
+    row = 0
+    for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=needed):
+        for index in range(batch.num_rows):
+            cells = {name: batch.column(name)[index] for name in needed}
+            yield _anchor(cells, path, row)
+            row += 1
 
 
 def _anchor(cells: dict[str, pa.Scalar], path: Path, row: int) -> Anchor:
     where = f"{path}#{row}"
     texts = {name: cells[name].as_py() for name in TEXT_COLUMNS}
     for name, text in texts.items():
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: column {name!r} must hold a text, got {text!r}")
+        check_text(text, f"{where}: column {name!r}", markers=name == "problem")
     keys = {}
     for name in IMAGE_COLUMNS:
         keys[name] = tuple(f"{where}/{name}/{i}" for i in range(_num_photos(cells[name])))

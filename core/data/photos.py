@@ -9,11 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
-
-from PIL import Image
 
 from tercet.core.data.fields import (
     as_words,
@@ -24,13 +22,12 @@ from tercet.core.data.fields import (
     partition_of,
     text_of,
 )
-from tercet.core.data.vision import MAX_ASPECT, load_image
+from tercet.core.data.folder_names import read_names
+from tercet.core.data.layouts import Split, read_layout
+from tercet.core.data.vision import check_image
 from tercet.core.types import Partition, Photo
 
-Split = Literal["train", "test", "stage1"]
 OnBadImage = Literal["error", "skip"]
-
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True)
@@ -48,12 +45,17 @@ class PhotoSet:
     splits: dict[str, Split] | None = None
     """Split by image key, "stage1" where stage 1 uses the photo already; None: still to be
     drawn."""
+    notes: list[str] = field(default_factory=list)
+    """What was made of folders' names, and which files are no photos, a line each."""
 
 
-def read_photos(path: str | Path, on_bad_image: OnBadImage = "error") -> PhotoSet:
+def read_photos(
+    path: str | Path, on_bad_image: OnBadImage = "error", names: str | Path | None = None
+) -> PhotoSet:
     """Read labelled photos from a folder or a JSON Lines file.
 
-    A folder holds `<super_category>/<sub_category>/<photo>`. If it has a manifest.json with the
+    A folder holds `<super_category>/<sub_category>/<photo>`, perhaps with train, valid and test
+    folders on the way (see core.data.layouts). If it has a manifest.json with the
     lists `classes` (super_category, sub_category, partition) and `images` (path, super_category,
     sub_category, split), exactly the images of those classes are read. A line of JSON Lines is
     {"image", "super_category", "sub_category", "question"?}; paths are relative to the file.
@@ -61,6 +63,7 @@ def read_photos(path: str | Path, on_bad_image: OnBadImage = "error") -> PhotoSe
     Args:
         path: the folder, or a file ending in .jsonl.
         on_bad_image: "error" raises for a bad photo, "skip" leaves it out and lists it.
+        names: JSON or YAML of names by folder (see `read_names`); None: the folders' own.
 
     Returns:
         The photos in an order that does not depend on the file system, `_` in names as a space.
@@ -69,11 +72,17 @@ def read_photos(path: str | Path, on_bad_image: OnBadImage = "error") -> PhotoSe
         ValueError: naming the folder, file and line, or photo at fault.
     """
     path = Path(os.path.abspath(path))
-    if path.is_dir():
-        root, listing = path, _read_listing(path / "manifest.json")
-        photos, partitions, splits = listing or (list(_walk(path)), None, None)
+    root, partitions, splits, notes = path, None, None, []
+    listing = _read_listing(path / "manifest.json") if path.is_dir() else None
+    if names is not None and (listing or not path.is_dir()):
+        raise ValueError(f"data.names is for folders of photos by sub-category, not for {path}")
+    if listing:
+        photos, partitions, splits = listing
+    elif path.is_dir():
+        layout = read_layout(path, None if names is None else read_names(names))
+        photos, splits, notes = layout.photos, layout.splits, layout.notes
     elif path.suffix == ".jsonl":
-        root, photos, partitions, splits = path.parent, list(_read_photo_lines(path)), None, None
+        root, photos = path.parent, list(_read_photo_lines(path))
     else:
         raise ValueError(f"{path}: no such folder, nor a .jsonl file of photos")
     if not photos:
@@ -81,14 +90,15 @@ def read_photos(path: str | Path, on_bad_image: OnBadImage = "error") -> PhotoSe
     photos.sort(key=lambda photo: (photo.super_category, photo.sub_category, photo.image))
     bad = check_images([photo.image for photo in photos], on_bad_image)
     photos = [photo for photo in photos if photo.image not in bad]
-    return PhotoSet(str(root), photos, list(bad.values()), partitions, splits)
+    if not photos:
+        raise ValueError(f"{path}: all {len(bad)} photos are bad: {next(iter(bad.values()))}")
+    return PhotoSet(str(root), photos, list(bad.values()), partitions, splits, notes)
 
 
 def check_images(keys: Iterable[str], on_bad_image: OnBadImage = "error") -> dict[str, str]:
     """Find the keys that load_image would refuse, in much less time than decoding them all takes.
 
-    A JPEG is decoded at an eighth of its size; this reads the whole stream, so a truncated file is
-    found. A PNG's checksums are compared. Only other formats and suspects are decoded in full.
+    A JPEG is decoded at an eighth of its size, everything else in full (see `check_image`).
 
     Args:
         keys: image keys; a repeated one is checked once.
@@ -116,54 +126,11 @@ def check_images(keys: Iterable[str], on_bad_image: OnBadImage = "error") -> dic
 
 def _fault(key: str) -> str | None:
     """Why load_image refuses a photo; None where it does not."""
-    if _surely_good(key):
-        return None
     try:
-        load_image(key)
+        check_image(key)
     except ValueError as error:
         return str(error)
     return None
-
-
-def _surely_good(key: str) -> bool:
-    """Whether a quick look is enough to know that load_image takes the photo."""
-    try:
-        with Image.open(key) as image:
-            width, height = image.size
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                return False
-            if image.format == "JPEG":
-                image.draft(image.mode, (max(1, width // 8), max(1, height // 8)))
-                image.load()
-            elif image.format == "PNG":
-                image.verify()
-            return image.format in ("JPEG", "PNG")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return False
-
-
-def _walk(folder: Path) -> Iterator[Photo]:
-    for super_folder in _folders(folder):
-        if any(_is_photo(entry) for entry in super_folder.iterdir()):
-            raise ValueError(
-                f"{super_folder} holds photos; they must lie one folder deeper: "
-                "<super_category>/<sub_category>/<photo>"
-            )
-        for sub_folder in _folders(super_folder):
-            photos = [entry for entry in sub_folder.iterdir() if _is_photo(entry)]
-            if not photos:
-                allowed = " ".join(sorted(suffix[1:] for suffix in PHOTO_SUFFIXES))
-                raise ValueError(f"{sub_folder} holds no photo ({allowed})")
-            for photo in photos:
-                yield Photo(str(photo), as_words(super_folder.name), as_words(sub_folder.name))
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-
-
-def _is_photo(path: Path) -> bool:
-    return path.suffix.lower() in PHOTO_SUFFIXES and not path.name.startswith(".")
 
 
 def _read_listing(
@@ -181,7 +148,8 @@ def _read_listing(
     partitions: dict[tuple[str, str], Partition] = {}
     for index, entry in enumerate(listing["classes"]):
         where = f"{path}: classes[{index}]"
-        partitions[_labels(entry, where)] = partition_of(entry, where)
+        labels = _labels(entry, where)
+        partitions[labels] = partition_of(entry, where)
     photos, splits = [], {}
     for index, entry in enumerate(listing["images"]):
         where = f"{path}: images[{index}]"

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import yaml
 
+from tercet.core.data.files import check_text, read_yaml, shown
+
+MAX_BYTES = 2**20
+
 _COMMON = (
     "What kind of {super_category} is this?",
     "What type of {super_category} is shown in the image?",
@@ -40,18 +44,19 @@ def read_questions(path: str | Path | None = None) -> dict[str, tuple[str, ...]]
     """
     if path is None:
         return QUESTIONS
-    try:
-        with open(path, encoding="utf-8") as file:
-            own = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"data.questions {str(path)!r} cannot be read: {error}") from error
+    own = read_yaml(Path(path), MAX_BYTES, yaml.SafeLoader)
     if not isinstance(own, dict) or not own:
         raise ValueError(f"{path} must map super-categories to lists of question templates")
     for name, templates in own.items():
-        good = isinstance(templates, list) and all(isinstance(t, str) and t for t in templates)
-        if not good or not templates:
-            raise ValueError(f"{path}: {name!r} must be a list of questions, got {templates!r}")
-    return QUESTIONS | {str(name).replace("_", " ").lower(): tuple(own[name]) for name in own}
+        check_text(name, f"{path}: a super-category (in quotes, if it is a number)")
+        where = f"{path}: {name!r} must be a list of questions"
+        if not isinstance(templates, list) or not templates:
+            raise ValueError(
+                f"{path}: {name!r} must be a list of questions, got {shown(templates)}"
+            )
+        for index, template in enumerate(templates):
+            check_text(template, f"{where}; question {index}")
+    return QUESTIONS | {name.replace("_", " ").lower(): tuple(own[name]) for name in own}
 
 
 def questions_for(super_category: str, templates: dict[str, tuple[str, ...]]) -> list[str]:

@@ -15,9 +15,13 @@ from tercet.core.data.fields import (
     load_json,
     partition_of,
     text_of,
+    texts_of,
 )
+from tercet.core.data.files import check_text, shown
 from tercet.core.data.photos import OnBadImage, check_images
 from tercet.core.types import EvalQuestion, Partition
+
+END_OF_TURN = "<|im_end|>"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ def read_sft(
             skipped.append(f"record {sample.id}: {reasons[0]}")
         else:
             kept.append(sample)
+    if not kept:
+        raise ValueError(f"{path}: no record has its photos; {skipped[0]}")
     return kept, skipped
 
 
@@ -87,15 +93,11 @@ def _sft_sample(record: object, path: Path, index: int) -> SftSample:
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
         raise ValueError(f"{where}: needs a list 'messages'")
     images = record.get("images")
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(f"{where}: 'images' must be a list of paths, got {images!r}")
-    messages = tuple(
-        (
-            choice_of(message, "role", ("system", "user", "assistant"), where),
-            text_of(message, "content", where),
-        )
-        for message in record["messages"]
-    )
+    if not isinstance(images, list):
+        raise ValueError(f"{where}: 'images' must be a list of paths, got {shown(images)}")
+    for image in images:
+        check_text(image, f"{where}: 'images' must be a list of paths; one")
+    messages = tuple(_message(message, where) for message in record["messages"])
     roles = [role for role, _ in messages]
     if roles.count("assistant") != 1 or roles[-1] != "assistant":
         raise ValueError(
@@ -108,12 +110,20 @@ def _sft_sample(record: object, path: Path, index: int) -> SftSample:
     return SftSample(f"{path.stem}/{index}", messages, keys)
 
 
+def _message(message: object, where: str) -> tuple[str, str]:
+    """Role and content; an answer may end with its end of turn, and no text holds another."""
+    role = choice_of(message, "role", ("system", "user", "assistant"), where)
+    content = message.get("content")
+    text = content
+    if role == "assistant" and isinstance(content, str):
+        text = content.rstrip().removesuffix(END_OF_TURN)
+    check_text(text, f"{where}: 'content'", markers=True)
+    return role, content
+
+
 def _eval_question(record: dict, path: Path, where: str) -> EvalQuestion:
     image = text_of(record, "image_path", where)
-    options = record.get("options")
-    if not isinstance(options, list) or not all(isinstance(name, str) for name in options):
-        raise ValueError(f"{where}: 'options' must be a list of names, got {options!r}")
-    names = tuple(as_words(option) for option in options)
+    names = tuple(as_words(option) for option in texts_of(record, "options", where))
     truth = as_words(text_of(record, "ground_truth", where))
     if truth not in names:
         raise ValueError(f"{where}: ground_truth {truth!r} is not among the options {names}")

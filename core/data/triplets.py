@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tercet.core.config import DataConfig
 from tercet.core.data.manifest import MANIFEST_NAME, Manifest
-from tercet.core.data.parquet import read_parquet
+from tercet.core.data.parquet import parquet_files, read_parquet
 from tercet.core.data.photos import PhotoSet, read_photos
 from tercet.core.data.questions import questions_for, read_questions
 from tercet.core.draws import digest_int
@@ -53,11 +53,9 @@ def prepare_manifest(config: DataConfig, embed: Embed) -> Manifest:
     path = Path(config.path)
     if path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file():
         return Manifest.read(path).without_bad(config.on_bad_image)
-    if path.suffix == ".parquet" or any(path.glob("*.parquet")):
-        anchors = read_parquet(path)
-        names = {"": sorted({anchor.sub_category for anchor in anchors})}
-        manifest = Manifest(anchors, [], {"seen": [], "unseen": []}, names, {}, asdict(config))
-        return manifest.without_bad(config.on_bad_image)
+    files, others = parquet_files(path)
+    if files:
+        return _from_rows(path, [file.name for file in others], config)
     if not 0 < config.seen_fraction <= 1:
         raise ValueError(f"data.seen_fraction must lie in (0, 1], got {config.seen_fraction}")
     if config.shots < 2 or config.sft_shots < 0:
@@ -65,7 +63,7 @@ def prepare_manifest(config: DataConfig, embed: Embed) -> Manifest:
             "data.shots must be at least 2 (a photo and its positive) and data.sft_shots at "
             f"least 0, got {config.shots} and {config.sft_shots}"
         )
-    return _choose(read_photos(path, config.on_bad_image), config, embed)
+    return _choose(read_photos(path, config.on_bad_image, config.names), config, embed)
 
 
 def draw_triplet(
@@ -200,6 +198,17 @@ class _Shots:
     test: dict[Partition, list[Photo]]
 
 
+def _from_rows(path: Path, left_out: list[str], config: DataConfig) -> Manifest:
+    if config.names is not None:
+        raise ValueError(f"data.names is for folders of photos by sub-category, not for {path}")
+    anchors = read_parquet(path)
+    names = {"": sorted({anchor.sub_category for anchor in anchors})}
+    notes = [f"Parquet files of other splits left out: {', '.join(left_out)}"] if left_out else []
+    test = {"seen": [], "unseen": []}
+    manifest = Manifest(anchors, [], test, names, {}, asdict(config), notes=notes)
+    return manifest.without_bad(config.on_bad_image)
+
+
 def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
     # In here a photo's key is its path below the root, so that no draw depends on the root.
     root = photo_set.root
@@ -207,7 +216,7 @@ def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
     photos = [_local(photo, root, templates, config.seed) for photo in photo_set.photos]
     splits = photo_set.splits and {os.path.relpath(k, root): s for k, s in photo_set.splits.items()}
     classes = _by_class(photos)
-    partitions = photo_set.partitions or draw_partitions(classes, config.seen_fraction, config.seed)
+    partitions = photo_set.partitions or _draw(classes, splits, config)
     shots = _choose_shots(classes, partitions, splits, config)
     _check_shots(shots, config)
     nearest = _rank_all(shots.tapo, lambda keys: embed([os.path.join(root, k) for k in keys]))
@@ -225,6 +234,7 @@ def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
         },
         settings=asdict(config),
         skipped=photo_set.skipped,
+        notes=photo_set.notes,
     )
     return manifest.with_keys(lambda key: os.path.normpath(os.path.join(root, key)))
 
@@ -235,6 +245,19 @@ def _local(photo: Photo, root: str, templates: dict[str, tuple[str, ...]], seed:
         asked = questions_for(photo.super_category, templates)
         question = asked[seeded_int(seed, "question", name) % len(asked)]
     return replace(photo, image=name, question=question)
+
+
+def _draw(
+    classes: dict[SubCategory, list[Photo]], splits: Mapping[str, str] | None, config: DataConfig
+) -> dict[SubCategory, Partition]:
+    """Draw what is seen among the sub-categories that can be trained on; the others are unseen."""
+    usable = [
+        labels
+        for labels, photos in classes.items()
+        if splits is None or any(splits[photo.image] == "train" for photo in photos)
+    ]
+    drawn = draw_partitions(usable, config.seen_fraction, config.seed)
+    return {labels: drawn.get(labels, "unseen") for labels in classes}
 
 
 def _by_class(photos: Iterable[Photo]) -> dict[SubCategory, list[Photo]]:

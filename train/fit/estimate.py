@@ -73,7 +73,15 @@ class Plan:
     @property
     def synced(self) -> int:
         """Bytes of the weights sent to each server, LoRA merged."""
-        return self._merged * self.model.element_bytes.weight
+        return self._merged * self._served_bytes(self.model.element_bytes.weight)
+
+    @property
+    def served(self) -> int:
+        """Bytes of the weights that each server keeps, LoRA merged."""
+        return self._merged * self._served_bytes(self.model.element_bytes.compute)
+
+    def _served_bytes(self, otherwise: int) -> int:
+        return 4 if self.config.rollout.served_dtype == "float32" else otherwise
 
     @property
     def _merged(self) -> int:
@@ -116,11 +124,10 @@ class Plan:
             "backward": memory.in_backward(*branches),
             "step": memory.in_step(),
         }
-        server = self.weights / self.server_gpus + SERVER_BYTES
+        server = self.served / self.server_gpus + SERVER_BYTES
         if config.rollout.engine == "local":
             # Rank 0 keeps its own copy to sample with all the time.
-            has_copy = self.is_sharded or config.model.lora_rank
-            server = counted.total * sizes.weight if has_copy else 0
+            server = counted.total * sizes.weight if self.is_sharded else 0
             found = {name: part._replace(server=server) for name, part in found.items()}
         here = memory.in_generate(server)
         return found | {"generate": here if self.samples_here else Breakdown(server=server)}
@@ -141,7 +148,7 @@ class Plan:
         if self.samples_here and not self.is_sharded:
             free -= self.model.parameters.total * self.model.element_bytes.weight
         cache = self.kv_tokens * self._token_bytes
-        return (self.weights + cache) / self.server_gpus / free
+        return (self.served + cache) / self.server_gpus / free
 
     @property
     def engines(self) -> Engines:

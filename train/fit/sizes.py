@@ -24,7 +24,7 @@ def model_config(path: str) -> PretrainedConfig:
     """
     if (Path(path) / "config.json").exists():
         try:
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds on a damaged file
             raise ValueError(f"model.path {path!r}: config.json cannot be read: {error}") from error
         family_of(config, path)

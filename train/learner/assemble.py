@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MethodType
 
@@ -16,8 +18,8 @@ from tercet.core.data.manifest import MANIFEST_NAME, Manifest
 from tercet.core.data.triplets import prepare_manifest
 from tercet.core.models import load_policy
 from tercet.core.types import PolicyParts
-from tercet.train.learner.lora import add_lora
-from tercet.train.learner.policy import Policy
+from tercet.train.learner.lora import add_lora, added_weights, whole_weights
+from tercet.train.learner.policy import NamedWeights, Policy
 from tercet.train.learner.ranks import Ranks, shard
 
 
@@ -67,11 +69,27 @@ def open_manifest(
 
 
 def sampled_parts(parts: PolicyParts, config: TapoConfig, ranks: Ranks) -> PolicyParts:
-    """What the in-process engine samples from: a copy where the policy is sharded or merged."""
-    is_own = ranks.mesh is None and not config.model.lora_rank
-    if is_own or not ranks.is_first or config.rollout.engine != "local":
+    """What the in-process engine samples from: a whole copy where the policy is sharded.
+
+    With LoRA the copy has additions of its own, which `Policy.sampled_weights` keeps up to date.
+    """
+    if ranks.mesh is None or not ranks.is_first or config.rollout.engine != "local":
         return parts
-    return replace(parts, model=copy.deepcopy(parts.model).to(ranks.device))
+    model = copy.deepcopy(parts.model)
+    if config.model.lora_rank:
+        with torch.random.fork_rng(devices=[]):
+            add_lora(model, config.model)
+    return replace(parts, model=model.to(ranks.device))
+
+
+def _sampler_weights(config: TapoConfig | SftConfig) -> Callable[[nn.Module], NamedWeights]:
+    """What the sampler gets of the model: LoRA's additions, or whole weights with them merged."""
+    if not isinstance(config, TapoConfig):
+        return whole_weights
+    if config.rollout.engine == "local":
+        return added_weights if config.model.lora_rank else whole_weights
+    dtype = torch.float32 if config.rollout.served_dtype == "float32" else None
+    return partial(whole_weights, dtype=dtype)
 
 
 def build_policy(
@@ -110,6 +128,7 @@ def build_policy(
         chunk_rows=config.parallel.head_chunk_rows,
         device=ranks.device,
         dtype=torch.bfloat16 if config.parallel.mixed_precision else None,
+        sampler_weights=_sampler_weights(config),
     )
     if config.model.compile:
         # Part by part: transformers' checkpointing of a whole layer cannot be compiled.

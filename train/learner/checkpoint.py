@@ -1,6 +1,7 @@
 """Checkpoints: all of a run's state on disk, whole or not there at all.
 
     <out>/checkpoints/step_000020/   a Hugging Face folder that also holds
+        README.md, adapter/          with LoRA: what merging lost, and the adapter beside it
         sharded/                     optimiser states, as safetensors: each rank writes its shards
         trainer_state.pt             random numbers, data position, carried groups
         complete.json                size and CRC-32 of every other file, written last
@@ -37,6 +38,7 @@ from tercet.core.config import RunConfig
 from tercet.core.types import Group, PolicyParts, Response, Triplet
 from tercet.train.learner.device import rng_state, set_rng_state
 from tercet.train.learner.lora import is_added
+from tercet.train.learner.merged import Export
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks, picklable
 
@@ -122,17 +124,14 @@ class Checkpoints:
         self._trained.optimizer.zero_grad(set_to_none=True)
         folder = self._ranks.share(lambda: _begin(self._root, step))
         shards, updates = _training_tensors(self._trained)
-        weights = {}
-        for name, weight in self._trained.policy.named_weights():
-            if self._ranks.is_first:
-                weights[name] = weight.to("cpu", copy=self._pool is not None)
+        export = Export.take(self._trained.policy, self._ranks, copy=self._pool is not None)
         if self._pool:
             shards = {name: tensor.to("cpu", copy=True) for name, tensor in shards.items()}
         self._update_best(folder.name)
         state = state | {"updates": updates, "rng": rng_state(), "best": self._best}
         if self._pool:
             state = copy.deepcopy(state)
-        write = partial(self._write, folder, step, shards, weights, state, keep)
+        write = partial(self._write, folder, step, shards, export, state, keep)
         self._pending = self._pool.submit(write).result if self._pool else write
         if self._pool is None:
             self.wait()
@@ -198,7 +197,7 @@ class Checkpoints:
             self._values = []
 
     def _write(
-        self, folder: Path, step: int, shards: Tensors, weights: Tensors, state: dict, keep: int
+        self, folder: Path, step: int, shards: Tensors, export: Export, state: dict, keep: int
     ) -> None:
         """Write this rank's shards; rank 0 then writes everything else and removes old ones."""
         hidden, best = _hidden(folder), state["best"] and state["best"][0]
@@ -207,7 +206,7 @@ class Checkpoints:
                 self._write_shards(hidden / SHARDS, shards)
             if not self._ranks.is_first:
                 return
-            self._trained.parts.save(hidden, weights)
+            export.save(self._trained.parts, hidden)
             serials = {path: s for path, s in _serials(self._root).items() if s < math.inf}
             serials[folder] = 1 + max(serials.values(), default=0)
             _complete(hidden, step, serials[folder], state)

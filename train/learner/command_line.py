@@ -85,6 +85,17 @@ def _parser(config_class: type, description: str) -> jsonargparse.ArgumentParser
     return parser
 
 
+def check_output(path: Path, option: str) -> None:
+    """Raises ValueError where a command could not write a file at its end; nothing is made yet."""
+    folder = Path(os.path.abspath(path)).parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if path.is_dir():
+        raise ValueError(f"--{option}: {path} is a folder, where a file is to be written")
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"--{option}: {path} cannot be written: {folder} is no folder to write in")
+
+
 def command(main) -> None:
     """Run `main()` and end the process.
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
+
+PARENT_POLL_S = 1.0
 
 
 class Interrupted(Exception):
@@ -23,7 +27,8 @@ class Interrupted(Exception):
 class StopSignal:
     """While it is open, a signal is only recorded; `check` raises it as Interrupted.
 
-    torchrun passes Ctrl-C on as SIGINT and SIGTERM, so only the first signal counts.
+    torchrun passes Ctrl-C on as SIGINT and SIGTERM, so only the first signal counts. A process
+    whose torchrun is gone stops as with SIGTERM: nothing else would ever end it.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -35,6 +40,8 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
             self._previous = {s: signal.signal(s, self._mark) for s in self.SIGNALS}
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=self._watch, args=[os.getppid()], daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -50,6 +57,12 @@ class StopSignal:
         """Raise Interrupted if a signal was received."""
         if self._signum is not None:
             raise Interrupted(self._signum)
+
+    def _watch(self, parent: int) -> None:
+        """Wait until another process is this one's parent: its own has ended."""
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_S)
+        self._mark(signal.SIGTERM, None)
 
     def _mark(self, signum: int, _frame) -> None:
         self._signum = self._signum or signum

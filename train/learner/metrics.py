@@ -94,6 +94,8 @@ METRICS = (
            2, "skip", "1.0f"),
     Metric("lr", "learning rate",
            2, "lr", "7.1e", "Gradient norm and learning rate", "learning rate", True),
+    Metric("lora_merge_error", "what rounding takes from the merged weights of LoRA, relative",
+           2, "merge", "7.1e"),
     # Of the sampler.
     Metric("tokens_per_s", "response tokens sampled in a second",
            2, "tok/s", "5.0f"),

@@ -7,7 +7,7 @@ inside it, and the head's weight is touched nowhere else.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -26,6 +26,7 @@ from tercet.train.learner.lora import whole_weights
 
 Task = Literal["update", "negative", "logprobs", "cross_entropy"]
 Metrics = dict[str, Tensor]
+NamedWeights = Iterator[tuple[str, Tensor]]
 
 
 class Policy(nn.Module):
@@ -38,6 +39,7 @@ class Policy(nn.Module):
         chunk_rows: response rows that reach the head at once; None: what suits the device.
         device: what is computed on; None: where the parameters are.
         dtype: what is computed in; None: the parameters' own.
+        sampler_weights: what the sampler gets of the model: see train.learner.lora.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Policy(nn.Module):
         chunk_rows: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        sampler_weights: Callable[[nn.Module], NamedWeights] = whole_weights,
     ):
         super().__init__()
         self.model = parts.model
@@ -66,13 +69,14 @@ class Policy(nn.Module):
         self.loss = loss
         self.temperature = temperature
         self.chunk_rows = chunk_rows
+        self._sampler_weights = sampler_weights
 
     def forward(self, batch: MicroBatch | PackedBatch, task: Task, **given):
         """The language model on a batch's packs, then the head, and what the task makes of it.
 
         Args:
             batch: a PackedBatch for `logprobs`, else a MicroBatch.
-            task: `update`: the TAPO loss, with batch.negative scored too where there is one.
+            task: `update`: the TAPO loss, on batch.negative too where there is one.
                 `negative`: a loss with the gradient that `update` has through the negative image
                 alone, given logprobs [R] of the update's, and with batch.neg_logprobs.
                 `logprobs`: given labels [R]. `cross_entropy`: the loss of stage 1.
@@ -121,12 +125,12 @@ class Policy(nn.Module):
         """Add a micro-batch's gradients to those that are there.
 
         Args:
-            batch: with or without a negative to be scored now.
-            branches: `joint`: both branches' activations exist at once, and are gone through
-                backwards one after the other; `one_at_a_time`: the negative is scored without
-                gradient first, then each branch has its own forward and backward pass, with the
-                other one's log-probs as constants. The gradient is the same, the activations half,
-                at the price of one more forward pass.
+            batch: with or without a negative to be computed now.
+            branches: `joint`: the activations of both photos exist at once, and the backward pass
+                goes through one after the other. `one_at_a_time`: log-probs on the negative are
+                computed without gradient first, then each photo has its own forward and backward
+                pass, with the other one's log-probs as constants. The gradient is the same, with
+                half the activations and one more forward pass.
 
         Returns:
             The loss and its metrics, detached; `logprobs` [R] among them.
@@ -150,14 +154,22 @@ class Policy(nn.Module):
         metrics.pop("neg_logprobs", None)
         return value.detach(), metrics
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self) -> NamedWeights:
         """Parameters as (name, tensor on this policy's device): see train.lora.whole_weights."""
         for name, weight in whole_weights(self.model):
             yield name, weight.to(self.device)
 
+    def sampled_weights(self) -> NamedWeights:
+        """What changes in the sampler with each update, as (name, tensor on this policy's device).
+
+        Sharded parameters are gathered one at a time: a collective.
+        """
+        for name, weight in self._sampler_weights(self.model):
+            yield name, weight.to(self.device)
+
     def gather_weights(self) -> None:
-        """Take part where another rank iterates named_weights."""
-        deque(self.named_weights(), maxlen=0)
+        """Take part where another rank iterates sampled_weights."""
+        deque(self.sampled_weights(), maxlen=0)
 
     def _head(self) -> dict:
         return {

@@ -18,6 +18,7 @@ from tercet.core.types import PolicyParts
 from tercet.train.learner.checkpoint import Checkpoints
 from tercet.train.learner.failed import set_aside
 from tercet.train.learner.interrupt import Interrupted
+from tercet.train.learner.merged import lora_figures
 from tercet.train.learner.optim import HALF_UPDATED, Schedule, optimizer_step
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
@@ -98,6 +99,7 @@ def _save_from(run: Run, error: BaseException) -> None:
 
 def finish_step(run: Run, figures: dict[str, float]) -> Path | None:
     """Log a step, and save it where one is due; returns the checkpoint's folder."""
+    figures = figures | lora_figures(run.policy, run.ranks)
     try:
         run.log.step(run.steps_done, figures)  # before anything can fail
     except Exception as error:  # what only reports does not end training, on one rank least of all

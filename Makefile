@@ -27,7 +27,7 @@ $(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 demo: $(STAMP)  ## draw a world, teach a tiny policy, improve it with TAPO: 6 minutes on 2 cores
-	$(BIN)/torchrun --nproc-per-node 1 train/tapo.py
+	TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 $(BIN)/torchrun --nproc-per-node 1 train/tapo.py
 
 demo-seeds: $(STAMP)  ## three seeds of the demo beside their controls
 	$(BIN)/python -m tercet.train.demo --seeds 0 1 2

@@ -49,7 +49,8 @@ def open_engine(
         work_dir: for the servers' logs and files, and for weights that are sent over the disk.
         weights: gives the policy's current weights, for a server that has been restarted.
         dtype: what servers are started to compute in; None: as the policy.
-        check_stop: called while servers are waited for; raises where the run is to stop.
+        check_stop: called before every token of the in-process engine, and while servers are waited
+            for; raises where the run is to stop.
 
     Raises:
         ValueError: neither or both of sglang_python and urls, a bad address, or an API key that
@@ -57,7 +58,7 @@ def open_engine(
         ServerError: a server that does not start or does not answer.
     """
     if config.engine == "local":
-        return LocalEngine(parts, encoder, max_rows=config.max_rows)
+        return LocalEngine(parts, encoder, max_rows=config.max_rows, check_stop=check_stop)
     if bool(config.sglang_python) == bool(config.urls):
         raise ValueError(
             "rollout.engine sglang needs rollout.sglang_python, to start servers, or rollout.urls"

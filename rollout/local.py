@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -142,14 +142,23 @@ class LocalEngine:
         parts: the policy; every call uses its current weights.
         encoder: shared with the trainer, so that each photo is processed once.
         max_rows: most samples decoded at once.
+        check_stop: called before every token; what it raises ends the sampling.
     """
 
-    def __init__(self, parts: PolicyParts, encoder: PromptEncoder, *, max_rows: int = 256):
+    def __init__(
+        self,
+        parts: PolicyParts,
+        encoder: PromptEncoder,
+        *,
+        max_rows: int = 256,
+        check_stop: Callable[[], None] = lambda: None,
+    ):
         self.weight_version = 0
         self.full_vocabulary = True
         self._model = parts.model
         self._encoder = encoder
         self._max_rows = max_rows
+        self._check_stop = check_stop
         self._stop_ids = frozenset(parts.stop_ids)
         self._banned = torch.tensor(parts.banned_ids, device=parts.model.device)
         self._aborted: set[str] = set()
@@ -204,6 +213,7 @@ class LocalEngine:
         cache.select(rows)
         uniform = torch.stack([s.uniform for s in samples]).to(device)
         for step in range(sampling.max_tokens):
+            self._check_stop()
             tokens, logprobs = sample_tokens(logits, sampling, self._banned, uniform[:, step])
             last = step == sampling.max_tokens - 1
             yield self._append(samples, tokens.tolist(), logprobs.tolist(), last)

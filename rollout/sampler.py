@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +22,7 @@ from tercet.core.rewards import call_reward, keep_group
 from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import Anchor, Completion, Group, Request, Response, Triplet
 from tercet.rollout.engine import Engine, Sampling, together
+from tercet.rollout.step_groups import StepGroups
 
 Progress = Callable[[int], None]
 OVERSAMPLE = 1.25
@@ -32,52 +33,6 @@ REWARDS_AT_ONCE = 32
 
 class NotEnoughGroups(ValueError):
     """Too few groups passed within `max_rounds`, and `on_exhausted` is `error`."""
-
-
-@dataclass
-class StepGroups:
-    """The groups of one step, with counts of what was sampled for them."""
-
-    groups: list[Group]
-    prompts_sent: int = 0
-    groups_done: int = 0
-    groups_kept: int = 0
-    filled_up: int = 0
-    """Groups that did not pass but are trained on all the same (`keep_last_round`)."""
-    reward_seconds: float = 0.0
-    """Seconds spent waiting for rewards, from a batch's last response to its last reward; 0 with
-    streaming, where nothing waits for rewards."""
-    sampled: list[Response] = field(default_factory=list)
-    """Every response that was sampled, whether its group passed or not, so that mean reward and
-    accuracy are not those of the passing groups alone."""
-
-    @property
-    def acceptance(self) -> float:
-        """Share of the sampled groups that passed."""
-        return self.groups_kept / max(1, self.groups_done)
-
-    @property
-    def tokens(self) -> int:
-        """Response tokens that were sampled."""
-        return sum(len(response.token_ids) for response in self.sampled)
-
-    def figures(self, seconds: float) -> dict[str, float]:
-        """Figures over every response that was sampled in `seconds`, kept or not."""
-        sampled = self.sampled
-        if not sampled:
-            return {}
-        figures = {
-            "reward": sum(r.reward for r in sampled) / len(sampled),
-            "response_length": self.tokens / len(sampled),
-            "cut_off": sum(r.finish_reason == "length" for r in sampled) / len(sampled),
-            "acceptance": self.acceptance,
-            "groups": float(len(self.groups)),
-            "filled_up": float(self.filled_up),
-            "tokens_per_s": self.tokens / seconds,
-        }
-        for name in sorted({name for r in sampled for name in r.metrics}):
-            figures[name] = sum(r.metrics.get(name, 0.0) for r in sampled) / len(sampled)
-        return figures
 
 
 async def _beat(progress: Progress) -> None:
@@ -118,6 +73,8 @@ class GroupSampler:
         is_reserved: Callable[[str], bool] = lambda metric: False,
     ):
         self.carried: list[Group] = []
+        self._sent = (0, 0)
+        """The step that was sampled last, and the prompts sent for it."""
         self._engine = engine
         self._stream = stream
         self._tokenizer = tokenizer
@@ -143,10 +100,20 @@ class GroupSampler:
         if isinstance(self._reward, RewardProcess):
             self._reward.close()
 
+    def state(self) -> dict:
+        """What a checkpoint needs to go on from here, beside the stream's state."""
+        return {"carried": self.carried, "sent": self._sent}
+
+    def restore(self, state: dict) -> None:
+        """Go on from where `state` was taken; earlier versions stored no `sent`."""
+        self.carried, self._sent = state["carried"], tuple(state.get("sent", (0, 0)))
+
     async def collect(self, step: int, progress: Progress = lambda responses: None) -> StepGroups:
         """Sample until the step has its groups or `max_rounds` are used up.
 
-        After any exception the stream and the carried groups are as they were before the call.
+        After any exception the stream and the carried groups are as they were before the call. A
+        step that is sampled a second time, as its first groups could not be trained on, gets groups
+        of other ids and seeds.
 
         Args:
             step: rollout step; part of every sample's seed.
@@ -156,7 +123,7 @@ class GroupSampler:
         Raises:
             NotEnoughGroups: too few groups passed and `on_exhausted` is `error`.
             ValueError: naming the photo that is bad, the prompt that is too long or the reward
-                function that failed.
+                function that failed; or too many responses had to be drawn again.
         """
         position, carried = self._stream.state(), self.carried
         try:
@@ -170,7 +137,8 @@ class GroupSampler:
         config = self._config
         wanted = config.groups_per_step
         limit = math.inf if config.max_rounds is None else config.max_rounds * wanted
-        result = StepGroups(groups=self._fresh_carried())
+        result = StepGroups(self._fresh_carried(), self._sent[1] if self._sent[0] == step else 0)
+        redrawn = Counter(getattr(self._engine, "redrawn", {}))
         self._rewarding = asyncio.Semaphore(REWARDS_AT_ONCE)  # of this call's event loop
         self.carried = []
         passing = {group.id for group in result.groups}
@@ -185,6 +153,9 @@ class GroupSampler:
                 f"rollout.max_rounds = {config.max_rounds} rounds ({result.prompts_sent} prompts); "
                 "see rollout.on_exhausted"
             )
+        if hasattr(self._engine, "redrawn"):
+            result.count_redrawn(self._engine.redrawn - redrawn, step)
+        self._sent = (step, result.first + result.prompts_sent)
         if config.surplus == "carry":
             self.carried = result.groups[wanted:]
         result.groups = result.groups[:wanted]
@@ -216,9 +187,12 @@ class GroupSampler:
         """Keep enough groups in flight, and count each one as soon as it has its rewards.
 
         When the step is full, the groups still in flight are aborted and their triplets go back to
-        the stream.
+        the stream. Without a limit `keep_last_round` keeps a round's worth of groups of which none
+        passed, as batches do: the step would never end.
         """
-        wanted = self._config.groups_per_step
+        config, wanted = self._config, self._config.groups_per_step
+        keeps = config.on_exhausted == "keep_last_round"
+        endless, round_size = keeps and math.isinf(limit), config.prompts_per_batch or wanted
         running: dict[asyncio.Task[dict[str, bool]], Group] = {}
         failed: list[Group] = []
         self._passed, self._tried = self._passed / 2, self._tried / 2  # older steps count less
@@ -229,6 +203,7 @@ class GroupSampler:
             self._passed, self._tried = self._passed + passes, self._tried + 1
             if passes:
                 passing.add(group.id)
+                failed[:] = [] if endless else failed
             (result.groups if passes else failed).append(group)
 
         async with together() as tasks:
@@ -242,12 +217,15 @@ class GroupSampler:
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in [task for task in running if task in done]:
                     count(task)
+                if endless and len(failed) >= round_size:
+                    result.groups += failed[: max(0, wanted - len(result.groups))]
+                    failed.clear()
             for task in running:
                 task.cancel()
         for task in [task for task in running if not task.cancelled()]:
             count(task)  # it had finished before it could be cancelled
         self._stream.put_back([group.triplet for group in running.values()])
-        if self._config.on_exhausted == "keep_last_round" and missing > 0:
+        if keeps and missing > 0:
             result.groups += failed[-missing:]
 
     def _room(self, missing: int) -> int:
@@ -263,7 +241,7 @@ class GroupSampler:
     def _next_group(self, step: int, result: StepGroups) -> Group:
         """A group without responses, of the next triplet."""
         triplet = next(self._stream)
-        group_id = f"{step}.{result.prompts_sent}.{triplet.id}"
+        group_id = f"{step}.{result.first + result.prompts_sent}.{triplet.id}"
         result.prompts_sent += 1
         return Group(group_id, triplet, self._prompt(triplet), [])
 

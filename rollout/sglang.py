@@ -270,7 +270,7 @@ class SglangEngine:
             except httpx.TransportError as error:
                 reason = f"{endpoint.url}: {type(error).__name__}: {error}"
                 await self._revive(session, endpoint, restarts)
-                if isinstance(error, httpx.TimeoutException) and endpoint.restarts == restarts:
+                if isinstance(error, httpx.ReadTimeout) and endpoint.restarts == restarts:
                     self.redrawn["a time-out"] += 1  # else the server hung, whatever was drawn
                 await endpoint.abort(session.client, rid)
             except asyncio.CancelledError:

@@ -229,7 +229,7 @@ def test_commands_in_the_text_parse(line, workspace, monkeypatch):
 
 def test_the_first_command_runs_as_it_stands(workspace):
     """As a process of its own; what it prints is explained in README and docs/training.md."""
-    line = next(line for line in lines_of(TEXTS["README.md"]) if line.startswith("torchrun"))
+    line = next(line for line in lines_of(TEXTS["README.md"]) if " torchrun " in line)
     words = split(line)
     place = words.index("train/tapo.py") + 1
     words = [*words[:place], *TINY["tapo"], *words[place:], "--run.out", "runs/process"]
@@ -290,6 +290,14 @@ def known_options() -> set[str]:
     texts += [helped(lambda c=c: parse(c, ["--help"], "")) for c in (TapoConfig, SftConfig)]
     torchrun = {name for action in get_args_parser()._actions for name in action.option_strings}
     return {*re.findall(r"--[\w.]+", "\n".join(texts)), *torchrun, *FOREIGN}
+
+
+def test_torchrun_is_always_given_time_to_stop():
+    """Its ranks write a checkpoint after a signal, which may take longer than its 30 s."""
+    texts = TEXTS | {"Makefile": (ROOT / "Makefile").read_text(encoding="utf-8")}
+    for name, text in texts.items():
+        for line in re.findall(r".*\btorchrun --.*", text):
+            assert re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 \S*torchrun ", line), name
 
 
 def test_options_exist(known_options):

@@ -516,6 +516,22 @@ def test_abort_stops_a_request_while_others_go_on(photos):
     assert tokens_of(run(engine, requests, Sampling(max_tokens=10))) == tokens_of(undisturbed)
 
 
+def test_a_stop_is_looked_at_before_every_token(photos):
+    parts = tiny()
+    looks = []
+
+    def stop():
+        looks.append(1)
+        if len(looks) == 5:
+            raise KeyboardInterrupt
+
+    rows = watch_rows(parts)
+    with pytest.raises(KeyboardInterrupt):
+        engine = endless(parts, check_stop=stop)
+        run(engine, [request_of(parts, photos[0], 2)], Sampling(max_tokens=1000))
+    assert [count for count, _ in rows] == [1, 2, 2, 2, 2]
+
+
 def test_aborted_requests_that_wait_are_never_prefilled(photos):
     parts = tiny()
     engine = endless(parts, max_rows=2)

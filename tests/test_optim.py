@@ -1,5 +1,6 @@
 import io
 import math
+import random
 import subprocess
 import sys
 
@@ -8,7 +9,14 @@ import torch
 from torch.nn import Parameter
 
 from tercet.core.config import OptimConfig, TapoOptimConfig
-from tercet.train.learner.optim import KahanAdamW, build_optimizer, learning_rate, optimizer_step
+from tercet.train.learner.optim import (
+    HALF_UPDATED,
+    KahanAdamW,
+    Schedule,
+    build_optimizer,
+    learning_rate,
+    optimizer_step,
+)
 
 pytestmark = pytest.mark.core
 
@@ -289,6 +297,83 @@ def test_learning_rate_edges():
     assert learning_rate(0, 1, OptimConfig(lr=2.0, warmup_steps=4), True) == 0.5
     with pytest.raises(ValueError, match="step must be at least 0, got -1"):
         learning_rate(-1, 3, config, False)
+
+
+def rates(schedule: Schedule, parts: list[int], first: int = 0) -> list[float]:
+    """Of every mini-batch of steps that have so many of them."""
+    found = []
+    for step, minibatches in enumerate(parts, first):
+        for minibatch in range(minibatches):
+            found.append(schedule.rate(step, minibatch, minibatches))
+            schedule.taken += 1
+    return found
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 4, 5, 40])
+@pytest.mark.parametrize("minibatches", [1, 3, 7])
+def test_full_steps_have_the_rates_of_their_numbers(name, warmup, minibatches):
+    """Bit for bit."""
+    config = TapoOptimConfig(lr=3e-4, schedule=name, warmup_steps=warmup)
+    total = 10 * minibatches
+    expected = [learning_rate(step, total, config, step < minibatches) for step in range(total)]
+    assert rates(Schedule(config, 10), [minibatches] * 10) == expected
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_short_steps_have_the_rates_of_their_place(name):
+    """Whatever the numbers of mini-batches: the warm-up rises over steps that were taken, then the
+    rate falls all the time, and the last mini-batch has 0."""
+    generator = random.Random(0)
+    for _ in range(200):
+        parts = [generator.choice([0, 1, 1, 2, 3, 5]) for _ in range(8)] + [
+            generator.choice([1, 3])
+        ]
+        warmup = generator.choice([0, 0, 1, 3])
+        config = TapoOptimConfig(lr=1.0, schedule=name, warmup_steps=warmup)
+        found = rates(Schedule(config, len(parts)), parts)
+        assert found[:warmup] == [(n + 1) / warmup for n in range(warmup)][: len(found)]
+        rest = found[warmup:]
+        assert rest == sorted(rest, reverse=True) and rest[:1] in ([], [1.0])
+        assert len(rest) < 2 or rest[-1] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_schedule_goes_on_where_it_was_saved():
+    config = OptimConfig(lr=1.0, schedule="linear", warmup_steps=2)
+    parts = [3, 1, 2, 3, 3]
+    whole = rates(Schedule(config, 5), parts)
+    for cut in range(1, 5):
+        first, second = Schedule(config, 5), Schedule(config, 5)
+        found = rates(first, parts[:cut])
+        second.restore({"steps_done": cut} | first.state())
+        assert found + rates(second, parts[cut:], cut) == whole
+    earlier = Schedule(config, 5)  # versions that stored less
+    earlier.restore({"steps_done": 2, "optimizer_steps": 6})
+    full = [learning_rate(step, 15, config, False) for step in range(15)]
+    assert rates(earlier, [3, 3, 3], 2) == full[6:]
+    earlier.restore({"steps_done": 3})
+    assert earlier.taken == 3
+
+
+def test_a_skipped_step_does_not_warm_up():
+    schedule = Schedule(OptimConfig(lr=1.0, warmup_steps=2), 9)
+    assert schedule.rate(0) == schedule.rate(1) == 0.5
+    schedule.taken = 1
+    assert schedule.rate(2) == 1.0
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("no device")])
+def test_an_error_in_the_optimisers_own_step_is_marked(monkeypatch, error):
+    param = Parameter(torch.zeros(1))
+    optimizer = build_optimizer([("w", param)], OptimConfig())
+    monkeypatch.setattr(optimizer, "step", lambda: (_ for _ in ()).throw(error))
+    param.grad = torch.ones(1)
+    with pytest.raises((ValueError, RuntimeError), match="out of memory in the opt|no dev") as seen:
+        optimizer_step(optimizer, [param], 0.1, 1.0)
+    assert seen.value.__notes__ == [HALF_UPDATED]
+    with pytest.raises(ValueError, match="no parameter has a gradient") as seen:
+        optimizer_step(optimizer, [Parameter(torch.zeros(1))], 0.1, 1.0)
+    assert not hasattr(seen.value, "__notes__")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 import signal
 import subprocess
 import time
@@ -194,20 +196,90 @@ def test_a_rank_without_disk_space_ends_all_of_them(workspace):
     assert find_checkpoint(workspace / "full", "auto").name == "step_000001"
 
 
-def test_sigterm_to_all_ranks_writes_a_checkpoint(workspace):
-    command = launch("stopped", 2, "--run.steps=1000")
-    metrics = workspace / "stopped" / "metrics.jsonl"
+@pytest.mark.parametrize("to", ["torchrun", "all", "ranks"])
+def test_a_stop_is_one_line_and_a_checkpoint(workspace, to):
+    """SIGTERM to torchrun, Ctrl-C (SIGINT to all), and a scheduler's signal to the ranks alone:
+    torchrun adds a traceback of its own where it got the signal, else it ends without an error."""
+    out = f"stopped_{to}"
+    metrics = workspace / out / "metrics.jsonl"
     with subprocess.Popen(
-        command, cwd=workspace, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        launch(out, 2, "--run.steps=1000", restarts=1),
+        cwd=workspace,
+        env=ONE_THREAD,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as run:
         deadline = time.monotonic() + 120
         while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
             assert run.poll() is None
             time.sleep(0.2)
-        run.terminate()
-        run.wait(60)
-    assert len(list((workspace / "stopped" / "checkpoints").glob("step_*"))) == 1
-    train(workspace, "stopped", 1, "--run.steps=1", "--resume", "auto")  # it is whole
+        if to == "torchrun":
+            run.terminate()
+        elif to == "all":
+            os.killpg(run.pid, signal.SIGINT)
+        else:
+            for rank in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+                os.kill(int(rank), signal.SIGINT)
+        said, _ = run.communicate(timeout=60)
+    (line,) = (line for line in said.splitlines() if "stopped by" in line)
+    name = "SIGTERM" if to == "torchrun" else "SIGINT"
+    assert re.fullmatch(
+        rf"tapo.py: stopped by {name}: checkpoint after \d+ steps: {out}/checkpoints/step_\d+; "
+        "--resume auto goes on from it",
+        line,
+    )
+    assert (run.returncode == 0) == ("Traceback" not in said) == (to == "ranks"), said
+    assert len(list((workspace / out / "checkpoints").glob("step_*"))) == 1
+    if to == "torchrun":
+        train(workspace, out, 1, "--run.steps=1", "--resume", "auto")  # it is whole
+
+
+def test_one_gradient_that_is_not_finite_is_skipped_on_all_ranks(workspace):
+    """One of rank 1's; the line is JSON without the loss, the run goes on."""
+    (workspace / "infinite.py").write_text(
+        LENGTH + "import os\n"
+        "from tercet.train.learner.policy import Policy\n"
+        "accumulate, calls = Policy.accumulate, []\n"
+        "def broken(self, *arguments):\n"
+        "    calls.append(1)\n"
+        "    value, metrics = accumulate(self, *arguments)\n"
+        "    if len(calls) == 1 and os.environ['RANK'] == '1':\n"
+        "        grads = [p.grad for p in self.parameters() if p.grad is not None]\n"
+        "        grads[0].fill_(float('nan'))\n"
+        "        value = value * float('nan')\n"
+        "    return value, metrics\n"
+        "Policy.accumulate = broken\n"
+    )
+    more = ["--rollout.reward=infinite:length", "--optim.groups_per_minibatch=5"]
+    train(workspace, "infinite", 2, "--run.steps=2", *more)
+    one, two = figures(workspace, "infinite")
+    assert one["skipped_steps"] == 1 and {"loss", "grad_norm"} & set(one) == set()
+    assert two["skipped_steps"] == 0 and {"loss", "grad_norm"} <= set(two)
+
+
+def test_a_photo_that_one_rank_cannot_read_ends_all_with_a_checkpoint(workspace):
+    """The groups of its mini-batch are set aside; a run with other photos goes on."""
+    (workspace / "unread.py").write_text(
+        LENGTH + "import os, pathlib\n"
+        "from tercet.core.data.vision import PromptEncoder\n"
+        "pixels = PromptEncoder.pixels\n"
+        "def unread(self, key):\n"
+        "    if os.environ['RANK'] == '1' and pathlib.Path('unread/metrics.jsonl').read_text():\n"
+        "        raise ValueError(f'{key}: gone')\n"
+        "    return pixels(self, key)\n"
+        "PromptEncoder.pixels = unread\n"
+    )
+    command = launch("unread", 2, "--run.steps=2", "--rollout.reward=unread:length")
+    done = subprocess.run(
+        command, cwd=workspace, env=ONE_THREAD, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode != 0 and ".png: gone" in done.stderr
+    assert "checkpoint after 1 steps: unread/checkpoints/step_000001, without " in done.stdout
+    assert json.loads((workspace / "unread/failed/step_000002/groups.json").read_text())
+    train(workspace, "unread", 1, "--run.steps=2", "--resume", "auto")
+    assert len(figures(workspace, "unread")) == 2
 
 
 @pytest.mark.core
@@ -273,6 +345,6 @@ def test_exceptions_travel_between_ranks():
 def test_a_process_alone_needs_no_group():
     ranks = Ranks(torch.device("cpu"), ParallelConfig())
     assert ranks.share(lambda: 3) == 3 and ranks.most(4) == 4 and ranks.exchange(5) == [5]
-    assert ranks.is_first and ranks.mesh is None
+    assert ranks.is_first and ranks.mesh is None and ranks.on_all(lambda: 6) == 6
     with pytest.raises(ValueError, match="alone"):
         ranks.share(lambda: (_ for _ in ()).throw(ValueError("alone")))

@@ -792,6 +792,65 @@ def test_a_stream_that_is_spent(make, parts, on_exhausted):
     assert result.prompts_sent == 8 and result.filled_up == len(kept) - 1
 
 
+@pytest.mark.parametrize("passing, kept, filled", [(set(), 4, 4), ({1, 3}, 4, 2), ({1}, 4, 3)])
+def test_a_stream_without_limit_ends_when_no_group_passes(make, parts, passing, kept, filled):
+    """`keep_last_round` keeps four groups in a row of which none passed, as batches do."""
+    engine = TimedEngine(parts.tokenizer)
+    options = {"dispatch": "stream", "max_rounds": None, "on_exhausted": "keep_last_round"}
+    sampler = make(Script(passing), engine=engine, **options)
+    result = asyncio.run(asyncio.wait_for(sampler.collect(0), 60))
+    assert (len(result.groups), result.filled_up) == (kept, filled)
+    assert {int(g.id.split(".")[1]) for g in result.groups} >= passing
+    assert engine.running == 0 and sampler.carried == []
+
+
+def test_a_stream_without_limit_keeps_small_rounds_until_the_step_is_full(make, parts):
+    options = {"dispatch": "stream", "max_rounds": None, "on_exhausted": "keep_last_round"}
+    engine = TimedEngine(parts.tokenizer, lambda rank: 1 + 5 * rank)  # one after the other
+    sampler = make(Script({2}), engine=engine, prompts_per_batch=2, **options)
+    result = asyncio.run(asyncio.wait_for(sampler.collect(0), 60))
+    assert ranks(result.groups) == ["0.0", "0.1", "0.2", "0.3"] and result.filled_up == 3
+
+
+class RedrawingEngine(ScriptedEngine):
+    """Says that it has drawn so many samples of each call again."""
+
+    def __init__(self, tokenizer, *times: int):
+        super().__init__(tokenizer)
+        self.redrawn = Counter({"an image token": 7})  # before the step
+        self.times = list(times)
+
+    async def generate(self, requests, sampling):
+        self.redrawn["a time-out"] += self.times.pop(0)
+        async for completion in super().generate(requests, sampling):
+            yield completion
+
+
+def test_responses_that_are_drawn_again_are_counted_and_must_be_rare(make, parts):
+    engine = RedrawingEngine(parts.tokenizer, 2, 3)
+    sampler = make(Script({0, 1, 2, 3}, {0, 1, 2, 3}), engine=engine)
+    result = collect(sampler)
+    assert result.redrawn == {"a time-out": 2} and result.figures(1.0)["redrawn"] == 2 / 20
+    position = sampler._stream.state()
+    with pytest.raises(ValueError, match=r"step 1: for 20 responses 3 were .*3 for a time-out"):
+        collect(sampler, step=1)
+    assert sampler._stream.state() == position
+    assert "redrawn" not in collect(make(Script({0, 1, 2, 3}))).figures(1.0)
+
+
+def test_a_step_that_is_sampled_again_gets_other_ids_and_seeds(make, parts):
+    everyone = [set(range(100))] * 3
+    sampler = make(Script(*everyone))
+    assert ranks(collect(sampler, step=1).groups) == ["1.0", "1.1", "1.2", "1.3"]
+    resumed = make(Script(*everyone))
+    resumed.restore(sampler.state())
+    assert ranks(collect(resumed, step=1).groups) == ["1.4", "1.5", "1.6", "1.7"]
+    assert ranks(collect(resumed, step=1).groups) == ["1.8", "1.9", "1.10", "1.11"]
+    assert collect(resumed, step=2).groups[0].id.startswith("2.0.")
+    resumed.restore({"carried": []})  # a checkpoint of an earlier version
+    assert ranks(collect(resumed, step=1).groups)[0] == "1.0"
+
+
 def test_a_reward_that_fails_ends_a_stream_and_loses_nothing(make, parts):
     def fails(rows):
         if ".5." in rows[0]["group_id"]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support import tiny
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from tercet.core.config import TapoConfig
 from tercet.core.data.triplets import prepare_manifest
 from tercet.core.data.vision import PromptEncoder
 from tercet.rollout.judge import Judge, judged
+from tercet.rollout.local import LocalEngine
+from tercet.rollout.sampler import GroupSampler
 from tercet.rollout.server import free_ports
 from tercet.train import tapo
-from tercet.train.learner.checkpoint import load_state
+from tercet.train.learner.checkpoint import find_checkpoint, load_state
 from tercet.train.learner.command_line import parse
 from tercet.train.learner.interrupt import Interrupted, StopSignal
+from tercet.train.learner.optim import Schedule
 from tercet.train.learner.policy import Policy
+from tercet.train.learner.run_log import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -392,6 +397,235 @@ def test_memory_that_does_not_hold_one_response_is_named(monkeypatch, workspace,
     more = ["--rollout.max_prompt_tokens=240", "--parallel.micro_batch_tokens=300"]
     with pytest.raises(ValueError, match="tokens = 300; half of it does not hold one sequence"):
         train(monkeypatch, options(workspace, tmp_path, *more))
+
+
+def poison(monkeypatch, group: str) -> None:
+    """Gives a group's first response a token that the vocabulary does not have."""
+    generate = LocalEngine.generate
+
+    async def poisoned(self, requests, sampling):
+        async for completion in generate(self, requests, sampling):
+            if completion.request_id.startswith(f"{group}.") and completion.index == 0:
+                tokens = (10**6, *completion.token_ids[1:])
+                completion = replace(completion, token_ids=tokens)
+            yield completion
+
+    monkeypatch.setattr(LocalEngine, "generate", poisoned)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "decode", lambda *_, **__: "text")
+
+
+def newest(out: Path) -> Path:
+    return find_checkpoint(out, "auto")
+
+
+def number(group_id: str) -> str:
+    """Step and rank of a group, for instance 1.3."""
+    return ".".join(group_id.split(".")[:2])
+
+
+@pytest.mark.parametrize(
+    ("group", "by", "left"),
+    [
+        ("1.0", "group", ["1.2", "1.3"]),  # in the first mini-batch: fails in its update
+        ("1.3", "group", ["1.0", "1.1"]),  # in the second one: fails while it is scored
+        ("1.0", "response", None),
+    ],
+)
+def test_an_error_in_an_update_loses_the_failed_groups_alone(
+    monkeypatch, workspace, tmp_path, group, by, left
+):
+    """The checkpoint before stays, and the run goes on with other groups to its end."""
+    more = [
+        "--run.steps=3",
+        "--run.save_every=1",
+        "--run.keep_last=1",
+        f"--optim.minibatch_by={by}",
+    ]
+    with monkeypatch.context() as patch:
+        poison(patch, group)
+        with pytest.raises((IndexError, ValueError), match="out of range|labels must lie in"):
+            train(patch, options(workspace, tmp_path, *more))
+    folders = [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir())]
+    assert folders == ["step_000001", "step_000001_2"] and newest(tmp_path).name == folders[1]
+    state = load_state(newest(tmp_path))
+    ids = [number(group.id) for group in state["groups"]]
+    assert ids == left or by == "response" and group not in ids
+    assert (state["steps_done"], state["minibatches_done"], state["sent"]) == (1, 0, (1, 4))
+    assert state["stream"]["epoch"] * 6 + state["stream"]["cursor"] == 8  # after both steps' groups
+    before = weights(tmp_path / "checkpoints" / "step_000001")
+    assert all(torch.equal(v, before[n]) for n, v in weights(newest(tmp_path)).items())
+    failed = json.loads((tmp_path / "failed" / "step_000002" / "groups.json").read_text())
+    assert group in {number(g["id"]) for g in failed}
+    assert 10**6 in [g["responses"][0]["token_ids"][0] for g in failed]
+    assert "Traceback" in (tmp_path / "failed" / "step_000002" / "error.txt").read_text()
+    saved = train(monkeypatch, options(workspace, tmp_path, *more), resume="auto")
+    assert saved.name == "step_000003"
+    rows = figures(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3] and all(row["reward"] for row in rows)
+    assert rows[1]["groups"] == len(ids or [0] * 4)
+
+
+def test_a_step_whose_every_group_failed_is_sampled_again_with_other_seeds(
+    monkeypatch, workspace, tmp_path
+):
+    """The first step's one mini-batch: its anchors may come again, its responses do not."""
+    more = ["--run.steps=1", "--optim.groups_per_minibatch=4"]
+    with monkeypatch.context() as patch:
+        poison(patch, "0.1")
+        with pytest.raises(IndexError):
+            train(patch, options(workspace, tmp_path, *more))
+    assert load_state(newest(tmp_path))["groups"] == []
+    ids, fill = [], GroupSampler._fill
+
+    def noted(self, group, completions):
+        ids.append(number(group.id))
+        fill(self, group, completions)
+
+    monkeypatch.setattr(GroupSampler, "_fill", noted)
+    train(monkeypatch, options(workspace, tmp_path, *more), resume="auto")
+    assert sorted(ids) == ["0.4", "0.5", "0.6", "0.7"]
+    assert figures(tmp_path)[0]["groups"] == 4
+
+
+def test_an_error_in_the_second_mini_batch_keeps_what_the_first_one_taught(
+    monkeypatch, workspace, tmp_path
+):
+    accumulate, calls = Policy.accumulate, []
+
+    def breaks(self, batch, branches):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("no such kernel")
+        return accumulate(self, batch, branches)
+
+    monkeypatch.setattr(Policy, "accumulate", breaks)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        train(monkeypatch, options(workspace, tmp_path, "--run.save_every=1"))
+    state = load_state(newest(tmp_path))
+    assert (state["minibatches_done"], len(state["groups"]), state["optimizer_steps"]) == (1, 2, 3)
+    first = weights(tmp_path / "checkpoints" / "step_000001")
+    kept = weights(newest(tmp_path))
+    assert any(not torch.equal(v, first[n]) for n, v in kept.items())
+    last = weights(train(monkeypatch, options(workspace, tmp_path), resume="auto"))
+    assert all(torch.equal(v, last[n]) for n, v in kept.items())  # the step had nothing left to do
+    assert [row["step"] for row in figures(tmp_path)] == [1, 2] and figures(tmp_path)[1]["reward"]
+
+
+def test_an_error_inside_the_optimisers_step_saves_nothing(
+    monkeypatch, workspace, tmp_path, capsys
+):
+    step, calls = torch.optim.AdamW.step, []
+
+    def runs_out(self, closure=None):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no room for exp_avg")
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", runs_out)
+    with pytest.raises(ValueError, match="out of memory in the optimiser's own step"):
+        train(monkeypatch, options(workspace, tmp_path, "--run.save_every=1"))
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+    assert "weights may be half updated: no checkpoint is written" in capsys.readouterr().out
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    resumed = weights(train(monkeypatch, options(workspace, tmp_path), resume="auto"))
+    whole = weights(train(monkeypatch, options(workspace, tmp_path / "whole")))
+    assert all(torch.equal(v, resumed[n]) for n, v in whole.items())
+
+
+def test_one_micro_batch_that_is_not_finite_skips_its_mini_batch(monkeypatch, workspace, tmp_path):
+    """Its figures are left out of the line, which is JSON; the run goes on."""
+    accumulate, calls = Policy.accumulate, []
+
+    def broken(self, batch, branches):
+        calls.append(1)
+        value, metrics = accumulate(self, batch, branches)
+        if len(calls) in (3, 4, 5):
+            value = value * float("nan")
+            next(self.parameters()).grad.fill_(float("nan"))
+        return value, metrics
+
+    monkeypatch.setattr(Policy, "accumulate", broken)
+    train(monkeypatch, options(workspace, tmp_path, "--run.steps=3"))
+    rows = figures(tmp_path)
+    assert [row["skipped_steps"] for row in rows] == [0, 1, 0.5]
+    assert ["loss" in row for row in rows] == [True, False, True]
+    assert ["grad_norm" in row for row in rows] == [True, False, True]
+    assert all("reward" in row and "NaN" not in json.dumps(row) for row in rows)
+
+
+@pytest.mark.parametrize(
+    "more", [["--rollout.prompts_per_batch=8"], []], ids=["carried", "resumed"]
+)
+def test_keep_best_bears_steps_that_sampled_nothing(monkeypatch, workspace, tmp_path, more):
+    """A step of carried groups has no accuracy; one that was resumed in an update has."""
+    more = [*more, "--run.keep_best=accuracy", "--run.save_every=1", "--rollout.max_rounds=2"]
+
+    def halves(rows):
+        return [{"overall": float(n % 2), "accuracy": float(n % 2)} for n in range(len(rows))]
+
+    if len(more) == 3:
+        step, calls = tapo.clip_and_step, []
+
+        def stops(*arguments):
+            calls.append(1)
+            if len(calls) == 2:
+                raise Interrupted(signal.SIGTERM)
+            return step(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(tapo, "clip_and_step", stops)
+            train(patch, options(workspace, tmp_path, *more), halves)
+    train(monkeypatch, options(workspace, tmp_path, *more), halves, resume="auto")
+    found = [row.get("accuracy") for row in figures(tmp_path)]
+    assert found == ([0.5, None] if len(more) == 4 else [0.5, 0.5])
+    whole = tmp_path / "whole"
+    train(monkeypatch, options(workspace, whole, *more), halves)
+    assert figures(whole) == figures(tmp_path)
+
+
+def test_a_step_is_in_the_log_before_anything_can_fail(monkeypatch, workspace, tmp_path):
+    with pytest.raises(ValueError, match="run.keep_best is 'accuracies'; figures are acceptance"):
+        train(monkeypatch, options(workspace, tmp_path, "--run.keep_best=accuracies"))
+    assert [row["step"] for row in figures(tmp_path)] == [1]
+    assert load_state(newest(tmp_path))["steps_done"] == 1
+
+
+def test_what_only_reports_does_not_end_a_run(monkeypatch, workspace, tmp_path, capsys):
+    def full(self, step, metrics):
+        raise OSError(28, "No space left on device")
+
+    def gone(*arguments):
+        raise ValueError("no photo")
+
+    monkeypatch.setattr(RunLog, "step", full)
+    monkeypatch.setattr(tapo, "draw_figures", gone)
+    assert train(monkeypatch, options(workspace, tmp_path)).name == "step_000002"
+    said = capsys.readouterr().out
+    assert "step 2 is not in the log: [Errno 28] No space left on device" in said
+    assert "the figures of the run are not drawn: no photo" in said
+
+
+def test_the_schedule_is_counted_in_what_happens(monkeypatch, workspace, tmp_path):
+    """Step 1 trains on two mini-batches, step 2 on one, step 3 on none, step 4 on two: the rate
+    falls all the time, and the last mini-batch's is 0. Stopped in the middle, it goes on so."""
+    passing = {0: 4, 1: 2, 2: 0, 3: 4}
+    rates = []
+
+    def some(rows):
+        step, rank = map(int, rows[0]["group_id"].split(".")[:2])
+        good = float(rank < passing[step])
+        return [{"overall": 0.0, "accuracy": good * (n % 2)} for n in range(len(rows))]
+
+    rate = Schedule.rate
+    monkeypatch.setattr(Schedule, "rate", lambda *given: rates.append(rate(*given)) or rates[-1])
+    more = ["--run.steps=4", "--rollout.on_exhausted=train_kept", "--rollout.surplus=drop"]
+    more += ["--optim.lr=1", "--optim.schedule=linear", "--optim.warmup_steps=1"]
+    train(monkeypatch, options(workspace, tmp_path, *more), some)
+    # Mini-batch j of n in step s stands at s + j / n of 4 steps; the warm-up ended at 1/2.
+    expected = [1.0, 1.0, 1 - (1 - 0.5) / (4 - 1 - 0.5), 1 - (3 - 0.5) / (4 - 0.5 - 0.5), 0.0]
+    assert rates == pytest.approx(expected, abs=1e-12)
+    assert [row.get("groups") for row in figures(tmp_path)] == [4, 2, 0, 4]
 
 
 def test_a_judge_that_is_down_is_waited_for_then_named(monkeypatch, workspace, tmp_path):

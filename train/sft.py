@@ -34,9 +34,16 @@ from tercet.train.learner.device import set_up
 from tercet.train.learner.figures import draw_figures
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
-from tercet.train.learner.optim import build_optimizer, learning_rate
+from tercet.train.learner.optim import Schedule, build_optimizer
 from tercet.train.learner.ranks import Ranks, restarts
-from tercet.train.learner.run import add_up, clip_and_step, finish_step, open_log, saved_on_error
+from tercet.train.learner.run import (
+    add_up,
+    clip_and_step,
+    finish_step,
+    open_log,
+    report_end,
+    saved_on_error,
+)
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,13 @@ class SftRun:
         self.checkpoints = Checkpoints(self, config.run)
         per_epoch = len(samples) / config.optim.samples_per_step
         self.total_steps = config.run.steps or max(1, round(config.run.epochs * per_epoch))
+        self.schedule = Schedule(config.optim, self.total_steps)
         self.steps_done = self.skipped = 0
+        self.working_on = ()  # a step that failed is taken again: its samples are the user's own
         if resume:
             state = load_state(resume)
             self.steps_done = state["steps_done"]
+            self.schedule.restore(state)
             self.checkpoints.restore(resume, state)
         self.log = open_log(self, resolved)
         longest = config.optim.max_tokens
@@ -140,8 +150,7 @@ class SftRun:
                         loss.backward()
                         add_up(sums, metrics)
                         phase.advance(len(examples) * self.ranks.size)
-        lr = learning_rate(self.steps_done, self.total_steps, self.config.optim, False)
-        figures = clip_and_step(self, lr, sums)
+        figures = clip_and_step(self, self.schedule.rate(self.steps_done), sums)
         self.steps_done += 1
         return figures
 
@@ -167,9 +176,10 @@ class SftRun:
         """Raises Interrupted, on all ranks at once, when a signal has come to one of them."""
         self.ranks.check(self.stop)
 
-    def save(self) -> Path:
+    def save(self, keep: int = 0) -> Path:
         """Write a checkpoint of the state between two steps."""
-        return self.checkpoints.save(self.steps_done, {"steps_done": self.steps_done})
+        state = {"steps_done": self.steps_done} | self.schedule.state()
+        return self.checkpoints.save(self.steps_done, state, keep)
 
     def close(self) -> None:
         """Leave the other ranks."""
@@ -193,8 +203,7 @@ def train(config: SftConfig, resolved: str, resume: str | None = None) -> Path:
                 run.check_stop()
                 saved = finish_step(run, run.step()) or saved
             run.checkpoints.wait()
-        if run.ranks.is_first:
-            draw_figures(run.out)
+        report_end(run, lambda: draw_figures(run.out))
     return saved
 
 

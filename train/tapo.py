@@ -11,8 +11,8 @@ KL(pi || pi_neg) and lowering the entropies of both. `--rollout.n_positive 0 --l
     torchrun train/tapo.py ... --resume auto                  # go on from the newest checkpoint
     torchrun --nproc-per-node 4 --max-restarts 3 train/tapo.py ...   # 4 GPUs; goes on after a crash
 
---help lists every option. An interrupted run (Ctrl-C, SIGTERM) writes a checkpoint and exits with
-128 + the signal's number.
+--help lists every option. An interrupted run (Ctrl-C, SIGTERM) writes a checkpoint first: set
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600, or torchrun kills it after 30 s.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from tercet.core.packing import (
     prompts_of,
     weigh_rows,
 )
-from tercet.core.rewards import load_reward, read_apart
+from tercet.core.rewards import load_reward
 from tercet.core.types import Group, MicroBatch, PolicyParts
 from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
@@ -61,20 +61,23 @@ from tercet.train.learner.figures import draw_figures
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.metrics import is_reserved
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
-from tercet.train.learner.optim import build_optimizer, learning_rate
+from tercet.train.learner.optim import Schedule, build_optimizer
 from tercet.train.learner.ranks import Ranks, restarts
 from tercet.train.learner.run import (
     add_up,
+    announce,
     clip_and_step,
     finish_step,
     mean_figures,
     open_log,
+    report_end,
     saved_on_error,
 )
 from tercet.train.learner.sampler_check import check_sampler
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
-STATE = ("steps_done", "optimizer_steps", "groups", "minibatches_done")  # saved as they are
+STATE = ("steps_done", "groups", "minibatches_done", "figures", "minibatch_figures")
+"""What is saved as it is; earlier versions did not save the last two."""
 
 
 class TapoRun:
@@ -103,30 +106,24 @@ class TapoRun:
         self.ranks.share(lambda: self.sampler.check_prompts(self.manifest.anchors))
         per_epoch = len(self.manifest.anchors) / config.rollout.groups_per_step
         self.total_steps = config.run.steps or max(1, int(config.run.epochs * per_epoch))
-        self.steps_done = self.minibatches_done = self.optimizer_steps = self.skipped = 0
+        self.schedule = Schedule(config.optim, self.total_steps)
+        self.steps_done = self.minibatches_done = self.skipped = 0
         self.groups: list[Group] = []
         """Groups of a step that has begun; empty between steps."""
+        self.figures: dict[str, float] = {}
+        """Of its sampling."""
+        self.minibatch_figures: list[dict[str, float]] = []
+        self.working_on: Sequence[Piece] = ()
         self.shown: list[Group] = []
         if resume:
             self._restore(resume)
         self._sync(self.steps_done)
         self.log = open_log(self, resolved)
-        for line in self.manifest.remarks():
-            self.log.say(line)
         longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
         self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
-        self.micro_batches = partial(
-            micro_batches,
-            encode=self.encoder,
-            shape=self.policy.shape,
-            ranks=self.ranks,
-            budget=self.budget,
-        )
-        names = [name for of_super in self.manifest.names.values() for name in of_super]
-        if apart := read_apart(config.rollout.reward, names):
-            self.log.say(apart)
-        if sampled is not self.parts:
-            self.log.say("rank 0 samples on a whole copy of the policy")
+        given = {"encode": self.encoder, "shape": self.policy.shape, "ranks": self.ranks}
+        self.micro_batches = partial(micro_batches, **given, budget=self.budget)
+        announce(self, sampled)
         check_sampler(self)
 
     def step(self) -> dict[str, float]:
@@ -135,7 +132,8 @@ class TapoRun:
         An exception leaves a state that can be saved: the step goes on where it was.
         """
         config, loss, policy = self.config, self.config.loss, self.policy
-        figures = {} if self.groups else self._sample()  # rollout, rewards, advantages
+        if not self.groups:
+            self._sample()  # rollout, rewards, advantages
         if config.rollout.colocated:
             self.ranks.share(self.engine.sleep)
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
@@ -145,9 +143,9 @@ class TapoRun:
         self._score("old_logprobs", loss.update_on, batches[loss.is_cap is None :])
         if loss.needs_negative and not loss.negative_now:
             self._score("neg_logprobs", "negative", batches)
-        updates = []
         with self.log.phase("update", total=len(self.groups), unit="groups") as phase:
             for batch in batches[self.minibatches_done :]:
+                self.working_on = batch
                 for attempt in self.budget.attempts(policy.zero_grad):
                     with attempt:
                         sums, found = {}, {}
@@ -159,22 +157,21 @@ class TapoRun:
                             found |= by_response(pieces, logprobs, weighted=True)
                             phase.advance(len(pieces) * self.ranks.size / len(batches))
                 if sums:  # else no row of the mini-batch counts
-                    steps = self.total_steps * len(batches)
-                    is_first = self.steps_done == 0
-                    lr = learning_rate(self.optimizer_steps, steps, config.optim, is_first)
-                    updates.append(clip_and_step(self, lr, sums))
-                    self.optimizer_steps += 1
-                    if self.minibatches_done == 0 and loss.is_cap is None:
-                        self._set("old_logprobs", found)
-                self.minibatches_done += 1
-        figures |= mismatch_figures(self.groups, self.steps_done)
+                    lr = self.schedule.rate(self.steps_done, self.minibatches_done, len(batches))
+                    self.minibatch_figures.append(clip_and_step(self, lr, sums))
+                self.minibatches_done, self.working_on = self.minibatches_done + 1, ()
+                if self.minibatches_done == 1 and loss.is_cap is None:
+                    self._set("old_logprobs", found)
+        figures = self.figures | mismatch_figures(self.groups, self.steps_done)
+        figures |= mean_figures(self.minibatch_figures)
         with self.log.phase("sync", total=1, unit="update"):
             self._sync(self.steps_done + 1, wake=config.rollout.colocated)
         self.steps_done += 1
         self.shown, self.groups, self.minibatches_done = self.groups[:SAMPLES_SHOWN], [], 0
-        return figures | mean_figures(updates)
+        self.figures, self.minibatch_figures = {}, []
+        return figures
 
-    def _sample(self) -> dict[str, float]:
+    def _sample(self) -> None:
         """Fill self.groups, on all ranks, with rewarded responses and their advantages."""
         config = self.config.rollout
         if config.colocated:
@@ -195,8 +192,7 @@ class TapoRun:
             set_advantages(sampled.groups)
             return sampled.groups, sampled.figures(seconds)
 
-        self.groups, figures = self.ranks.share(sample, self.policy.gather_weights)
-        return figures
+        self.groups, self.figures = self.ranks.share(sample, self.policy.gather_weights)
 
     def _score(self, field: str, photo: str, batches: Sequence[Sequence[Piece]]) -> None:
         """Set old_logprobs or neg_logprobs of all responses that lack it, at these weights."""
@@ -210,6 +206,7 @@ class TapoRun:
 
         phase_name = {"old_logprobs": "old", "neg_logprobs": "negative"}[field]
         self.policy.eval()
+        self.working_on = pieces
         with self.log.phase(phase_name, total=len(pieces), unit="groups") as phase:
             for attempt in self.budget.attempts(self.policy.zero_grad):
                 with attempt:
@@ -221,6 +218,7 @@ class TapoRun:
                         found |= by_response(some, logprobs)
                         phase.advance(len(some) * self.ranks.size)
         self._set(field, found)
+        self.working_on = ()
 
     def _micro_batches(self, batch: Sequence[Piece]) -> Iterator[tuple[list[Piece], MicroBatch]]:
         """This rank's micro-batches of an update; none where no row of the mini-batch counts."""
@@ -298,17 +296,18 @@ class TapoRun:
         self.checkpoints.close()
         self.ranks.close()
 
-    def save(self) -> Path:
+    def save(self, keep: int = 0) -> Path:
         """Write a checkpoint of the state as it is: between steps, or between mini-batches."""
-        state = {name: getattr(self, name) for name in STATE}
-        state |= {"carried": self.sampler.carried, "stream": self.stream.state()}
-        return self.checkpoints.save(self.steps_done, state)
+        state = {name: getattr(self, name) for name in STATE} | self.schedule.state()
+        state |= {"stream": self.stream.state(), **self.sampler.state()}
+        return self.checkpoints.save(self.steps_done, state, keep)
 
     def _restore(self, folder: Path) -> None:
         state = load_state(folder)
         for name in STATE:
-            setattr(self, name, state[name])
-        self.sampler.carried = state["carried"]
+            setattr(self, name, state.get(name, getattr(self, name)))
+        self.schedule.restore(state)
+        self.sampler.restore(state)
         self.stream.restore(state["stream"])
         self.checkpoints.restore(folder, state)
 
@@ -332,8 +331,7 @@ def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
                 run.check_stop()
                 saved = finish_step(run, run.step()) or saved
             run.checkpoints.wait()
-        if run.ranks.is_first:
-            draw_figures(run.out, run.shown)
+        report_end(run, lambda: draw_figures(run.out, run.shown))
     return saved
 
 

@@ -82,8 +82,9 @@ class Manifest:
                 for partition in get_args(Partition)
             }
             manifest = cls(**stored).with_keys(lambda key: os.path.normpath(root / key))
+            known = _known_names(stored, path)
             refuse_alike(manifest.classes(), path)
-            _check_names(stored, path)
+            _check_names(stored, known, path)
             return manifest
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a manifest of triplets: {error!r}") from error
@@ -188,10 +189,14 @@ def _labels(record: dict, where: str) -> dict[str, str]:
     return labels
 
 
-def _check_names(stored: dict, path: Path) -> None:
-    """ValueError where the names of a manifest are not lists of texts, or lack an anchor's."""
+def _known_names(stored: dict, path: Path) -> dict[str, set[str]]:
+    """The names of each super-category; ValueError where they are not lists of texts."""
     names = stored["names"]
-    known = {name: set(texts_of(names, name, f"{path}: names")) for name in names}
+    return {name: set(texts_of(names, name, f"{path}: names")) for name in names}
+
+
+def _check_names(stored: dict, known: dict[str, set[str]], path: Path) -> None:
+    """ValueError where the names lack an anchor's, or other lists of names are none of texts."""
     for index, anchor in enumerate(stored["anchors"]):
         if anchor.sub_category not in known.get(anchor.super_category, ()):
             raise ValueError(

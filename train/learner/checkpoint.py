@@ -92,17 +92,17 @@ class Checkpoints:
         """Remember the value that keep_best names of a step's figures, the same on all ranks.
 
         Raises:
-            ValueError: keep_best is none of them.
+            ValueError: no step had it, and this one is whole (it may lack a reward or be skipped).
         """
-        name = self._config.keep_best
+        name, whole = self._config.keep_best, figures.keys() & {"reward", "cross_entropy"}
         if name in figures:
             self._values.append(figures[name])
-        elif name is not None:
+        elif name and whole and not (figures.get("skipped_steps") or self._values or self._best):
             known = ", ".join(sorted(figures))
             self._ranks.raise_on_all(ValueError(f"run.keep_best is {name!r}; figures are {known}"))
 
-    def save(self, step: int, state: dict) -> Path:
-        """Write a checkpoint, then remove all but the keep_last newest and the best; a collective.
+    def save(self, step: int, state: dict, keep: int = 0) -> Path:
+        """Write a checkpoint, then remove all but the newest ones and the best; a collective.
 
         With async_save it is written in the background, from copies made before this returns. When
         a save is interrupted, earlier checkpoints stay whole; the next run removes what it left.
@@ -111,6 +111,7 @@ class Checkpoints:
             step: steps done.
             state: what the run needs to go on besides weights, optimiser and random numbers: plain
                 values, tensors and the dataclasses of STATE_TYPES.
+            keep: how many of the newest stay; 0: keep_last.
 
         Returns:
             The folder of the checkpoint.
@@ -130,7 +131,7 @@ class Checkpoints:
         state = state | {"updates": updates, "rng": rng_state(), "best": self._best}
         if self._pool:
             state = copy.deepcopy(state)
-        write = partial(self._write, folder, step, shards, export, state)
+        write = partial(self._write, folder, step, shards, export, state, keep)
         self._pending = self._pool.submit(write).result if self._pool else write
         if self._pool is None:
             self.wait()
@@ -195,7 +196,9 @@ class Checkpoints:
                 self._best = (name, mean)
             self._values = []
 
-    def _write(self, folder: Path, step: int, shards: Tensors, export: Export, state: dict) -> None:
+    def _write(
+        self, folder: Path, step: int, shards: Tensors, export: Export, state: dict, keep: int
+    ) -> None:
         """Write this rank's shards; rank 0 then writes everything else and removes old ones."""
         hidden, best = _hidden(folder), state["best"] and state["best"][0]
         with _cleaning_up(folder):
@@ -209,7 +212,7 @@ class Checkpoints:
             _complete(hidden, step, serials[folder], state)
             hidden.rename(folder)
             _sync(self._root)
-        for old in sorted(serials, key=serials.get)[: -self._config.keep_last]:
+        for old in sorted(serials, key=serials.get)[: -(keep or self._config.keep_last)]:
             if old.name != best:
                 shutil.rmtree(old.rename(_hidden(old)))
 

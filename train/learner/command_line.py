@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -98,19 +99,24 @@ def check_output(path: Path, option: str) -> None:
 def command(main) -> None:
     """Run `main()` and end the process.
 
-    Bad input, a full disk and servers that fail end it with one line, an interruption with 128 +
-    its signal.
+    Bad input, a full disk and servers that fail end it with one line. So does an interruption, with
+    128 + its signal; under torchrun with 0, and the line is rank 0's: a rank that stops on purpose
+    must not be restarted, nor called failed.
     """
-    code = 0
+    code, under_torchrun = 0, "TORCHELASTIC_RUN_ID" in os.environ
+    name = Path(sys.argv[0]).name
     try:
         main()
     except (ValueError, OSError, ServerError) as error:
         code = 1
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-    except Interrupted as error:
-        code = error.exit_code
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+        print(f"{name}: {error}", file=sys.stderr)
+    except (Interrupted, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):  # before the run began, or after its end
+            error = Interrupted(signal.SIGINT)
+        code = 0 if under_torchrun else error.exit_code
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name}: {error}", file=sys.stderr)
+    if under_torchrun:
         # Taking gloo's threads down aborts a process now and then, when all is done.
         sys.stdout.flush()
         sys.stderr.flush()

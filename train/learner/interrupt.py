@@ -18,9 +18,12 @@ class Interrupted(Exception):
     def __init__(self, signum: int):
         super().__init__(signum)
         self.exit_code = 128 + signum
+        self.saved = ""
+        """What was saved, and how to go on from it."""
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.args[0]).name}"
+        name = f"stopped by {signal.Signals(self.args[0]).name}"
+        return f"{name}: {self.saved}" if self.saved else name
 
 
 class StopSignal:

@@ -61,6 +61,7 @@ METRICS = (
     Metric("response_length", "mean length of a response, in tokens",
            1, "len", "6.1f", "Response length and groups kept", "tokens a response"),
     Metric("cut_off", "share of responses that were cut off at rollout.max_response_tokens"),
+    Metric("redrawn", "responses drawn again because of what was drawn, as a share of all"),
     Metric("groups", "groups that the step trains on"),
     Metric("filled_up", "groups trained on although they did not pass dynamic sampling"),
     # Of the loss: sums over response tokens divided by num_loss_tokens, then means over updates.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,21 +49,23 @@ def micro_batches(
 
     Raises:
         ValueError: naming the item, when one that cannot be halved exceeds the budget.
+        Exception: of `pack` on any rank, a photo that cannot be read for instance, on all ranks.
     """
 
     def cost(item: Item) -> float:
         prompts = [prompt for photo in photos for prompt in item.prompts(photo, encode)]
         return forward_flops(shape, prompt_loads(prompts)).total
 
-    mine = list(split(ranks.dealt(items, cost), photos, encode, budget.tokens))
+    dealt = ranks.dealt(items, cost)
+    mine = ranks.on_all(lambda: list(split(dealt, photos, encode, budget.tokens)))
     missing = ranks.most(len(mine)) - len(mine)
     for some in mine:
-        yield some, pack(some)
+        yield some, ranks.on_all(partial(pack, some))
     for _ in range(missing):
         smallest = items[0]
         while halves := smallest.halves():
             smallest = halves[0]
-        batch = pack([smallest])
+        batch = ranks.on_all(partial(pack, [smallest]))
         yield [], replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -97,11 +98,13 @@ SCHEDULES = {
 """Factor on the learning rate; progress runs from 0 after the warm-up to 1 at the last step."""
 
 
-def learning_rate(step: int, total_steps: int, config: OptimConfig, first_rollout: bool) -> float:
+def learning_rate(
+    step: int | Fraction, total_steps: int | Fraction, config: OptimConfig, first_rollout: bool
+) -> float:
     """Learning rate of one optimiser step.
 
     Args:
-        step: optimiser step, from 0.
+        step: optimiser step, from 0; a Schedule's may be a fraction.
         total_steps: optimiser steps of the whole run; later ones keep the last one's rate.
         config: lr, schedule, warmup_steps and, of TAPO, skip_first_rollout_lr are used.
         first_rollout: whether the step belongs to the run's first rollout step.
@@ -122,6 +125,52 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig, first_rollou
     decay_steps = total_steps - 1 - config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / decay_steps) if decay_steps > 0 else 0.0
     return config.lr * SCHEDULES[config.schedule](progress)
+
+
+class Schedule:
+    """The learning rate of a run whose steps may have more or fewer mini-batches than others.
+
+    The warm-up counts the optimiser steps that were taken. After it the rate follows the share of
+    the run that is done: mini-batch j of n in rollout step s stands at s + j / n steps. In a run
+    whose steps all have n mini-batches this is the optimiser step's number over their total.
+
+    Args:
+        config: see `learning_rate`.
+        total_steps: rollout steps of the run, or optimiser steps where there are no mini-batches.
+    """
+
+    def __init__(self, config: OptimConfig, total_steps: int):
+        self._config, self._total_steps = config, total_steps
+        self.taken = 0
+        """Optimiser steps that were taken; skipped ones do not count."""
+        self._warm: Fraction | None = None
+        """Where in the run the warm-up ended, in steps."""
+
+    def rate(self, step: int, minibatch: int = 0, minibatches: int = 1) -> float:
+        """Learning rate of a mini-batch, from 0, of a step, from 0, that has `minibatches`."""
+        warmup, place = self._config.warmup_steps, step + Fraction(minibatch, minibatches)
+        if self.taken < warmup:
+            self._warm = None
+            return learning_rate(self.taken, self.taken, self._config, step == 0)
+        if self._warm is None:
+            self._warm = place - Fraction(self.taken - warmup, minibatches)
+        done, whole = ((x - self._warm) * minibatches for x in (place, self._total_steps))
+        return learning_rate(warmup + done, warmup + whole, self._config, step == 0)
+
+    def state(self) -> dict:
+        """For a checkpoint."""
+        warm = None if self._warm is None else self._warm.as_integer_ratio()
+        return {"optimizer_steps": self.taken, "warm": warm}
+
+    def restore(self, state: dict) -> None:
+        """Go on from where `state` was taken; earlier versions stored no `warm`."""
+        self.taken = state.get("optimizer_steps", state["steps_done"])
+        warm = state.get("warm")
+        self._warm = None if warm is None else Fraction(*warm)
+
+
+HALF_UPDATED = "weights may be half updated: no checkpoint is written"
+"""A note on every exception that comes out of the optimiser's own step."""
 
 
 def optimizer_step(
@@ -145,7 +194,8 @@ def optimizer_step(
         The norm before clipping, and whether the step was taken: not when the norm is not finite.
 
     Raises:
-        ValueError: No parameter has a gradient.
+        ValueError: No parameter has a gradient, or memory runs out in the optimiser's own step. An
+            exception that comes out of that step has the note HALF_UPDATED.
     """
     grads = [param.grad for param in parameters if param.grad is not None]
     if not grads:
@@ -164,9 +214,24 @@ def optimizer_step(
                 grad.mul_(scale)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        _take_step(optimizer)
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, stepped
+
+
+def _take_step(optimizer: torch.optim.Optimizer) -> None:
+    try:
+        optimizer.step()
+    except torch.OutOfMemoryError as error:
+        named = ValueError(
+            "out of memory in the optimiser's own step: optim.states bfloat16, model.lora_rank, "
+            "parallel.offload or more ranks need less"
+        )
+        named.add_note(HALF_UPDATED)
+        raise named from error
+    except BaseException as error:
+        error.add_note(HALF_UPDATED)
+        raise
 
 
 class KahanAdamW(torch.optim.Optimizer):

@@ -112,6 +112,20 @@ class Ranks:
         self.share(lambda: made.append(make()))
         return made[0] if made else None
 
+    def on_all(self, make: Callable[[], Value]) -> Value:
+        """What `make` gives on each rank; an exception of any of them comes to all."""
+        if self.size == 1:
+            return make()
+        made, error = None, None
+        try:
+            made = make()
+        except Exception as raised:
+            error = picklable(raised)
+        for failed in self.exchange(error):
+            if failed is not None:
+                self.raise_on_all(failed)
+        return made
+
     def raise_on_all(self, error: Exception) -> NoReturn:
         """Raise an exception that every rank raises at the same place.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -11,10 +13,14 @@ import torch
 from torch import Tensor
 
 from tercet.core.config import SftConfig, TapoConfig
+from tercet.core.packing import Piece
+from tercet.core.rewards import read_apart
 from tercet.core.types import PolicyParts
 from tercet.train.learner.checkpoint import Checkpoints
+from tercet.train.learner.failed import set_aside
+from tercet.train.learner.interrupt import Interrupted
 from tercet.train.learner.merged import lora_figures
-from tercet.train.learner.optim import optimizer_step
+from tercet.train.learner.optim import HALF_UPDATED, Schedule, optimizer_step
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
 from tercet.train.learner.run_log import RunLog, SilentLog
@@ -32,42 +38,74 @@ class Run(Protocol):
     checkpoints: Checkpoints
     skipped: int
     """Optimiser steps skipped in a row."""
+    schedule: Schedule
     steps_done: int
     total_steps: int
+    working_on: Sequence[Piece]
+    """What an update of TAPO works on right now; empty in between, and in stage 1."""
 
-    def save(self) -> Path: ...
+    def save(self, keep: int = 0) -> Path: ...
 
 
 def open_log(run: Run, resolved: str) -> RunLog | SilentLog:
-    """The run's log on rank 0, at its next step; elsewhere one that says nothing."""
-    if not run.ranks.is_first:
-        return SilentLog()
-    log = RunLog(run.config.run.out, run.total_steps, resolved, run.config.run.wandb)
-    log.resume_at(run.steps_done + 1)
-    log.say(f"attention: {run.policy.attention}")
-    return log
+    """The run's log on rank 0, at its next step; elsewhere one that says nothing. A collective."""
+
+    def make() -> RunLog:
+        log = RunLog(run.config.run.out, run.total_steps, resolved, run.config.run.wandb)
+        log.resume_at(run.steps_done + 1)
+        log.say(f"attention: {run.policy.attention}")
+        return log
+
+    return run.ranks.on_first(make) or SilentLog()
 
 
 @contextmanager
 def saved_on_error(run: Run) -> Iterator[None]:
     """Write a checkpoint before any exception goes on.
 
-    One that came to some ranks only is not saved from: the others wait elsewhere.
+    It is the state after the last whole optimiser step. After an error in an update it is without
+    the groups of the mini-batch that failed (see failed.set_aside), and no earlier checkpoint is
+    removed for it.
+
+    Not saved from are an exception that came to some ranks only, as the others wait elsewhere, and
+    one that came out of the optimiser's own step.
     """
     try:
         yield
     except BaseException as error:
-        if run.ranks.size == 1 or error is run.ranks.raised_on_all:
-            run.log.say(f"checkpoint after {run.steps_done} steps: {run.save()}")
-            run.checkpoints.wait()
+        if HALF_UPDATED in getattr(error, "__notes__", ()):
+            run.log.say(HALF_UPDATED)
+        elif run.ranks.size == 1 or error is run.ranks.raised_on_all:
+            _save_from(run, error)
         raise
+
+
+def _save_from(run: Run, error: BaseException) -> None:
+    """Save after an exception; one that comes meanwhile is told and does not hide the first."""
+    stopped, aside = isinstance(error, Interrupted), ""
+    try:
+        if not stopped:
+            aside = set_aside(run, error)
+        folder = run.save(keep=0 if stopped else sys.maxsize)
+        run.checkpoints.wait()
+    except Exception as second:
+        run.log.say(f"no checkpoint after {run.steps_done} steps: {second}")
+        return
+    said = f"checkpoint after {run.steps_done} steps: {folder}"
+    if stopped:
+        error.saved = f"{said}; --resume auto goes on from it"
+    else:
+        run.log.say(said + aside)
 
 
 def finish_step(run: Run, figures: dict[str, float]) -> Path | None:
     """Log a step, and save it where one is due; returns the checkpoint's folder."""
     figures = figures | lora_figures(run.policy, run.ranks)
+    try:
+        run.log.step(run.steps_done, figures)  # before anything can fail
+    except Exception as error:  # what only reports does not end training, on one rank least of all
+        run.log.say(f"step {run.steps_done} is not in the log: {error}")
     run.checkpoints.note(figures)
-    run.log.step(run.steps_done, figures)
     if run.steps_done % run.config.run.save_every and run.steps_done < run.total_steps:
         return None
     return run.save()
@@ -80,7 +118,9 @@ def add_up(sums: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
 
 
 def clip_and_step(run: Run, lr: float, sums: dict[str, Tensor]) -> dict[str, float]:
-    """Take the optimiser step that a mini-batch's gradients ask for; returns its figures.
+    """Take the optimiser step that a mini-batch's gradients ask for; returns its finite figures.
+
+    After the weights have changed nothing in here fails.
 
     Args:
         run: its policy has the gradients of this rank, summed over micro-batches.
@@ -90,9 +130,10 @@ def clip_and_step(run: Run, lr: float, sums: dict[str, Tensor]) -> dict[str, flo
     Raises:
         ValueError: for the max_skipped-th time in a row the gradient is not finite.
     """
-    sums = run.ranks.add(sums)
+    sums = {name: float(value) for name, value in run.ranks.add(sums).items()}
     limit = run.config.optim.max_grad_norm
     norm, stepped = optimizer_step(run.optimizer, run.policy.parameters(), lr, limit)
+    run.schedule.taken += stepped
     run.skipped = 0 if stepped else run.skipped + 1
     if run.skipped == run.config.optim.max_skipped:
         run.ranks.raise_on_all(
@@ -101,7 +142,7 @@ def clip_and_step(run: Run, lr: float, sums: dict[str, Tensor]) -> dict[str, flo
                 "row (optim.max_skipped): lower optim.lr, or look at the last groups"
             )
         )
-    figures = {name: float(value) for name, value in sums.items()}
+    figures = {name: value for name, value in sums.items() if math.isfinite(value)}
     figures |= {"lr": lr, "skipped_steps": float(not stepped)}
     return figures | ({"grad_norm": norm} if stepped else {})
 
@@ -111,3 +152,28 @@ def mean_figures(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for update in updates for name in update)
     values = {name: [u[name] for u in updates if name in u] for name in names}
     return {name: sum(found) / len(found) for name, found in values.items()}
+
+
+def report_end(run: Run, draw: Callable[[], None]) -> None:
+    """Draw the figures of a finished run on rank 0; where that fails, say why."""
+    if run.ranks.is_first:
+        try:
+            draw()
+        except Exception as error:
+            run.log.say(f"the figures of the run are not drawn: {error}")
+
+
+def announce(run: Run, sampled: PolicyParts) -> None:
+    """Say what is to be known at a TAPO run's start: of its data, its reward and its sampler.
+
+    Args:
+        run: a TAPO run.
+        sampled: what rank 0 samples from, where it samples in this process.
+    """
+    for line in run.manifest.remarks():
+        run.log.say(line)
+    names = [name for of_super in run.manifest.names.values() for name in of_super]
+    if line := read_apart(run.config.rollout.reward, names):
+        run.log.say(line)
+    if sampled is not run.parts:
+        run.log.say("rank 0 samples on a whole copy of the policy")

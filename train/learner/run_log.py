@@ -50,6 +50,13 @@ LINE_WIDTH = 160
 """Characters: a step longer than this takes more than one line."""
 
 
+class _Lines(Console):
+    """A console that falls silent when nobody reads it any more; rich's own ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Phase:
     """A timed part of a step, with a progress bar of its own."""
 
@@ -110,7 +117,7 @@ class RunLog:
         self._clock: float | None = None
         self._shown: dict[str, None] = {}  # every name so far, in the order of its first step
         self._wandb = None if wandb is None else _start_wandb(wandb, self.out, config_yaml)
-        self.console = console or Console(highlight=False, force_terminal=sys.stdout.isatty())
+        self.console = console or _Lines(highlight=False, force_terminal=sys.stdout.isatty())
         self.progress = Progress(
             TextColumn("{task.description:>9}"),
             BarColumn(),
@@ -170,15 +177,17 @@ class RunLog:
 
         Args:
             step: number of the step, from 1, larger than the last one.
-            metrics: finite numbers (or 0-d tensors) by the names of METRICS, or any other names.
+            metrics: numbers (or 0-d tensors) by the names of METRICS, or any other names. One that
+                is not finite is left out.
 
         Raises:
-            ValueError: a value is not a finite number (leave grad_norm out of a step that was
-                skipped), a metric is called "step", or the step is not after the last one.
+            ValueError: a value is no number, a metric is called "step", or the step is not after
+                the last one.
         """
         if "step" in metrics:
             raise ValueError("a metric cannot be called 'step': that is the number of the line")
         numbers = {name: _number(name, value, step) for name, value in metrics.items()}
+        numbers = {name: number for name, number in numbers.items() if math.isfinite(number)}
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"step {step} was logged after step {self._last_step}")
         if self._metrics is None:
@@ -285,12 +294,11 @@ def _short(seconds: float) -> str:
 
 def _number(name: str, value: float, step: int) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"metric {name!r} of step {step} must be a finite number, got {value!r}")
-    return number
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"metric {name!r} of step {step} must be a number, got {value!r}"
+        ) from error
 
 
 def _drop_from(path: Path, step: int) -> None:

@@ -23,6 +23,7 @@ from tercet.core.data.vision import PromptEncoder
 from tercet.rollout.judge import Judge, judged
 from tercet.rollout.server import free_ports
 from tercet.train import tapo
+from tercet.train.learner.arguments import overridden
 from tercet.train.learner.checkpoint import load_state
 from tercet.train.learner.command_line import parse
 from tercet.train.learner.interrupt import Interrupted, StopSignal
@@ -60,7 +61,7 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def options(workspace: Path, out: Path, *more: str) -> list[str]:
-    return [
+    usual = [
         f"--data.path={workspace / 'photos'}",
         f"--model.path={workspace / 'policy'}",
         f"--run.out={out}",
@@ -77,8 +78,8 @@ def options(workspace: Path, out: Path, *more: str) -> list[str]:
         "--rollout.max_rounds=1",
         "--optim.groups_per_minibatch=2",
         "--optim.lr=1e-3",
-        *more,
     ]
+    return overridden(usual, more)
 
 
 def train(monkeypatch, argv: list[str], reward=by_length, resume: str | None = None) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -24,6 +25,7 @@ MOST_TEXT = 100_000
 """Most characters of a text; what is longer is a slip, such as a file's content for its name."""
 MOST_BYTES, MOST_DEPTH = 1 << 20, 16
 """Of a YAML file."""
+NUMBER = re.compile(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?")
 SHOWN = 80
 """Most characters of a value in an error."""
 
@@ -40,7 +42,10 @@ def options_of(config_class: type, prefix: str = "") -> dict[str, Any]:
 
 def shown(value: object) -> str:
     """A value for an error, on one line and not too long."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
+    if isinstance(value, str):
+        text = value if NUMBER.fullmatch(value) else repr(value)
+    else:
+        text = json.dumps(value, default=repr)
     if len(text) <= SHOWN:
         return text
     return f"{text[: SHOWN - 20]}... ({len(text):,} characters)"

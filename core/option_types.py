@@ -70,6 +70,8 @@ def _expanded(path: str) -> str:
 
 def _is_path(path: str) -> bool:
     """A `~` that is left at the beginning names a user who is not known."""
+    if path and not path.strip():
+        return False
     return len(os.fsencode(path)) < 4096 and not path.startswith("~") and "\n" not in path
 
 

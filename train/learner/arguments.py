@@ -12,7 +12,8 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
@@ -142,7 +143,7 @@ class Arguments:
     def _is_list(self, name: str) -> bool:
         return get_origin(self.options[name]) is list
 
-    def _check(self, name: str, values: list[str], where: str) -> None:
+    def _check(self, name: object, values: list, where: str) -> None:
         """The option exists, is not a section, and has one value, or is a list and has several."""
         if name not in self.options:
             raise ValueError(f"{where}there is no option {shown(name or values[0])}")
@@ -174,22 +175,21 @@ class Arguments:
         """Why the value that was given for an option is refused."""
         return f"{name} must be {allowed(self.options[name])}, got {shown(self.given.get(name))}"
 
-    def check_size(self, name: str, value: object) -> None:
-        """Raises ValueError for a number that is not finite or a text that no file can hold."""
+    def check(self, name: str, value: object) -> None:
+        """Refuses what jsonargparse lets through: a null in YAML for a value that is needed, a
+        number that is not finite, and a text that no file can hold."""
+        if value is None and NoneType not in get_args(self.options[name]):
+            raise ValueError(self.explained(name))
         if isinstance(value, list):
             for entry in value:
-                self.check_size(name, entry)
+                self.check(name, entry)
         elif isinstance(value, int | float) and not abs(value) <= MOST:
-            raise ValueError(
-                f"{name} must be {allowed(self.options[name])}, and at most {MOST:,}, got {value}"
-            )
+            raise ValueError(f"{self.explained(name)} (at most {MOST:,} in size)")
         elif isinstance(value, str):
-            if len(value) > MOST_TEXT:
+            if len(value) > MOST_TEXT or "\0" in value or not _is_utf8(value):
                 raise ValueError(
-                    f"{name} must be at most {MOST_TEXT:,} characters long, got {shown(value)}"
+                    f"{self.explained(name)} (at most {MOST_TEXT:,} characters that UTF-8 can hold)"
                 )
-            if "\0" in value or not _is_utf8(value):
-                raise ValueError(f"{name} must be text that UTF-8 can hold, got {shown(value)}")
 
 
 def _is_utf8(text: str) -> bool:
@@ -225,42 +225,6 @@ def read_mapping(file: str) -> dict:
     return found
 
 
-class StrictLoader(yaml.SafeLoader):
-    """Refuses aliases, deep nesting, and keys that are no texts or there twice.
-
-    An alias could stand for billions of entries, or for the very list that it is in.
-    """
-
-    def __init__(self, text: str):
-        super().__init__(text)
-        self.depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
-        """A value, and what it holds."""
-        line = self.peek_event().start_mark.line + 1
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"line {line}: aliases are not allowed")
-        self.depth += 1
-        if self.depth > MOST_DEPTH:
-            raise yaml.YAMLError(f"line {line}: nested more than {MOST_DEPTH} deep")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """A mapping."""
-        node = super().compose_mapping_node(anchor)
-        names = set()
-        for key, _ in node.value:
-            where = f"line {key.start_mark.line + 1}: {one_line(str(key.value))}"
-            if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.YAMLError(f"{where} is not a name")
-            if key.value in names:
-                raise yaml.YAMLError(f"{where} is there twice")
-            names.add(key.value)
-        return node
-
-
 def load_yaml(text: str) -> object:
     """What a YAML text holds, as jsonargparse reads it: 1e-6 is a number there.
 
@@ -268,7 +232,34 @@ def load_yaml(text: str) -> object:
         yaml.YAMLError: whatever is wrong with the text.
     """
     try:
-        yaml.compose(text, Loader=StrictLoader)
+        _check_events(text)
         return jsonargparse.get_loader("yaml")(text)
     except ValueError as error:  # a number of thousands of digits
         raise yaml.YAMLError(str(error)) from error
+
+
+def _check_events(text: str) -> None:
+    """Refuses aliases, deep nesting, and keys that are there twice.
+
+    An alias could stand for billions of entries, or for the very list that it is in.
+    """
+    names: list[set[str] | None] = []  # of each open mapping; None: a list
+    key_next: list[bool] = []
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {line}: aliases are not allowed")
+        if isinstance(event, yaml.CollectionEndEvent):
+            names.pop(), key_next.pop()
+        elif isinstance(event, yaml.NodeEvent):
+            if names and names[-1] is not None:
+                if key_next[-1] and isinstance(event, yaml.ScalarEvent):
+                    if event.value in names[-1]:
+                        raise yaml.YAMLError(f"line {line}: {shown(event.value)} is there twice")
+                    names[-1].add(event.value)
+                key_next[-1] = not key_next[-1]
+            if isinstance(event, yaml.CollectionStartEvent):
+                names.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
+                key_next.append(True)
+        if len(names) > MOST_DEPTH:
+            raise yaml.YAMLError(f"line {line}: nested more than {MOST_DEPTH} deep")

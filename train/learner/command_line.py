@@ -72,34 +72,35 @@ def _read(
     if "run" in options and options.run.get("preset", "paper") != "paper":
         parser = _parser(config_class, description, bool(extra), options.run.preset)
         options = _parse_args(parser, arguments)
-    options.pop("config", None)
     made = parser.instantiate(options)
-    values = {field.name: made[field.name] for field in fields(config_class)}
-    for name, value in values.items():
-        if is_dataclass(value):
-            for inner, number in vars(value).items():
-                arguments.check_size(f"{name}.{inner}", number)
-                object.__setattr__(value, inner, _plain(number))
-        else:
-            arguments.check_size(name, value)
-            values[name] = _plain(value)
-    return config_class(**values), options, parser
+    config = config_class(**{f.name: _plain(made[f.name]) for f in fields(config_class)})
+    return config, options, parser
 
 
 def _parse_args(
     parser: jsonargparse.ArgumentParser, arguments: Arguments
 ) -> jsonargparse.Namespace:
     try:
-        return parser.parse_args(arguments.words)
+        options = parser.parse_args(arguments.words)
     except argparse.ArgumentError as error:
         found = NAMED.search(str(error))
         if found and found[1] in arguments.options:
             raise ValueError(arguments.explained(found[1])) from error
         raise ValueError(one_line(str(error))) from error
+    options.pop("config", None)
+    for name, value in options.items():
+        arguments.check(name, value)
+    return options
 
 
 def _plain(value: object) -> object:
-    """A number or text without the class of a restricted type: checkpoints hold some of them."""
+    """Numbers and texts without the classes of restricted types: checkpoints hold some of them."""
+    if is_dataclass(value):
+        for name, inner in vars(value).items():
+            plain = _plain(inner)
+            if type(plain) is not type(inner) or isinstance(inner, list):
+                setattr(value, name, plain)
+        return value
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
     for kind in (bool, int, float, str):

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import is_dataclass, make_dataclass
 from functools import cache
 from operator import attrgetter
@@ -115,3 +118,116 @@ def test_every_type_of_an_option_reads_or_names_a_hostile_value(hint, tmp_path):
         text = text.replace("Infinity", ".inf").replace("NaN", ".nan")
         file.write_text(f"option: {text}", encoding="utf-8")
         is_read(lambda: parse(one, [f"--config={file}"], "")[0], "option", value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optim: null", "optim must hold options, NAME: VALUE, got null"),
+        ("loss: 3", "loss must hold options, NAME: VALUE, got 3"),
+        ("run: []", "run must hold options, NAME: VALUE, got \\[\\]"),
+        ("- 1", "must hold sections of options, got \\[1\\]"),
+        ("", "must hold sections of options, got null"),
+        ("data: {pth: x}", "there is no option 'data.pth'"),
+        ("dta: {path: x}", "there is no option 'dta'"),
+        ("1: 2", "there is no option 1"),
+        ("config: other.yaml", "there is no option 'config'"),
+        ("data: {path: a, path: b}", "line 1: 'path' is there twice"),
+        ("data: {path: a}\nrun: {steps: 1}\ndata: {path: b}", "line 3: 'data' is there twice"),
+        ("data: &d {path: *d}", "line 1: aliases are not allowed"),
+        ("data: {path: [&a [x, x], *a]}", "line 1: aliases are not allowed"),
+        ("data: {path: " + "[" * 1000, "line 1: nested more than 16 deep"),
+        ("run: {steps: " + "9" * 5000 + "}", "limit \\(4300 digits\\)"),
+        ("data: {path: 'a", "found unexpected end of stream"),
+        ("data: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        (b"data: {path: \xff}", "byte 13 is not UTF-8"),
+        (b"\xff\xfed\x00a\x00", "byte 0 is not UTF-8"),
+        ("#" * (1 << 20) + "\n", "has at most 1,048,576 bytes"),
+    ],
+)
+def test_a_file_of_options_that_cannot_be_read_is_named(text, said, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=said) as raised:
+        parse(TapoConfig, [f"--config={file}"], "")
+    assert str(file) in str(raised.value) and str(raised.value).isprintable()
+
+
+def test_only_a_regular_file_holds_options(tmp_path):
+    """A FIFO would be waited for, /dev/zero read for ever."""
+    os.mkfifo(tmp_path / "fifo")
+    for file in (tmp_path / "fifo", tmp_path, tmp_path / "nothing", "/dev/zero", "", "run: {}"):
+        with pytest.raises(ValueError, match="config must be a YAML file that exists, got "):
+            parse(TapoConfig, ["--config", str(file)], "")
+
+
+def test_no_option_is_given_twice():
+    with pytest.raises(ValueError, match="data.path is given twice: 'a' and 'b'"):
+        parse(TapoConfig, ["--data.path", "a", "--run.steps=3", "--data.path=b"], "")
+    with pytest.raises(ValueError, match="seeds is given twice: 0 and 1"):
+        read_options(SeedsConfig, ["--seeds", "0", "--seeds", "1"], "")
+    argv = ["--rollout.urls+=http://a:1", "--rollout.urls+=http://b:2"]
+    assert parse(TapoConfig, argv, "")[0].rollout.urls == ["http://a:1", "http://b:2"]
+    assert overridden(argv, ["--rollout.urls+=x"]) == ["--rollout.urls+=x"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--data.pat x", "there is no option 'data.pat'"),
+        ("x", "there is no option 'x'"),
+        ("-x", "there is no option '-x'"),
+        ("--", "there is no option '--'"),
+        ("--data.path", "data.path needs one value, got none"),
+        ("--data.path a b", "data.path needs one value, got 'a' 'b'"),
+        ("--optim {lr:3}", "optim has options of its own; give them as --optim.NAME"),
+        ("--resume=", "resume must be a path .*, or null, got ''"),
+        ("--run.steps+=3", "steps"),
+    ],
+)
+def test_words_that_are_no_options_are_named(argv, said):
+    with pytest.raises(ValueError, match=said):
+        parse(TapoConfig, argv.split(), "")
+
+
+def test_several_values_make_a_list():
+    argv = ["--rollout.urls", "http://a:1", "http://[::1]:2/v1", "--rollout.server_gpus", "2,3"]
+    rollout = parse(TapoConfig, argv, "")[0].rollout
+    assert rollout.urls == ["http://a:1", "http://[::1]:2/v1"] and rollout.server_gpus == ["2,3"]
+    argv = ["--rollout.urls=[http://a:1]", '--rollout.server_gpus=["0,1", ""]']
+    rollout = parse(TapoConfig, argv, "")[0].rollout
+    assert rollout.urls == ["http://a:1"] and rollout.server_gpus == ["0,1", ""]
+
+
+def test_files_apply_before_the_command_line_wherever_they_stand(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("run: {steps: 1, save_every: 1, keep_last: 1}")
+    second.write_text("run: {steps: 2, save_every: 2}")
+    argv = ["--run.steps=3", f"--config={first}", f"--config={second}"]
+    run = parse(TapoConfig, argv, "")[0].run
+    assert (run.steps, run.save_every, run.keep_last) == (3, 2, 1)
+
+
+def test_home_folders_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {path: ~/photos, questions: ~/q.yaml}\nrollout: {sglang_python: ~/py}")
+    argv = ["--config=~/mine.yaml", "--model.path", "~/model", "--run.out=~/run", "--resume=~/old"]
+    config, resume, resolved = parse(TapoConfig, argv, "")
+    paths = [config.data.path, config.data.questions, config.rollout.sglang_python]
+    paths += [config.model.path, config.run.out, resume]
+    names = ["photos", "q.yaml", "py", "model", "run", "old"]
+    assert paths == [f"{tmp_path}/{name}" for name in names]
+    assert "~" not in resolved and f"out: {tmp_path}/run" in resolved
+    tools = read_options(TripletsConfig, ["--out=~/t", "--parquet=~/p", "--data.embedder=~/e"], "")
+    assert [tools.out, tools.parquet, tools.data.embedder] == [f"{tmp_path}/{n}" for n in "tpe"]
+    tools = read_options(EvalConfig, ["--data=~/d", "--out=~/o"], "")
+    assert [tools.data, tools.out] == [f"{tmp_path}/{n}" for n in "do"]
+    assert read_options(SeedsConfig, ["--seeds=3", "--out=~/s"], "").out == f"{tmp_path}/s"
+
+
+def test_a_command_ends_with_one_line_and_code_1():
+    command = [sys.executable, "-m", "tercet.train.eval_fgvr", "--data=x", "--max_rows=nan"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = "eval_fgvr.py: max_rows must be a whole number from 1 to 1,000,000, got 'nan'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)

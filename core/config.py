@@ -16,6 +16,21 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from tercet.core.option_types import (
+    Decay,
+    Device,
+    Epsilon,
+    FewOrNone,
+    PathOrEmpty,
+    PathText,
+    PerStep,
+    Regex,
+    Seconds,
+    Seed,
+    Share,
+    Threads,
+    Word,
+)
 from tercet.core.rollout_config import RolloutConfig
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -40,31 +55,31 @@ PRESETS: dict[str, dict[str, object]] = {
 
 @dataclass
 class DataConfig:
-    path: str = ""
+    path: PathOrEmpty = ""
     """A triplets.json, a folder of photos, JSON Lines, or a Parquet file or folder of them."""
-    names: str | None = None
+    names: PathText | None = None
     """JSON or YAML of names by folder of a folder of photos, {folder: name}; None: the folders'."""
-    questions: str | None = None
+    questions: PathText | None = None
     """YAML of question templates, {super_category: [template, ...]}; None: the built-in ones."""
     positive: Literal["redraw", "fixed"] = "redraw"
     """Positive and negative of an anchor: drawn anew every epoch, or the first of each list."""
-    seen_fraction: float = 0.6
+    seen_fraction: Share = 0.6
     """Share of each super-category's sub-categories that training sees."""
     shots: PositiveInt = 4
     """Training photos per seen sub-category for TAPO."""
     sft_shots: NonNegativeInt = 1
     """Further photos per seen sub-category set aside for stage 1."""
-    embedder: str = "policy"
+    embedder: PathText = "policy"
     """What finds similar sub-categories: the policy's vision tower, or a SigLIP or CLIP folder."""
     on_bad_image: Literal["error", "skip"] = "error"
     """A missing or corrupt photo ends the run, or is left out and counted."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split, the shots and the triplets."""
 
 
 @dataclass
 class ModelConfig:
-    path: str = ""
+    path: PathOrEmpty = ""
     """Folder or hub id of the model."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Parameter dtype; auto: as stored."""
@@ -80,11 +95,11 @@ class ModelConfig:
     """Do not train the merger between vision tower and language model."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
-    lora_rank: NonNegativeInt = 0
+    lora_rank: FewOrNone = 0
     """Train LoRA adapters of this rank and nothing else; 0: train the weights themselves."""
     lora_alpha: PositiveInt = 128
     """Adapters are scaled by lora_alpha / lora_rank."""
-    lora_targets: str = r".*language_model\.layers\..*_proj"
+    lora_targets: Regex = r".*language_model\.layers\..*_proj"
     """Linear layers with adapters: a regular expression that matches the layer's whole name."""
     compile: bool = False
     """torch.compile the parts of each decoder layer, except attention itself."""
@@ -182,9 +197,9 @@ class OptimConfig:
     """Learning rate after the warm-up; linear and cosine fall to 0 at the last optimiser step."""
     warmup_steps: NonNegativeInt = 0
     """Optimiser steps over which the learning rate rises."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: PositiveFloat = 1e-8
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    eps: Epsilon = 1e-8
     weight_decay: NonNegativeFloat = 0.01
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm; a step with a non-finite norm is skipped."""
@@ -199,7 +214,7 @@ class OptimConfig:
 class TapoOptimConfig(OptimConfig):
     skip_first_rollout_lr: bool = False
     """Learning rate 0 for the first rollout's mini-batches, as the released code's warm-up has."""
-    groups_per_minibatch: PositiveInt | None = None
+    groups_per_minibatch: PerStep | None = None
     """Groups of one optimiser step; None: the whole rollout step."""
     minibatch_by: Literal["group", "response"] = "group"
     """Deal whole groups to mini-batches, or single responses, balanced by length."""
@@ -222,13 +237,13 @@ class ParallelConfig:
     offload: bool = False
     """Keep parameters, gradients and optimiser states in CPU memory and take the optimiser step
     there; a layer's parameters are on the GPU while it is computed."""
-    timeout_s: PositiveFloat = 7200.0
+    timeout_s: Seconds = 7200.0
     """Longest that a rank waits for the others, sampling included."""
 
 
 @dataclass
 class RunConfig:
-    out: str = "runs/tapo"
+    out: PathText = "runs/tapo"
     """Folder of checkpoints, logs and figures."""
     epochs: PositiveInt = 10
     steps: PositiveInt | None = None
@@ -237,18 +252,18 @@ class RunConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_last: PositiveInt = 2
     """How many of the newest checkpoints are kept."""
-    keep_best: str | None = None
+    keep_best: Word | None = None
     """Column of metrics.jsonl, for instance `accuracy`. Its mean over the steps since the last
     checkpoint rates a checkpoint; the one with the highest mean is kept as well."""
     async_save: bool = False
     """Write checkpoints in the background, from a copy in CPU memory."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto: cuda where there is a GPU, else cpu."""
-    threads: PositiveInt | None = None
+    threads: Threads | None = None
     """CPU threads of PyTorch; None: its own choice."""
-    wandb: str | None = None
+    wandb: Word | None = None
     """Weights & Biases project; None: not used."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass
@@ -292,7 +307,7 @@ class TapoConfig:
 
 @dataclass
 class SftDataConfig:
-    path: str = ""
+    path: PathOrEmpty = ""
     """Stage-1 JSON: a list of {"messages": [...], "images": [...]}."""
     on_bad_image: Literal["error", "skip"] = "error"
     """A missing or corrupt photo ends the run, or is left out and counted."""
@@ -306,7 +321,7 @@ class SftOptimConfig(OptimConfig):
     warmup_steps: NonNegativeInt = 6
     """Optimiser steps over which the learning rate rises."""
     weight_decay: NonNegativeFloat = 0.1
-    samples_per_step: PositiveInt = 64
+    samples_per_step: PerStep = 64
     """Samples of one optimiser step, over all ranks."""
     max_tokens: PositiveInt = 4096
     """A longer sample is an error; samples are never cut."""
@@ -314,7 +329,7 @@ class SftOptimConfig(OptimConfig):
 
 @dataclass
 class SftRunConfig(RunConfig):
-    out: str = "runs/sft"
+    out: PathText = "runs/sft"
     """Folder of checkpoints, logs and figures."""
 
 

@@ -7,23 +7,38 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from tercet.core.option_types import (
+    Few,
+    FewOrNone,
+    Flags,
+    Gpus,
+    Host,
+    PathOrEmpty,
+    PerStep,
+    Seconds,
+    Share,
+    Temperature,
+    Url,
+    Word,
+)
+
 
 @dataclass
 class RolloutConfig:
     engine: Literal["local", "sglang"] = "local"
     """local: sample in this process, with the policy's own weights. sglang: on SGLang servers."""
-    sglang_python: str = ""
+    sglang_python: PathOrEmpty = ""
     """Python interpreter of the environment with sglang; servers are started with it."""
-    server_gpus: list[str] = field(default_factory=lambda: [""])
+    server_gpus: list[Gpus] = field(default_factory=lambda: [""])
     """GPUs of each server to start, as `0` or `2,3`; an empty entry: the trainer's own GPUs."""
     colocated: bool = False
     """Servers and trainer share GPUs; servers free their memory while the policy is updated."""
     served_dtype: Literal["policy", "float32"] = "policy"
     """Dtype of the weights on the servers. float32: what LoRA adds to a bfloat16 policy reaches
     them unrounded, at twice the memory and traffic."""
-    sglang_args: str = ""
+    sglang_args: Flags = ""
     """Further flags of sglang.launch_server, as on a command line."""
-    urls: list[str] = field(default_factory=list)
+    urls: list[Url] = field(default_factory=list)
     """Addresses of running SGLang servers; no servers are started then."""
     weight_sync: Literal["disk", "distributed", "tensor"] = "disk"
     """How weights reach the servers. disk: by files, kept in memory where there is room; servers of
@@ -31,29 +46,29 @@ class RolloutConfig:
     tensor: as handles of the trainer's memory; servers on the same host."""
     weight_bucket_mib: PositiveInt = 512
     """Size in MiB of the weights that are sent at once."""
-    sync_host: str = "127.0.0.1"
+    sync_host: Host = "127.0.0.1"
     """Address at which servers reach this machine for `weight_sync: distributed`."""
-    api_key_file: str = ""
+    api_key_file: PathOrEmpty = ""
     """File with the key that is sent to the servers; servers that are started require it. Without
     a file the variable TERCET_API_KEY is read."""
     api_key: str | None = None
     """Refused: options are seen by others, on the command line and in config.yaml."""
-    start_timeout_s: PositiveFloat = 600.0
+    start_timeout_s: Seconds = 600.0
     """Longest that a server may take to load."""
-    request_timeout_s: PositiveFloat = 600.0
+    request_timeout_s: Seconds = 600.0
     """Longest that one response may take."""
     mismatch_limit: PositiveFloat | None = None
     """Most that servers' log-probs may differ from the trainer's, on average over the tokens that
     are sampled at the start; None: as much as the dtype explains."""
-    max_in_flight: PositiveInt = 256
+    max_in_flight: PerStep = 256
     """Most requests sent to the servers at once."""
-    n_anchor: PositiveInt = 5
+    n_anchor: Few = 5
     """n1: responses sampled on the anchor image."""
-    n_positive: NonNegativeInt = 5
+    n_positive: FewOrNone = 5
     """n2: responses sampled on the positive image; 0 gives DAPO's group."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Logits are divided by it before sampling and for every log-prob."""
-    top_p: float = 0.99
+    top_p: Share = 0.99
     """Sample from the smallest set of tokens whose probability reaches this."""
     top_k: NonNegativeInt = 0
     """Sample from this many most likely tokens; 0: from all."""
@@ -61,13 +76,13 @@ class RolloutConfig:
     """A longer prompt is an error; prompts are never cut."""
     max_response_tokens: PositiveInt = 2048
     """A longer response is cut off."""
-    groups_per_step: PositiveInt = 384
+    groups_per_step: PerStep = 384
     """Groups (prompts) that a rollout step keeps for training."""
     dispatch: Literal["auto", "batch", "stream"] = "auto"
     """batch: each batch of prompts is finished before the next; every run gets the same groups.
     stream: enough prompts are always in flight, and the rest is aborted once the step is full;
     nothing waits for the slowest response. auto: stream with SGLang, batch in this process."""
-    prompts_per_batch: PositiveInt | None = None
+    prompts_per_batch: PerStep | None = None
     """Prompts of a batch; None: `groups_per_step`."""
     max_rounds: PositiveInt | None = 20
     """Most rounds of a step; a round sends `groups_per_step` prompts. None: no limit."""
@@ -78,16 +93,16 @@ class RolloutConfig:
     """Groups beyond `groups_per_step` go to the next step, or are dropped."""
     max_staleness: NonNegativeInt = 1
     """Most steps between the weights that sampled a carried group and those it trains."""
-    reward: str = "fine_r1"
+    reward: Word = "fine_r1"
     """fine_r1, fine_r1_strict, or a function of your own as module:function."""
-    reward_timeout_s: PositiveFloat = 900.0
+    reward_timeout_s: Seconds = 900.0
     """Longest that a reward function may take for a group; its process is killed then."""
     cut_off: Literal["keep", "mask", "penalise"] = "keep"
     """Responses that were cut off: trained on as any other, left out of the loss, or with
     `cut_off_penalty` taken from their reward."""
     cut_off_penalty: NonNegativeFloat = 0.5
     """What `cut_off: penalise` takes from a reward."""
-    max_rows: PositiveInt = 256
+    max_rows: PerStep = 256
     """Most responses that the in-process engine decodes at once."""
 
     def __post_init__(self) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 from support import LENGTH, tiny
 
+from tercet.train.learner.arguments import overridden
+
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).resolve().parents[1]
 # With eps this large a step is proportional to the gradient, noise in tiny ones does not show.
@@ -39,4 +41,5 @@ def launch(
     """The command line of a run on several ranks, started in the folder of `make_workspace`."""
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     how = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
-    return [torchrun, *how, str(ROOT / "train" / script), *options, "--run.out", out, *more]
+    words = overridden(options, [f"--run.out={out}", *more])
+    return [torchrun, *how, str(ROOT / "train" / script), *words]

@@ -26,6 +26,7 @@ from torch.distributed.run import get_args_parser
 
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.train import eval_fgvr, make_triplets, plan
+from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,7 +214,7 @@ def test_commands_run_or_parse(line, workspace, monkeypatch, capsys):
     name, argv = ours
     if why_not_run(line):
         return check_options(name, argv)
-    monkeypatch.setattr(sys, "argv", [name, *TINY[name], *argv])
+    monkeypatch.setattr(sys, "argv", [name, *overridden(TINY[name], argv)])
     importlib.import_module(f"tercet.train.{name}").main()
     assert capsys.readouterr().out.strip()
     if name in ("tapo", "sft"):
@@ -232,7 +233,8 @@ def test_the_first_command_runs_as_it_stands(workspace):
     line = next(line for line in lines_of(TEXTS["README.md"]) if " torchrun " in line)
     words = split(line)
     place = words.index("train/tapo.py") + 1
-    words = [*words[:place], *TINY["tapo"], *words[place:], "--run.out", "runs/process"]
+    own = overridden(words[place:], ["--run.out=runs/process"])
+    words = [*words[:place], *overridden(TINY["tapo"], own)]
     words[0] = str(Path(sys.executable).with_name("torchrun"))
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(

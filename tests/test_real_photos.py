@@ -20,6 +20,7 @@ from support import LENGTH, tiny
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tercet.core.types import PolicyParts
+from tercet.train.learner.arguments import overridden
 
 pytestmark = pytest.mark.photos
 
@@ -30,17 +31,17 @@ def train(photos: Path, policy: Path, work: Path, *more: str) -> str:
     """`torchrun train/tapo.py` as the README shows it; returns what it printed."""
     (work / "lengths.py").write_text(LENGTH)
     torchrun = Path(sys.executable).with_name("torchrun")
-    command = [
-        *[str(torchrun), "--nproc-per-node", "1", str(ROOT / "train" / "tapo.py")],
+    usual = [
         *["--data.path", str(photos), "--model.path", str(policy), "--run.out", "run"],
         *["--rollout.reward", "lengths:length", "--rollout.on_exhausted", "keep_last_round"],
         *["--rollout.max_rounds", "1", "--rollout.groups_per_step", "4", "--run.save_every", "1"],
         *["--rollout.n_anchor", "2", "--rollout.n_positive", "2", "--run.keep_last", "9"],
         *["--rollout.max_response_tokens", "12", "--optim.groups_per_minibatch", "2"],
-        *["--optim.lr", "1e-4", "--run.device", "cpu", *more],
+        *["--optim.lr", "1e-4", "--run.device", "cpu"],
     ]
+    script = [str(torchrun), "--nproc-per-node", "1", str(ROOT / "train" / "tapo.py")]
     done = subprocess.run(
-        command,
+        [*script, *overridden(usual, more)],
         cwd=work,
         env=os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
         capture_output=True,

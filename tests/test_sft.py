@@ -16,6 +16,7 @@ from tercet.core.config import ModelConfig, SftConfig
 from tercet.core.data.records import SftSample, read_sft
 from tercet.core.models import load_policy
 from tercet.train import sft
+from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import parse
 from tercet.train.learner.policy import Policy
 
@@ -44,7 +45,7 @@ def stage1(tmp_path_factory) -> Path:
 
 
 def train(root: Path, out: Path, *more: str, resume: str | None = None) -> Path:
-    argv = [
+    usual = [
         f"--data.path={root / 'stage1.json'}",
         f"--model.path={root / 'policy'}",
         f"--run.out={out}",
@@ -53,9 +54,8 @@ def train(root: Path, out: Path, *more: str, resume: str | None = None) -> Path:
         "--optim.max_tokens=400",
         "--optim.warmup_steps=0",
         "--run.steps=3",
-        *more,
     ]
-    config, _, resolved = parse(SftConfig, argv, "")
+    config, _, resolved = parse(SftConfig, overridden(usual, more), "")
     return sft.train(config, resolved, resume)
 
 

@@ -42,6 +42,7 @@ from tercet.rollout.launch import SAME_PIXELS
 from tercet.rollout.sampler import GroupSampler
 from tercet.rollout.server import ServerError
 from tercet.train import tapo
+from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import parse
 
 pytestmark = NEEDS_SERVER
@@ -240,7 +241,7 @@ def test_a_broadcast_reaches_several_servers(policy, server, photos, tmp_path):
 def train_three_steps(folder, monkeypatch, *more: str) -> list[dict]:
     lengths = lambda rows: [{"overall": row["response_length"] / 10} for row in rows]  # noqa: E731
     monkeypatch.setattr(tapo, "load_reward", lambda spec: lengths)
-    config, _, resolved = parse(TapoConfig, [*training_options(folder, steps=3), *more], "")
+    config, _, resolved = parse(TapoConfig, overridden(training_options(folder, steps=3), more), "")
     tapo.train(config, resolved)
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
@@ -295,7 +296,7 @@ def train_on_two_ranks(folder: Path, *more: str) -> list[dict]:
     root = Path(__file__).resolve().parents[1]
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     script = ["--standalone", "--nproc-per-node", "2", str(root / "train" / "tapo.py")]
-    options = [*training_options(folder, steps=2), *more]
+    options = overridden(training_options(folder, steps=2), more)
     done = subprocess.run(
         [torchrun, *script, *options],
         cwd=folder,

@@ -28,6 +28,7 @@ from tercet.rollout.local import LocalEngine
 from tercet.rollout.sampler import GroupSampler
 from tercet.rollout.server import free_ports
 from tercet.train import tapo
+from tercet.train.learner.arguments import overridden
 from tercet.train.learner.checkpoint import find_checkpoint, load_state
 from tercet.train.learner.command_line import parse
 from tercet.train.learner.interrupt import Interrupted, StopSignal
@@ -67,7 +68,7 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def options(workspace: Path, out: Path, *more: str) -> list[str]:
-    return [
+    usual = [
         f"--data.path={workspace / 'photos'}",
         f"--model.path={workspace / 'policy'}",
         f"--run.out={out}",
@@ -84,8 +85,8 @@ def options(workspace: Path, out: Path, *more: str) -> list[str]:
         "--rollout.max_rounds=1",
         "--optim.groups_per_minibatch=2",
         "--optim.lr=1e-3",
-        *more,
     ]
+    return overridden(usual, more)
 
 
 def train(monkeypatch, argv: list[str], reward=by_length, resume: str | None = None) -> Path:

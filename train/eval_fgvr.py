@@ -13,29 +13,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
-import jsonargparse
-
-from tercet.core.config import ModelConfig, RunConfig
-from tercet.train.learner.command_line import check_output, command
+from tercet.core.config import RunConfig
+from tercet.core.tool_config import EvalConfig
+from tercet.train.learner.command_line import check_output, command, read_options
 
 
 def main() -> None:
-    parser = jsonargparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=ModelConfig, default=ModelConfig())
-    parser.add_argument("--data", type=str, required=True, help="triplets.json or JSON Lines")
-    prompts = Literal["stage2", "open_world", "closed_world"]
-    parser.add_argument("--prompt", type=prompts, default="open_world")
-    parser.add_argument("--per_class", type=int | None, default=None, help="photos a sub-category")
-    parser.add_argument("--max_tokens", type=int, default=2048)
-    parser.add_argument("--max_rows", type=int, default=256)
-    parser.add_argument("--device", type=str, default="auto")
-    parser.add_argument("--out", type=str, default="eval.json", help="every answer, and the table")
-    evaluate(parser.instantiate(parser.parse_args()))
+    evaluate(read_options(EvalConfig, None, __doc__.split("\n")[0]))
 
 
-def evaluate(options: jsonargparse.Namespace) -> None:
+def evaluate(options: EvalConfig) -> None:
     """Ask the questions, score the answers, write them and print the table."""
     # Here, so that --help does not wait for torch and transformers.
     from tercet.core.data.photos import check_images

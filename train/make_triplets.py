@@ -16,11 +16,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser
 from rich.progress import track
 
 from tercet.core.config import DataConfig, ModelConfig
-from tercet.train.learner.command_line import check_output, command
+from tercet.core.tool_config import TripletsConfig
+from tercet.train.learner.command_line import check_output, command, read_options
 
 if TYPE_CHECKING:
     from tercet.core.data.manifest import Manifest
@@ -90,12 +90,7 @@ def summary(manifest: Manifest) -> str:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=DataConfig, default=DataConfig())
-    parser.add_argument("--model", type=ModelConfig, default=ModelConfig())
-    parser.add_argument("--out", type=str, required=True, help="folder that gets triplets.json")
-    parser.add_argument("--parquet", type=str | None, help="file for the released columns")
-    options = parser.instantiate(parser.parse_args())
+    options = read_options(TripletsConfig, None, __doc__.split("\n")[0])
     make_triplets(options.data, options.model, options.out, options.parquet)
 
 

@@ -13,7 +13,6 @@ time; all responses are of mean length.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,9 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tercet.core.config import TapoConfig
+from tercet.core.tool_config import PlanConfig
 from tercet.train.fit.memory import GIB, Breakdown
 from tercet.train.fit.roofline import CARDS, Lengths
-from tercet.train.learner.command_line import RECIPES, command, parse
+from tercet.train.learner.arguments import join_arguments, options_of, split_arguments
+from tercet.train.learner.command_line import RECIPES, command, help_text, parse, read_options
 
 if TYPE_CHECKING:
     from tercet.train.fit.estimate import Plan
@@ -143,28 +144,19 @@ def phase_table(plan: Plan) -> Table:
     return table
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
 def read(argv: Sequence[str]) -> tuple[Plan, str]:
     """A plan from a command line, and its title.
 
     Raises:
         ValueError: naming an unknown recipe, GPU or option.
     """
-    own = _Parser(description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False)
-    own.add_argument("--recipe", help="a file of train/recipes, without .yaml")
-    own.add_argument("--gpus", type=int, default=4, help="GPUs that train")
-    own.add_argument("--gpu", default="A6000", help=f"one of {', '.join(CARDS)}")
-    own.add_argument("--prompt_tokens", type=int, default=316, help="mean, the photo included")
-    own.add_argument("--photo_tokens", type=int, default=256, help="mean")
-    own.add_argument("--response_tokens", type=int, default=350, help="mean")
+    found = split_arguments(argv)
     if {"-h", "--help"} & set(argv):
-        own.print_help()
+        print(help_text(PlanConfig, __doc__.splitlines()[0]))
         print("\nand every option of train/tapo.py:\n")
-    options, rest = own.parse_known_args(argv)
+    own = options_of(PlanConfig)
+    options = read_options(PlanConfig, join_arguments([a for a in found if a[0] in own]), "")
+    rest = join_arguments([a for a in found if a[0] not in own])
     if options.recipe is not None:
         known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
         if options.recipe not in known:
@@ -173,10 +165,10 @@ def read(argv: Sequence[str]) -> tuple[Plan, str]:
     if options.gpu not in CARDS:
         raise ValueError(f"gpu must be one of {', '.join(CARDS)}, got {options.gpu!r}")
     lengths = Lengths(options.prompt_tokens, options.photo_tokens, options.response_tokens)
-    if min(lengths) < 1 or lengths.photo > lengths.prompt:
+    if lengths.photo > lengths.prompt:
         raise ValueError(
-            "prompt_tokens, photo_tokens and response_tokens must be at least 1, and the prompt "
-            f"holds the photo, got {lengths.prompt}, {lengths.photo} and {lengths.response}"
+            f"photo_tokens must be at most prompt_tokens, which hold the photo, got "
+            f"{lengths.photo} and {lengths.prompt}"
         )
     config, _, _ = parse(TapoConfig, rest, "")
     # Imported here, so that --help does not wait for torch and transformers.

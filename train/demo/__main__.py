@@ -12,20 +12,32 @@ TAPO with the rewards of each group permuted.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from tercet.core.config import TapoConfig
+from tercet.core.tool_config import SeedsConfig
 from tercet.train.demo.experiment import markdown, mean_scores, run_seed, verdicts
-from tercet.train.learner.command_line import RECIPES, command, parse
+from tercet.train.learner.arguments import join_arguments, options_of, split_arguments
+from tercet.train.learner.command_line import RECIPES, command, parse, read_options
+
+DRAWN = ("data.path", "data.questions", "model.path")
+"""Options that name what the demo makes itself."""
+
+
+def check_options(argv: Sequence[str]) -> TapoConfig:
+    """The options of train/tapo.py for the demo, checked before anything is drawn."""
+    for name, values in split_arguments(argv):
+        if name in DRAWN:
+            raise ValueError(f"{name} cannot be given: the demo makes its own, got {values}")
+    return parse(TapoConfig, [f"--config={RECIPES / 'demo.yaml'}", *argv], "")[0]
 
 
 def demo(argv: Sequence[str]) -> None:
     """Run one seed and print its table; `argv` holds further options of train/tapo.py."""
-    config, _, _ = parse(TapoConfig, [f"--config={RECIPES / 'demo.yaml'}", *argv], "")
+    config = check_options(argv)
     out, clock = Path(config.run.out), time.perf_counter()
     result = markdown(run_seed(out, config.run.seed, argv, controls=False))
     (out / "table.md").write_text(result + "\n", encoding="utf-8")
@@ -44,12 +56,13 @@ def demo_seeds(argv: Sequence[str]) -> None:
     Args:
         argv: `--seeds`, `--out`, and further options of train/tapo.py.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--out", default="runs/demo_seeds")
-    options, argv = parser.parse_known_args(argv)
+    found, own = split_arguments(argv), options_of(SeedsConfig)
+    mine = [a for a in found if a[0] in {*own, "help"}]
+    options = read_options(SeedsConfig, join_arguments(mine), __doc__)
+    if len(set(options.seeds)) < max(1, len(options.seeds)):
+        raise ValueError(f"seeds must be different numbers, at least one, got {options.seeds}")
+    argv = join_arguments([a for a in found if a[0] not in own])
+    check_options(argv)
     runs = [
         run_seed(Path(options.out) / f"seed_{seed}", seed, argv, controls=True)
         for seed in options.seeds
@@ -63,7 +76,8 @@ def demo_seeds(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    (demo_seeds if "--seeds" in argv else demo)(argv)
+    several = "seeds" in dict(split_arguments(argv))
+    (demo_seeds if several else demo)(argv)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from tercet.train.demo.species import (
     vocabulary,
 )
 from tercet.train.evaluation.answers import ask, table
+from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import RECIPES, parse
 from tercet.train.learner.device import set_up
 from tercet.train.learner.metrics import METRICS_FILE, phase_seconds, read_metrics
@@ -147,15 +148,14 @@ def _run_sft(recipe: str, data: Path, model: Path, out: Path, seed: int, steps: 
 
 def _run_tapo(data: Path, model: Path, out: Path, seed: int, argv: Sequence[str]) -> Path:
     """Run train/tapo.py's loop; returns the last checkpoint."""
-    argv = [
-        f"--config={RECIPES / 'demo.yaml'}",
-        *argv,
+    own = [
         f"--data.path={data}",
         f"--data.questions={data / 'questions.yaml'}",
         f"--model.path={model}",
         f"--run.out={out}",
         f"--run.seed={seed}",
     ]
+    argv = [f"--config={RECIPES / 'demo.yaml'}", *overridden(argv, own)]
     config, _, resolved = parse(TapoConfig, argv, "")
     return tapo.train(config, resolved, resume="auto")
 
@@ -195,7 +195,7 @@ def run_seed(out: Path, seed: int, argv: Sequence[str], controls: bool) -> dict[
     scores = {}
     for name, options in {"TAPO": [], **(CONTROLS if controls else {})}.items():
         folder = out / name.lower().replace(", ", "_").replace(" ", "_")
-        trained = _run_tapo(out / "data", start, folder, seed, [*options, *argv])
+        trained = _run_tapo(out / "data", start, folder, seed, overridden(options, argv))
         manifest = Manifest.read(folder)
         if not scores:
             scores[START] = evaluate(start, manifest)

@@ -7,29 +7,39 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jsonargparse
+import yaml
 
 from tercet.core.config import PRESETS
+from tercet.core.option_types import PathText
 from tercet.rollout.server import ServerError
+from tercet.train.learner.arguments import Arguments, load_yaml, one_line, options_of
 from tercet.train.learner.interrupt import Interrupted
 
 Config = TypeVar("Config")
 RECIPES = Path(__file__).parents[1] / "recipes"
 
+EXTRA = {"config": PathText, "resume": PathText | None}
+"""Options of a command that trains which are not in its dataclass."""
+NAMED = re.compile(r'Parser key "([^"]+)"')
+"""How jsonargparse names the option whose value it refuses."""
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+jsonargparse.set_loader("strict_yaml", load_yaml, (yaml.YAMLError,))
 
 
 def parse(
     config_class: type[Config], argv: Sequence[str] | None, description: str
 ) -> tuple[Config, str | None, str]:
-    """Read the options of `config_class`.
+    """Read the options of a command that trains: those of `config_class`, --config and --resume.
 
     Args:
         config_class: dataclass of dataclasses (see core.config).
@@ -40,48 +50,93 @@ def parse(
         (config, value of --resume or None, resolved YAML).
 
     Raises:
-        ValueError: naming an unknown option or a value that is not allowed.
+        ValueError: in one line, naming an unknown option or a value that is not allowed.
     """
-    parser = _parser(config_class, description)
-    try:
-        options = parser.parse_args(argv)
-        if "preset" in options.run:
-            parser.set_defaults(PRESETS[options.run.preset])
-            options = parser.parse_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
+    config, options, parser = _read(config_class, argv, description, EXTRA)
     resume = options.pop("resume")
+    return config, None if resume is None else str(resume), parser.dump(options, skip_unset=False)
+
+
+def read_options(
+    config_class: type[Config], argv: Sequence[str] | None, description: str
+) -> Config:
+    """Read the options of any other command; arguments and errors are those of `parse`."""
+    return _read(config_class, argv, description, {})[0]
+
+
+def _read(
+    config_class: type[Config], argv: Sequence[str] | None, description: str, extra: dict[str, Any]
+) -> tuple[Config, jsonargparse.Namespace, jsonargparse.ArgumentParser]:
+    arguments = Arguments(sys.argv[1:] if argv is None else argv, options_of(config_class) | extra)
+    parser = _parser(config_class, description, bool(extra))
+    options = _parse_args(parser, arguments)
+    if "run" in options and options.run.get("preset", "paper") != "paper":
+        parser = _parser(config_class, description, bool(extra), options.run.preset)
+        options = _parse_args(parser, arguments)
+    made = parser.instantiate(options)
+    config = config_class(**{f.name: _plain(made[f.name]) for f in fields(config_class)})
+    return config, options, parser
+
+
+def _parse_args(
+    parser: jsonargparse.ArgumentParser, arguments: Arguments
+) -> jsonargparse.Namespace:
+    try:
+        options = parser.parse_args(arguments.words)
+    except argparse.ArgumentError as error:
+        found = NAMED.search(str(error))
+        if found and found[1] in arguments.options:
+            raise ValueError(arguments.explained(found[1])) from error
+        raise ValueError(one_line(str(error))) from error
     options.pop("config", None)
-    sections = parser.instantiate(options)
-    for field in fields(config_class):
-        _plain_numbers(sections[field.name])
-    config = config_class(**{field.name: sections[field.name] for field in fields(config_class)})
-    return config, resume, parser.dump(options, skip_unset=False)
+    for name, value in options.items():
+        arguments.check(name, value)
+    return options
 
 
-def _plain_numbers(section) -> None:
-    """Turn numbers of jsonargparse's restricted types into int and float: checkpoints hold some."""
-    for name, value in vars(section).items():
-        for kind in (int, float):
-            if isinstance(value, kind) and type(value) not in (kind, bool):
-                setattr(section, name, kind(value))
+def _plain(value: object) -> object:
+    """Numbers and texts without the classes of restricted types: checkpoints hold some of them."""
+    if is_dataclass(value):
+        for name, inner in vars(value).items():
+            plain = _plain(inner)
+            if type(plain) is not type(inner) or isinstance(inner, list):
+                setattr(value, name, plain)
+        return value
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
 
 
 def show_help(config_class: type, description: str) -> None:
     """Print the options of `config_class` and end, where the command line asks for them."""
     if {"-h", "--help"} & set(sys.argv):
-        _parser(config_class, description).parse_args(["--help"])
+        _parser(config_class, description, True).parse_args(["--help"])
 
 
-def _parser(config_class: type, description: str) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML with the same names as below")
-    parser.add_argument(
-        "--resume",
-        type=str | None,
-        help="checkpoint to go on from, or auto for the newest good one",
+def help_text(config_class: type, description: str) -> str:
+    """What --help prints of a command's own options, without --config and --resume."""
+    return _parser(config_class, description, False).format_help()
+
+
+def _parser(
+    config_class: type, description: str, trains: bool, preset: str = "paper"
+) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        description=description, exit_on_error=False, allow_abbrev=False, parser_mode="strict_yaml"
     )
+    if trains:
+        parser.add_argument("--config", action="config", help="YAML with the same names as below")
+        parser.add_argument(
+            "--resume",
+            type=PathText | None,
+            help="checkpoint to go on from, or auto for the newest good one",
+        )
     parser.add_class_arguments(config_class)
+    if trains:
+        parser.set_defaults(PRESETS[preset])
     return parser
 
 

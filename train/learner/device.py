@@ -14,18 +14,32 @@ from tercet.core.config import RunConfig
 
 
 def set_up(run: RunConfig) -> torch.device:
-    """Threads, seeds and this process's device."""
+    """Threads, seeds and this process's device.
+
+    Raises:
+        ValueError: run.device names a GPU that is not there, or one GPU for several processes.
+    """
     transformers_logging.disable_progress_bar()
     if run.threads:
         torch.set_num_threads(run.threads)
     random.seed(run.seed)
     np.random.seed(run.seed)
     torch.manual_seed(run.seed)
-    if run.device != "auto":
-        return torch.device(run.device)
-    if not torch.cuda.is_available():
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if run.device == "cpu" or (run.device == "auto" and not gpus):
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    _, _, number = run.device.partition(":")
+    if number and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"run.device must be auto, cpu or cuda with several processes, got {run.device!r}: "
+            "each has a GPU of its own"
+        )
+    number = int(number or os.environ.get("LOCAL_RANK", "0"))
+    if number >= gpus:
+        raise ValueError(
+            f"run.device is {run.device!r}, which needs GPU {number}; this process sees {gpus} GPUs"
+        )
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 

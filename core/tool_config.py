@@ -1,0 +1,71 @@
+"""Options of the commands that do not train: one dataclass each, one docstring per field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jsonargparse.typing import PositiveInt
+
+from tercet.core.config import DataConfig, ModelConfig
+from tercet.core.option_types import Device, Few, PathText, PerStep, Seed, Word
+
+
+@dataclass
+class TripletsConfig:
+    """Options of train/make_triplets.py."""
+
+    out: PathText
+    """Folder that gets triplets.json."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parquet: PathText | None = None
+    """File for the released columns; None: it is not written."""
+
+
+@dataclass
+class EvalConfig:
+    """Options of train/eval_fgvr.py."""
+
+    data: PathText
+    """A triplets.json, or JSON Lines of questions."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompt: Literal["stage2", "open_world", "closed_world"] = "open_world"
+    per_class: PositiveInt | None = None
+    """Photos of each sub-category; None: all."""
+    max_tokens: PositiveInt = 2048
+    """Longest answer."""
+    max_rows: PerStep = 256
+    """Most answers that are decoded at once."""
+    device: Device = "auto"
+    """auto: cuda where there is a GPU, else cpu."""
+    out: PathText = "eval.json"
+    """File for every answer, and the table."""
+
+
+@dataclass
+class PlanConfig:
+    """Options of train/plan.py, beside those of train/tapo.py."""
+
+    recipe: Word | None = None
+    """A file of train/recipes, without .yaml."""
+    gpus: Few = 4
+    """GPUs that train."""
+    gpu: Word = "A6000"
+    """Their type, a name of train/fit/roofline.py: H100 for instance."""
+    prompt_tokens: PositiveInt = 316
+    """Mean, the photo included."""
+    photo_tokens: PositiveInt = 256
+    """Mean."""
+    response_tokens: PositiveInt = 350
+    """Mean."""
+
+
+@dataclass
+class SeedsConfig:
+    """Options of several seeds of the demo, beside those of train/tapo.py."""
+
+    seeds: list[Seed] = field(default_factory=list)
+    """Seeds that are run beside their controls."""
+    out: PathText = "runs/demo_seeds"
+    """Folder that gets a folder for each seed."""

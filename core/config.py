@@ -228,6 +228,8 @@ class ParallelConfig:
 class RunConfig:
     out: str = "runs/tapo"
     """Folder of checkpoints, logs and figures."""
+    overwrite: bool = False
+    """Begin a new run in a folder that holds one: that one is moved aside, to `out`.1 (.2, ...)."""
     epochs: PositiveInt = 10
     steps: PositiveInt | None = None
     """Steps of the run; None: as many as `epochs` gives."""

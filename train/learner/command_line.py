@@ -55,6 +55,7 @@ def parse(
     for field in fields(config_class):
         _plain_numbers(sections[field.name])
     config = config_class(**{field.name: sections[field.name] for field in fields(config_class)})
+    options.run.overwrite = False  # who runs the saved YAML again does not ask for it
     return config, resume, parser.dump(options, skip_unset=False)
 
 

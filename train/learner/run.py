@@ -16,6 +16,7 @@ from tercet.train.learner.checkpoint import Checkpoints
 from tercet.train.learner.optim import optimizer_step
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
+from tercet.train.learner.run_folder import RunFolder
 from tercet.train.learner.run_log import RunLog, SilentLog
 
 
@@ -26,6 +27,7 @@ class Run(Protocol):
     parts: PolicyParts
     log: RunLog | SilentLog
     ranks: Ranks
+    folder: RunFolder
     policy: Policy
     optimizer: torch.optim.Optimizer
     checkpoints: Checkpoints
@@ -41,7 +43,10 @@ def open_log(run: Run, resolved: str) -> RunLog | SilentLog:
     """The run's log on rank 0, at its next step; elsewhere one that says nothing."""
     if not run.ranks.is_first:
         return SilentLog()
+    run.folder.write()
     log = RunLog(run.config.run.out, run.total_steps, resolved, run.config.run.wandb)
+    for line in run.folder.lines:
+        log.say(line)
     log.resume_at(run.steps_done + 1)
     log.say(f"attention: {run.policy.attention}")
     return log
@@ -64,6 +69,7 @@ def saved_on_error(run: Run) -> Iterator[None]:
 
 def finish_step(run: Run, figures: dict[str, float]) -> Path | None:
     """Log a step, and save it where one is due; returns the checkpoint's folder."""
+    run.ranks.share(run.folder.check)
     run.checkpoints.note(figures)
     run.log.step(run.steps_done, figures)
     if run.steps_done % run.config.run.save_every and run.steps_done < run.total_steps:

@@ -21,12 +21,16 @@ from pathlib import Path
 from tercet.core.config import TapoConfig
 from tercet.train.demo.experiment import markdown, mean_scores, run_seed, verdicts
 from tercet.train.learner.command_line import RECIPES, command, parse
+from tercet.train.learner.ranks import restarts
+from tercet.train.learner.run_folder import move_aside
 
 
 def demo(argv: Sequence[str]) -> None:
     """Run one seed and print its table; `argv` holds further options of train/tapo.py."""
     config, _, _ = parse(TapoConfig, [f"--config={RECIPES / 'demo.yaml'}", *argv], "")
     out, clock = Path(config.run.out), time.perf_counter()
+    if config.run.overwrite and out.exists() and not restarts():
+        print(move_aside(out))
     result = markdown(run_seed(out, config.run.seed, argv, controls=False))
     (out / "table.md").write_text(result + "\n", encoding="utf-8")
     print(

@@ -83,7 +83,12 @@ def read_complete(folder: Path) -> dict | None:
         raw = (folder / COMPLETE).read_bytes()
     except OSError:
         return None
-    complete = unseal(raw) or _json_object(raw) or {}
+    return complete_in(raw)
+
+
+def complete_in(raw: bytes) -> dict | None:
+    """What the bytes of a complete.json say; None when they are damaged."""
+    complete = _json_object(raw) or {}
     if complete.keys() != (KEYS if "checksum" in complete else EARLIER):
         return None
     if "checksum" in complete and unseal(raw) is None:

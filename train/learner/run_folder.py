@@ -12,6 +12,7 @@ import socket
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 from tercet.core.config import SftConfig, TapoConfig
@@ -266,13 +267,20 @@ def _begin(out: Path, now: Identity, lock: Lock, overwrite: bool) -> list[str]:
                 f"{name} {given} lies in run.out {out}, which run.overwrite would move aside: "
                 "give another --run.out"
             )
-    number = 1
-    while (aside := whole.with_name(f"{whole.name}.{number}")).exists():
-        number += 1
+    line = move_aside(out)
+    lock.take(out)
+    return [line]
+
+
+def move_aside(folder: Path) -> str:
+    """Rename a folder to the first free one of its name.1, name.2, ... and make it anew; returns a
+    line that says so."""
+    whole = folder.resolve()
+    names = (whole.with_name(f"{whole.name}.{number}") for number in count(1))
+    aside = next(name for name in names if not name.exists())
     whole.rename(aside)
     whole.mkdir()
-    lock.take(out)
-    return [f"the run that was in {out} is now in {aside}"]
+    return f"the run that was in {folder} is now in {aside}"
 
 
 def _saved(out: Path, checkpoint: Path | None, found: Identity | None) -> Identity | None:
@@ -335,16 +343,15 @@ def _go_on(folder: RunFolder, config_class: Callable[[], TapoConfig | SftConfig]
     saved, now = folder.saved, folder.identity
     _check_command(folder.checkpoint, saved.command, now.command)
     folder.changed = changes(saved, now.options, options_of(config_class()))
-    refused = of_kind(folder.changed, Kind.FIXED)
+    refused, why = of_kind(folder.changed, Kind.FIXED), ""
     if saved.model != now.model and not _may_be_gone(saved, now, folder):
         then, given = (i.options["model.path"] for i in (saved, now))
-        refused["model.path"] = (then, f"{given} ({_other_model(given, saved)})")
-    where = folder.checkpoint or f"the beginning of the run in {folder.path}"
+        refused["model.path"], why = (then, given), f" ({_other_model(given, saved)})"
+    where = folder.checkpoint or f"the run in {folder.path}, which has no checkpoint yet"
     if refused:
         raise ValueError(
-            f"cannot go on from {where} with other options of this kind: {shown(refused)}. They "
-            f"would make it another run: give the old ones ({folder.path}/config.yaml), or begin "
-            f"another run ({ANOTHER})"
+            f"cannot go on from {where}: {shown(refused)}{why} would make it another run. Give the old "
+            f"options ({folder.path}/config.yaml), or begin another run ({ANOTHER})"
         )
     listed, free = (
         of_kind(folder.changed, Kind.LISTED, Kind.STEP),

@@ -350,8 +350,8 @@ def _go_on(folder: RunFolder, config_class: Callable[[], TapoConfig | SftConfig]
     where = folder.checkpoint or f"the run in {folder.path}, which has no checkpoint yet"
     if refused:
         raise ValueError(
-            f"cannot go on from {where}: {shown(refused)}{why} would make it another run. Give the old "
-            f"options ({folder.path}/config.yaml), or begin another run ({ANOTHER})"
+            f"cannot go on from {where}: {shown(refused)}{why} would make it another run. Give the "
+            f"old options ({folder.path}/config.yaml), or begin another run ({ANOTHER})"
         )
     listed, free = (
         of_kind(folder.changed, Kind.LISTED, Kind.STEP),

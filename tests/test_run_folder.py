@@ -136,11 +136,11 @@ def test_auto_begins_where_nothing_is_saved_and_checks_who_it_is(config):
 
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(config):
     begin(config)
-    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 21))
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 42))
     Path("run/metrics.jsonl").write_text(lines)
-    with pytest.raises(ValueError, match="metrics.jsonl up to step 20, but no checkpoint"):
+    with pytest.raises(ValueError, match="metrics.jsonl up to step 41, but no checkpoint"):
         go_on(config)
-    Path("run/metrics.jsonl").write_text('{"step": 19}\n')
+    Path("run/metrics.jsonl").write_text('{"step": 40}\n')  # killed while its first one was written
     assert go_on(config).checkpoint is None
 
 

@@ -310,7 +310,8 @@ def _check_unsaved(out: Path, saved: Identity | None, save_every: int) -> None:
     last = (
         max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
     )
-    if last >= (saved.options["run.save_every"] if saved else save_every):
+    # A step's line comes before its checkpoint, which is written beside the next steps at most.
+    if last > 2 * (saved.options["run.save_every"] if saved else save_every):
         raise ValueError(
             f"run.out {out} has {METRICS_FILE} up to step {last}, but no checkpoint to go on from: "
             f"put its checkpoints back, or begin a new run ({ANOTHER})"

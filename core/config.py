@@ -245,6 +245,8 @@ class ParallelConfig:
 class RunConfig:
     out: PathText = "runs/tapo"
     """Folder of checkpoints, logs and figures."""
+    overwrite: bool = False
+    """Begin a new run in a folder that holds one: that one is moved aside, to `out`.1 (.2, ...)."""
     epochs: PositiveInt = 10
     steps: PositiveInt | None = None
     """Steps of the run; None: as many as `epochs` gives."""

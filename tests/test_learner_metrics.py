@@ -15,6 +15,7 @@ from tercet.train.learner.metrics import (
     phase_seconds,
     read_metrics,
     tensorboard_tag,
+    whole_lines,
 )
 
 pytestmark = pytest.mark.core
@@ -68,6 +69,15 @@ def test_a_last_line_cut_short_is_left_out(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(step) + "\n" for step in steps) + tail)
     assert read_metrics(path) == steps + ([{"step": 3}] if tail.endswith("}") else [])
+
+
+def test_a_damaged_end_is_told_from_damage_before_good_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\0\0\0\n{"step"')
+    assert whole_lines(path) == ([{"step": 1}], 11)
+    path.write_bytes(b'{"step": 1}\n\0\0\0\nx\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: not a JSON object with a step"):
+        whole_lines(path)
 
 
 def test_an_empty_file_holds_no_step(tmp_path):

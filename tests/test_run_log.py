@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import math
@@ -169,6 +170,82 @@ def test_after_a_resume_each_step_is_there_once(tmp_path, tail):
             log.step(step, {"reward": 1 + step / 10})
     expected = [(0, 0.0), (1, 0.1), (2, 0.2), (3, 1.3), (4, 1.4)]
     assert [(row["step"], row["reward"]) for row in recorded(tmp_path)] == expected
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        b"\0" * 512,
+        b"\0" * 512 + b"\n",
+        b"nonsense\n",
+        b'{"step": 5, "rew\n\0\0\n\xff\xfe\n[1]\n{"step": "7"}\n{"step": true}\n',
+        b'{"step": ' + b"9" * 5000 + b"}\n",
+        b"[" * 100_000,
+    ],
+    ids=range(6),
+)
+def test_what_a_power_cut_left_at_the_end_is_dropped_with_a_line(tmp_path, end):
+    good = b'{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.25}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + end)
+    log, text = open_log(tmp_path)
+    with log:
+        log.resume_at(3)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good
+    assert (
+        f"metrics.jsonl: its last {len(end)} bytes were damaged and are dropped" in text.getvalue()
+    )
+
+
+def full_disk(folder, monkeypatch):
+    """Every file in the folder is opened as /dev/full."""
+    opened = open
+
+    def full(path, *arguments, **options):
+        inside = str(path).startswith(str(folder))
+        return opened("/dev/full" if inside else path, *arguments, **options)
+
+    for module in ("run_log", "scalars"):
+        monkeypatch.setattr(f"tercet.train.learner.{module}.open", full, raising=False)
+
+
+def test_a_full_disk_is_one_error_and_no_traceback(tmp_path, monkeypatch, capfd):
+    log, text = open_log(tmp_path)
+    with pytest.raises(OSError) as caught, log:
+        log.step(1, {"reward": 0.5})
+        full_disk(tmp_path, monkeypatch)
+        log.step(2, {"reward": 0.5})
+    assert caught.value.errno == errno.ENOSPC
+    assert [row["step"] for row in recorded(tmp_path)] == [1]
+    shown = capfd.readouterr()
+    assert "Traceback" not in shown.err + shown.out + text.getvalue()
+
+
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_a_run_goes_on_without_tensorboard(tmp_path, monkeypatch, capfd, from_the_start):
+    log, text = open_log(tmp_path)
+    with log:
+        if not from_the_start:
+            log.resume_at(1)
+        full_disk(tmp_path / "tensorboard", monkeypatch)
+        if not from_the_start:
+            monkeypatch.setattr(log._scalars._file, "write", no_space)
+        for step in (1, 2):
+            log.step(step, {"reward": 0.5})
+    assert [row["step"] for row in recorded(tmp_path)] == [1, 2]
+    assert text.getvalue().count("TensorBoard gets nothing from here on: [Errno 28] No space") == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def no_space(_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    log, _ = open_log(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="run/metrics.jsonl"), log:
+        log.step(1, {"reward": 0.5})
+        (tmp_path / "run").rename(tmp_path / "moved")
+        log.step(2, {"reward": 0.5})
 
 
 def test_after_a_resume_tensorboard_shows_each_step_once(tmp_path):

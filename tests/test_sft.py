@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,28 @@ def test_it_learns_and_resumes_bit_for_bit(stage1, tmp_path):
     assert resumed.name == whole.name == "step_000012"
     for name, value in load_file(whole / "model.safetensors").items():
         assert torch.equal(value, load_file(resumed / "model.safetensors")[name]), name
+
+
+def test_other_records_do_not_go_on_at_the_old_position(stage1, tmp_path):
+    """Reformatted ones, and ones that have moved with their photos, do."""
+    data = tmp_path / "data"
+    shutil.copytree(stage1, data)
+    out, path = tmp_path / "run", f"--data.path={data / 'stage1.json'}"
+    train(stage1, out, path, "--run.steps=1")
+    records = json.loads((data / "stage1.json").read_text())
+    (data / "stage1.json").write_text(json.dumps(records, indent=3))
+    moved = shutil.move(data, tmp_path / "moved")
+    path = f"--data.path={moved / 'stage1.json'}"
+    assert train(stage1, out, path, "--run.steps=2", resume="auto").name == "step_000002"
+    (moved / "stage1.json").write_text(json.dumps(records[:4] + records[:1]))
+    with pytest.raises(ValueError, match="what data.path .*stage1.json holds changed since it"):
+        train(stage1, out, path, resume="auto")
+    (moved / "stage1.json").write_text(json.dumps(records))
+    Image.new("RGB", (80, 60)).save(moved / "1.png")
+    with pytest.raises(ValueError, match="photos that it trains on .* changed since it began"):
+        train(stage1, out, path, resume="auto")
+    with pytest.raises(ValueError, match="optim.samples_per_step 6 -> 3 would make it another run"):
+        train(stage1, out, "--optim.samples_per_step=3", resume="auto")
 
 
 def test_out_of_memory_begins_the_step_again(stage1, tmp_path, monkeypatch):

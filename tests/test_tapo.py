@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,87 @@ def test_interrupted_between_mini_batches_goes_on_with_the_same_groups(
     resumed = train(monkeypatch, options(workspace, tmp_path / "parts"), resume="auto")
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
+
+
+@pytest.fixture
+def copied(workspace, tmp_path) -> Path:
+    """The workspace's photos and policy, to be changed."""
+    shutil.copytree(workspace, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_what_a_run_was_started_with_holds_when_it_goes_on(monkeypatch, copied, tmp_path):
+    out, more = tmp_path / "run", ["--run.steps=1", "--data.shots=4"]
+    train(monkeypatch, options(copied, out, *more))
+    triplets, lines = out / "triplets.json", (out / "metrics.jsonl").read_text()
+    whole = triplets.read_text()
+
+    def refused(said: str, *changed: str, resume: str | None = "auto") -> None:
+        with pytest.raises(ValueError, match=said):
+            train(monkeypatch, options(copied, out, *more, *changed), resume=resume)
+        assert (out / "metrics.jsonl").read_text() == lines
+
+    refused("run.out .* holds a run already", resume=None)
+    refused("data.shots 4 -> 3, data.seed 0 -> 1 would make", "--data.seed=1", "--data.shots=3")
+    refused("model.path .*policy -> nowhere .no such folder", "--model.path=nowhere")
+    refused("data.path nowhere does not hold the run's photos", "--data.path=nowhere")
+    (copied / "others").mkdir()
+    refused("data.path .*others does not hold the run", f"--data.path={copied / 'others'}")
+    edited = json.loads(whole)
+    edited["anchors"][0]["negatives"] = edited["anchors"][0]["negatives"][:1]
+    triplets.write_text(json.dumps(edited))
+    refused("triplets.json changed since it began")
+    triplets.write_text(json.dumps(json.loads(whole) | {"anchors": edited["anchors"][1:]}))
+    refused("triplets.json changed since it began")
+    triplets.unlink()
+    refused("its triplets, .*triplets.json, are missing. Put the file back")
+    assert not triplets.exists()
+    triplets.write_text(whole)
+    photo = Path(json.loads(whole)["anchors"][0]["image"])
+    photo = next(copied.rglob(str(photo)))
+    kept = photo.read_bytes()
+    Image.new("RGB", (90, 90)).save(photo)
+    refused("photos that it trains on .compared by names and sizes. changed since")
+    photo.unlink()
+    refused(f"{photo.name}, which the run trains on, cannot be read: No such file")
+    photo.write_bytes(kept)
+    more.append("--run.steps=2")
+    assert train(monkeypatch, options(copied, out, *more), resume="auto").name == "step_000002"
+
+
+def test_photos_that_moved_with_the_root_of_triplets_json_go_on(monkeypatch, copied, tmp_path):
+    """docs: when the photos move, only `root` has to be edited."""
+    out = tmp_path / "run"
+    train(monkeypatch, options(copied, out, "--run.steps=1"))
+    (copied / "photos").rename(copied / "moved")
+    stored = json.loads((out / "triplets.json").read_text())
+    stored["root"] = stored["root"].replace("photos", "moved")
+    (out / "triplets.json").write_text(json.dumps(stored))
+    argv = options(copied, out, f"--data.path={copied / 'moved'}")
+    assert train(monkeypatch, argv, resume="auto").name == "step_000002"
+
+
+def test_lora_does_not_go_on_from_the_weights_that_hold_it(monkeypatch, workspace, tmp_path):
+    argv = options(workspace, tmp_path, "--run.steps=1", "--model.lora_rank=2")
+    merged = train(monkeypatch, argv)
+    with pytest.raises(ValueError, match="LoRA weights of this run, merged already"):
+        train(monkeypatch, [*argv, f"--model.path={merged}"], resume="auto")
+    with pytest.raises(ValueError, match="model.lora_alpha 128 -> 64 would make it another run"):
+        train(monkeypatch, [*argv, "--model.lora_alpha=64"], resume="auto")
+
+
+def test_a_step_that_has_begun_goes_on_as_it_began(monkeypatch, workspace, tmp_path, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(tapo, "clip_and_step", lambda *_: (_ for _ in ()).throw(Interrupted(15)))
+        with pytest.raises(Interrupted):
+            train(monkeypatch, options(workspace, tmp_path))
+    dealt = ["--optim.groups_per_minibatch=4", "--optim.lr=1e-4"]
+    with pytest.raises(ValueError, match="saved within a step, .*groups_per_minibatch 2 -> 4"):
+        train(monkeypatch, options(workspace, tmp_path, *dealt), resume="auto")
+    train(monkeypatch, options(workspace, tmp_path), resume="auto")
+    train(monkeypatch, options(workspace, tmp_path, *dealt, "--run.steps=3"), resume="auto")
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "trained with optim.lr 0.001 -> 0.0001, " in said.split("going on from")[-1]
 
 
 def test_only_later_mini_batches_need_old_logprobs(monkeypatch, workspace, tmp_path):

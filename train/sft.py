@@ -28,14 +28,12 @@ from tercet.core.draws import EndlessOrder
 from tercet.core.packing import Encode, Prompts, plain_batch, prompts_of
 from tercet.core.prompts import chat_ids
 from tercet.core.types import MicroBatch, PolicyParts
-from tercet.train.learner.assemble import build_policy, open_parts
-from tercet.train.learner.checkpoint import Checkpoints, find_checkpoint, load_state
-from tercet.train.learner.device import set_up
+from tercet.train.learner.assemble import build_policy, open_parts, record_digests
+from tercet.train.learner.checkpoint import Checkpoints, load_state
 from tercet.train.learner.figures import draw_figures
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
 from tercet.train.learner.optim import Schedule, build_optimizer
-from tercet.train.learner.ranks import Ranks, restarts
 from tercet.train.learner.run import (
     add_up,
     clip_and_step,
@@ -44,6 +42,7 @@ from tercet.train.learner.run import (
     report_end,
     saved_on_error,
 )
+from tercet.train.learner.run_folder import RunFolder, open_folder
 
 
 @dataclass(frozen=True)
@@ -97,18 +96,19 @@ def _without(end: str, answer: str) -> str:
 class SftRun:
     """A stage-1 run's parts and its state; `step` is one optimiser step."""
 
-    def __init__(self, config: SftConfig, resolved: str, stop: StopSignal, resume: Path | None):
-        self.config, self.stop, self.out = config, stop, Path(config.run.out)
-        self.ranks = Ranks(set_up(config.run), config.parallel)
+    def __init__(self, config: SftConfig, resolved: str, stop: StopSignal, folder: RunFolder):
+        self.config, self.stop, self.folder, self.ranks = config, stop, folder, folder.ranks
+        self.out, resume = folder.path, folder.checkpoint
         self.parts = open_parts(config.model, self.ranks, resume)
         self.encoder = PromptEncoder(self.parts)
         samples, skipped = read_sft(config.data.path, config.data.on_bad_image)
+        self.ranks.share(lambda: folder.note_data(record_digests(samples)))
         self.examples = [tokenize(s, self.parts, config.model.system_prompt) for s in samples]
         self.ranks.share(self._check_lengths)
         self.order = EndlessOrder(len(samples), config.run.seed)
         self.policy = build_policy(self.parts, config, self.ranks)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
-        self.checkpoints = Checkpoints(self, config.run)
+        self.checkpoints = Checkpoints(self, config.run, folder)
         per_epoch = len(samples) / config.optim.samples_per_step
         self.total_steps = config.run.steps or max(1, round(config.run.epochs * per_epoch))
         self.schedule = Schedule(config.optim, self.total_steps)
@@ -193,11 +193,10 @@ def train(config: SftConfig, resolved: str, resume: str | None = None) -> Path:
     Args:
         config: every option.
         resolved: the same as YAML, kept beside the run.
-        resume: checkpoint folder, `auto`, or None for a new run.
+        resume: checkpoint folder, `auto`, or None for a new run (see `open_folder`).
     """
-    saved = find_checkpoint(config.run.out, resume) if resume else None
-    with StopSignal() as stop:
-        run = SftRun(config, resolved, stop, saved)
+    with StopSignal() as stop, open_folder(config, resume) as folder:
+        run, saved = SftRun(config, resolved, stop, folder), folder.checkpoint
         with closing(run), run.log, saved_on_error(run):
             while run.steps_done < run.total_steps:
                 run.check_stop()
@@ -209,7 +208,6 @@ def train(config: SftConfig, resolved: str, resume: str | None = None) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, resume, resolved = parse(SftConfig, argv, __doc__)
-    resume = "auto" if restarts() else resume
     saved = train(config, resolved, resume)
     if os.environ.get("RANK", "0") == "0":
         print(f"checkpoint: {saved}")

@@ -55,14 +55,12 @@ from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler
 from tercet.train.learner.assemble import build_policy, open_manifest, open_parts, sampled_parts
-from tercet.train.learner.checkpoint import Checkpoints, find_checkpoint, load_state
-from tercet.train.learner.device import set_up
+from tercet.train.learner.checkpoint import Checkpoints, load_state
 from tercet.train.learner.figures import draw_figures
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.metrics import is_reserved
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
 from tercet.train.learner.optim import Schedule, build_optimizer
-from tercet.train.learner.ranks import Ranks, restarts
 from tercet.train.learner.run import (
     add_up,
     announce,
@@ -73,6 +71,7 @@ from tercet.train.learner.run import (
     report_end,
     saved_on_error,
 )
+from tercet.train.learner.run_folder import RunFolder, open_folder
 from tercet.train.learner.sampler_check import check_sampler
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
@@ -87,21 +86,21 @@ class TapoRun:
         config: every option.
         resolved: the same as YAML, kept beside the run.
         stop: checked wherever the state is whole.
-        resume: checkpoint folder to go on from.
+        folder: the run's, opened by all ranks; it says where the run goes on.
     """
 
-    def __init__(self, config: TapoConfig, resolved: str, stop: StopSignal, resume: Path | None):
-        self.config, self.stop, self.out = config, stop, Path(config.run.out)
-        self.ranks = Ranks(set_up(config.run), config.parallel)
+    def __init__(self, config: TapoConfig, resolved: str, stop: StopSignal, folder: RunFolder):
+        self.config, self.stop, self.folder, self.ranks = config, stop, folder, folder.ranks
+        self.out, resume = folder.path, folder.checkpoint
         self.parts = open_parts(config.model, self.ranks, resume)
         self.encoder = PromptEncoder(self.parts)
-        self.manifest = open_manifest(config.data, self.parts, self.ranks, self.out, bool(resume))
+        self.manifest = open_manifest(config.data, self.parts, self.ranks, folder)
         sampled = sampled_parts(self.parts, config, self.ranks)
         self.engine = self.ranks.on_first(lambda: self._open_engine(sampled)) or IdleEngine()
         temperature = config.rollout.temperature
         self.policy = build_policy(self.parts, config, self.ranks, config.loss, temperature)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
-        self.checkpoints = Checkpoints(self, config.run)
+        self.checkpoints = Checkpoints(self, config.run, folder)
         self.sampler = self._open_sampler()
         self.ranks.share(lambda: self.sampler.check_prompts(self.manifest.anchors))
         per_epoch = len(self.manifest.anchors) / config.rollout.groups_per_step
@@ -110,8 +109,7 @@ class TapoRun:
         self.steps_done = self.minibatches_done = self.skipped = 0
         self.groups: list[Group] = []
         """Groups of a step that has begun; empty between steps."""
-        self.figures: dict[str, float] = {}
-        """Of its sampling."""
+        self.figures: dict[str, float] = {}  # of its sampling
         self.minibatch_figures: list[dict[str, float]] = []
         self.working_on: Sequence[Piece] = ()
         self.shown: list[Group] = []
@@ -304,6 +302,8 @@ class TapoRun:
 
     def _restore(self, folder: Path) -> None:
         state = load_state(folder)
+        if state["groups"]:
+            self.folder.check_step()
         for name in STATE:
             setattr(self, name, state.get(name, getattr(self, name)))
         self.schedule.restore(state)
@@ -318,14 +318,13 @@ def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
     Args:
         config: every option.
         resolved: the same as YAML, kept beside the run.
-        resume: checkpoint folder, `auto`, or None for a new run.
+        resume: checkpoint folder, `auto`, or None for a new run (see `open_folder`).
 
     Returns:
         The folder of the last checkpoint.
     """
-    saved = find_checkpoint(config.run.out, resume) if resume else None
-    with StopSignal() as stop:
-        run = TapoRun(config, resolved, stop, saved)
+    with StopSignal() as stop, open_folder(config, resume) as folder:
+        run, saved = TapoRun(config, resolved, stop, folder), folder.checkpoint
         with closing(run), run.log, saved_on_error(run):
             while run.steps_done < run.total_steps:
                 run.check_stop()
@@ -338,7 +337,6 @@ def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     config, resume, resolved = parse(TapoConfig, argv, __doc__)
-    resume = "auto" if restarts() else resume
     if not config.data.path and not config.model.path:
         # Not imported: the demo imports this file.
         runpy.run_module("tercet.train.demo", run_name="__main__", alter_sys=True)

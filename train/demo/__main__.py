@@ -22,6 +22,8 @@ from tercet.core.tool_config import SeedsConfig
 from tercet.train.demo.experiment import markdown, mean_scores, run_seed, verdicts
 from tercet.train.learner.arguments import join_arguments, options_of, split_arguments
 from tercet.train.learner.command_line import RECIPES, command, parse, read_options
+from tercet.train.learner.ranks import restarts
+from tercet.train.learner.run_folder import move_aside
 
 DRAWN = ("data.path", "data.questions", "model.path")
 """Options that name what the demo makes itself."""
@@ -39,6 +41,8 @@ def demo(argv: Sequence[str]) -> None:
     """Run one seed and print its table; `argv` holds further options of train/tapo.py."""
     config = check_options(argv)
     out, clock = Path(config.run.out), time.perf_counter()
+    if config.run.overwrite and out.exists() and not restarts():
+        print(move_aside(out))
     result = markdown(run_seed(out, config.run.seed, argv, controls=False))
     (out / "table.md").write_text(result + "\n", encoding="utf-8")
     print(

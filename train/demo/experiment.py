@@ -38,6 +38,7 @@ from tercet.train.evaluation.answers import ask, table
 from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import RECIPES, parse
 from tercet.train.learner.device import set_up
+from tercet.train.learner.identity import Kind, of_kind, options_of, shown
 from tercet.train.learner.metrics import METRICS_FILE, phase_seconds, read_metrics
 
 BASE_PICTURES = 6000
@@ -157,6 +158,7 @@ def _run_tapo(data: Path, model: Path, out: Path, seed: int, argv: Sequence[str]
     ]
     argv = [f"--config={RECIPES / 'demo.yaml'}", *overridden(argv, own)]
     config, _, resolved = parse(TapoConfig, argv, "")
+    config.run.overwrite = False  # the whole demo was moved aside
     return tapo.train(config, resolved, resume="auto")
 
 
@@ -176,7 +178,8 @@ def evaluate(model: Path, manifest: Manifest, seconds: float = 0.0) -> Scores:
 def run_seed(out: Path, seed: int, argv: Sequence[str], controls: bool) -> dict[str, Scores]:
     """Train and evaluate a seed's arms.
 
-    A finished seed is not run again: its scores are read from scores.json.
+    A finished seed is not run again: its scores are read from scores.json. The folder keeps the
+    options too, and refuses others.
 
     Args:
         out: folder of the seed.
@@ -186,7 +189,11 @@ def run_seed(out: Path, seed: int, argv: Sequence[str], controls: bool) -> dict[
 
     Returns:
         Scores by arm: START, "TAPO", then CONTROLS and "SFT" if wanted.
+
+    Raises:
+        ValueError: the folder holds the demo with other options.
     """
+    _refuse_other_options(out, seed, argv)
     kept = out / "scores.json"
     if kept.exists():
         found = json.loads(kept.read_text(encoding="utf-8"))
@@ -206,6 +213,23 @@ def run_seed(out: Path, seed: int, argv: Sequence[str], controls: bool) -> dict[
     numbers = {name: asdict(arm) for name, arm in scores.items()}
     kept.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     return scores
+
+
+def _refuse_other_options(out: Path, seed: int, argv: Sequence[str]) -> None:
+    config, _, _ = parse(TapoConfig, [f"--config={RECIPES / 'demo.yaml'}", *argv], "")
+    config.run.seed = seed
+    now, noted = options_of(config), out / "options.json"
+    if noted.exists():
+        then = json.loads(noted.read_text(encoding="utf-8"))
+        changed = {name: (then.get(name), value) for name, value in now.items()}
+        changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+        if changed := of_kind(changed, Kind.FIXED, Kind.STEP, Kind.LISTED):
+            raise ValueError(
+                f"run.out {out} holds the demo with other options ({shown(changed)}): give another "
+                "--run.out, or --run.overwrite true, which moves it aside"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    noted.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 
 def _continue_sft(out: Path, start: Path, manifest: Manifest, seed: int, seconds: float) -> Path:

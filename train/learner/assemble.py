@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 from tercet.core.config import DataConfig, LossConfig, ModelConfig, SftConfig, TapoConfig
 from tercet.core.data.embedders import embedder
 from tercet.core.data.manifest import MANIFEST_NAME, Manifest
+from tercet.core.data.records import SftSample
 from tercet.core.data.triplets import prepare_manifest
 from tercet.core.models import load_policy
 from tercet.core.types import PolicyParts
+from tercet.train.learner.identity import digest, photos_digest
 from tercet.train.learner.lora import add_lora, added_weights, whole_weights
 from tercet.train.learner.policy import NamedWeights, Policy
 from tercet.train.learner.ranks import Ranks, shard
+from tercet.train.learner.run_folder import RunFolder
 
 
 def open_parts(config: ModelConfig, ranks: Ranks, resume: Path | None) -> PolicyParts:
@@ -43,29 +47,100 @@ def open_parts(config: ModelConfig, ranks: Ranks, resume: Path | None) -> Policy
 
 
 def open_manifest(
-    config: DataConfig, parts: PolicyParts, ranks: Ranks, out: Path, resumed: bool
+    config: DataConfig, parts: PolicyParts, ranks: Ranks, folder: RunFolder
 ) -> Manifest:
-    """A run's triplets on all ranks: its own when it goes on, else new ones, written into `out`.
+    """A run's triplets on all ranks: its own when it goes on, else new ones, written there.
 
     The vision tower tells what looks alike; it is on this rank's device for that long.
 
     Raises:
-        ValueError: as `prepare_manifest`, on all ranks.
+        ValueError: on all ranks: as `prepare_manifest`; for a run that goes on, its triplets or
+            their photos are missing or are not what it began with.
     """
 
+    stored = folder.path / MANIFEST_NAME
+
     def make() -> Manifest:
-        if resumed and (out / MANIFEST_NAME).exists():
-            return Manifest.read(out)
         visual = parts.model.model.visual
         home = visual.device
         embed = embedder(config.embedder, lambda: parts, ranks.device)
         visual.to(ranks.device)
         manifest = prepare_manifest(config, embed)
         visual.to(home)
-        manifest.write(out)
         return manifest
 
-    return ranks.share(make)
+    def read_or_make() -> Manifest:
+        going_on = folder.checkpoint or folder.saved
+        if folder.checkpoint and not stored.exists():
+            # The vision tower has been trained since, and would choose others.
+            raise ValueError(
+                f"the run cannot go on: its triplets, {stored}, are missing. Put the file back (a "
+                "checkpoint that goes on in another run.out needs it there)"
+            )
+        is_new = not (going_on and stored.exists())
+        manifest = make() if is_new else Manifest.read(stored)
+        folder.note_data(triplet_digests(manifest, Path(config.path), stored))
+        if is_new:
+            manifest.write(folder.path)
+        return manifest
+
+    return ranks.share(read_or_make)
+
+
+def triplet_digests(manifest: Manifest, path: Path, own: Path) -> dict[str, str]:
+    """Digests of a run's triplets, of their photos, and of the data.path that they come from.
+
+    Args:
+        manifest: the run's triplets.
+        path: data.path.
+        own: triplets.json of the run.
+
+    Raises:
+        ValueError: a photo or data.path is missing, or is a folder that does not hold the photos.
+    """
+    used = [key for a in manifest.anchors for key in (a.image, *a.positives, *a.negatives)]
+    return {
+        "source": _source_digest(path, manifest, own),
+        "triplets": _manifest_digest(manifest),
+        "photos": photos_digest(used, manifest.common_folder()),
+    }
+
+
+def _manifest_digest(manifest: Manifest) -> str:
+    """Of all that training and evaluation read, wherever the photos lie."""
+    root = manifest.common_folder()
+    stored = asdict(manifest.with_keys(lambda key: os.path.relpath(key, root)))
+    return digest([stored[n] for n in ("anchors", "sft", "test", "names", "nearest")])
+
+
+def _source_digest(path: Path, manifest: Manifest, own: Path) -> str:
+    listing = path if path.is_file() else path / MANIFEST_NAME
+    if listing.is_file() and own.is_file() and listing.samefile(own):
+        return "the run's own triplets"
+    if listing.name == MANIFEST_NAME and listing.is_file():
+        return _manifest_digest(Manifest.read(listing))
+    files = sorted(path.glob("*.parquet")) or [path]
+    if files[0].suffix == ".parquet" and all(file.is_file() for file in files):
+        return digest([(file.name, file.stat().st_size) for file in files])
+    photos = Path(manifest.common_folder()).resolve()
+    if not path.exists() or path.is_dir() and not photos.is_relative_to(path.resolve()):
+        raise ValueError(f"data.path {path} does not hold the run's photos, which are in {photos}")
+    split = path / "manifest.json"
+    if path.is_file() or split.is_file():
+        return digest((path if path.is_file() else split).read_bytes().hex())
+    return "a folder of photos"
+
+
+def record_digests(samples: Sequence[SftSample]) -> dict[str, str]:
+    """Digests of stage-1 records and of their photos.
+
+    Raises:
+        ValueError: naming a photo that is missing.
+    """
+    photos = dict.fromkeys(key for sample in samples for key in sample.images)
+    root = os.path.commonpath([os.path.dirname(key) for key in photos]) if photos else os.sep
+    records = [(s.messages, [os.path.relpath(key, root) for key in s.images]) for s in samples]
+    return {"source": digest(records), "photos": photos_digest(photos, root)}
 
 
 def sampled_parts(parts: PolicyParts, config: TapoConfig, ranks: Ranks) -> PolicyParts:

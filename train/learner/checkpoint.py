@@ -4,7 +4,7 @@
         README.md, adapter/          with LoRA: what merging lost, and the adapter beside it
         sharded/                     optimiser states, as safetensors: each rank writes its shards
         trainer_state.pt             random numbers, data position, carried groups
-        complete.json                size and CRC-32 of every other file, written last
+        complete.json                the run's identity, size and CRC-32 of every other file
 
 A checkpoint is written to a hidden folder, .step_000020.partial, which gets its name once all of it
 is on disk. No folder is ever replaced: where step_000020 exists, the new one is step_000020_2. The
@@ -14,16 +14,15 @@ newest has the highest serial number in complete.json. Any number of ranks can g
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import re
 import shutil
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -36,7 +35,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from tercet.core.config import RunConfig
 from tercet.core.types import Group, PolicyParts, Response, Triplet
+from tercet.train.learner.complete import problem_of, read_complete, sync, write_complete
 from tercet.train.learner.device import rng_state, set_rng_state
+from tercet.train.learner.identity import Identity
 from tercet.train.learner.lora import is_added
 from tercet.train.learner.merged import Export
 from tercet.train.learner.policy import Policy
@@ -45,7 +46,6 @@ from tercet.train.learner.ranks import Ranks, picklable
 Tensors = dict[str, Tensor]
 SHARDS = "sharded"
 STATE = "trainer_state.pt"
-COMPLETE = "complete.json"
 NAMES = r"step_\d+(_\d+)?|\.step_\d+\.replaced"
 """Names of checkpoints; earlier versions could leave one as .step_000020.replaced."""
 STATE_TYPES = [Group, Response, Triplet]
@@ -64,21 +64,31 @@ class Trained(Protocol):
     ranks: Ranks
 
 
+class Folder(Protocol):
+    """What Checkpoints needs of a run's folder (see train.learner.run_folder)."""
+
+    identity: Identity
+
+    def reclaim(self) -> None: ...
+
+
 class Checkpoints:
     """Writes a run's checkpoints and restores its state from one; made by all ranks together.
 
     Args:
         trained: the run whose weights and optimiser are written.
         config: out, keep_last, keep_best and async_save are used.
+        folder: the run's; its identity is a part of every checkpoint.
 
     Raises:
         ValueError: keep_last below 1.
     """
 
-    def __init__(self, trained: Trained, config: RunConfig):
+    def __init__(self, trained: Trained, config: RunConfig, folder: Folder | None = None):
         if config.keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {config.keep_last}")
         self._trained, self._config, self._ranks = trained, config, trained.ranks
+        self._folder = folder
         self._root = Path(config.out) / "checkpoints"
         group = trained.ranks.files_group
         self._among = {"no_dist": True} if group is None else {"process_group": group}
@@ -122,7 +132,7 @@ class Checkpoints:
         """
         self.wait()
         self._trained.optimizer.zero_grad(set_to_none=True)
-        folder = self._ranks.share(lambda: _begin(self._root, step))
+        folder = self._ranks.share(lambda: self._begin(step))
         shards, updates = _training_tensors(self._trained)
         export = Export.take(self._trained.policy, self._ranks, copy=self._pool is not None)
         if self._pool:
@@ -131,7 +141,8 @@ class Checkpoints:
         state = state | {"updates": updates, "rng": rng_state(), "best": self._best}
         if self._pool:
             state = copy.deepcopy(state)
-        write = partial(self._write, folder, step, shards, export, state, keep)
+        identity = self._folder and asdict(self._folder.identity)
+        write = partial(self._write, folder, step, shards, export, state, identity, keep)
         self._pending = self._pool.submit(write).result if self._pool else write
         if self._pool is None:
             self.wait()
@@ -188,6 +199,20 @@ class Checkpoints:
         if self._pool:
             self._pool.shutdown()
 
+    def _begin(self, step: int) -> Path:
+        """Choose a name that no checkpoint has and make the hidden folder; returns the named one.
+
+        The run's folder may have been removed, or belong to another run by now.
+        """
+        if self._folder:
+            self._folder.reclaim()
+        names = (f"step_{step:06d}" + (f"_{n}" if n > 1 else "") for n in count(1))
+        folder = next(self._root / name for name in names if not (self._root / name).exists())
+        with _cleaning_up(folder):
+            _clear_leftovers(self._root)
+            _hidden(folder).mkdir(parents=True)
+        return folder
+
     def _update_best(self, name: str) -> None:
         """Make a new checkpoint the best if the mean of its values is above the best so far."""
         if self._values:
@@ -197,7 +222,14 @@ class Checkpoints:
             self._values = []
 
     def _write(
-        self, folder: Path, step: int, shards: Tensors, export: Export, state: dict, keep: int
+        self,
+        folder: Path,
+        step: int,
+        shards: Tensors,
+        export: Export,
+        state: dict,
+        identity: dict | None,
+        keep: int,
     ) -> None:
         """Write this rank's shards; rank 0 then writes everything else and removes old ones."""
         hidden, best = _hidden(folder), state["best"] and state["best"][0]
@@ -209,9 +241,10 @@ class Checkpoints:
             export.save(self._trained.parts, hidden)
             serials = {path: s for path, s in _serials(self._root).items() if s < math.inf}
             serials[folder] = 1 + max(serials.values(), default=0)
-            _complete(hidden, step, serials[folder], state)
+            _write_state(hidden, state)
+            write_complete(hidden, step, serials[folder], identity)
             hidden.rename(folder)
-            _sync(self._root)
+            sync(self._root)
         for old in sorted(serials, key=serials.get)[: -(keep or self._config.keep_last)]:
             if old.name != best:
                 shutil.rmtree(old.rename(_hidden(old)))
@@ -237,23 +270,38 @@ def find_checkpoint(out: Path | str, resume: Path | str) -> Path | None:
         resume: "auto" for the newest checkpoint that is whole, or the folder of a checkpoint.
 
     Returns:
-        Its folder; None when "auto" finds none. Damaged ones are passed over with a warning.
+        Its folder; None when "auto" finds no checkpoints. Damaged ones are passed over with a
+        warning.
 
     Raises:
-        ValueError: the folder named by `resume` is not a whole checkpoint.
+        ValueError: the folder named by `resume` is not a whole checkpoint, or none of those that
+            "auto" finds.
     """
     if str(resume) != "auto":
-        if problem := _problem(Path(resume)):
+        if problem := problem_of(Path(resume)):
             raise ValueError(f"cannot resume from {resume}: {problem}")
         return Path(resume)
     serials = _serials(Path(out) / "checkpoints")
     # One whose complete.json cannot be read may be the newest: it comes first, to be named.
-    for folder in sorted(serials, key=lambda p: (serials[p], p.name), reverse=True):
-        problem = _problem(folder)
+    newest_first = sorted(serials, key=lambda p: (serials[p], p.name), reverse=True)
+    problems = {}
+    for folder in newest_first:
+        problem = problem_of(folder)
         if problem is None:
             return folder
         warnings.warn(f"checkpoint {folder} is passed over: {problem}", stacklevel=2)
+        problems[folder.name] = problem
+    if problems:
+        raise ValueError(
+            f"cannot resume in {out}: every checkpoint is damaged "
+            f"({'; '.join(f'{name}: {problem}' for name, problem in problems.items())})"
+        )
     return None
+
+
+def identity_of(checkpoint: Path) -> Identity | None:
+    """The run that a checkpoint is of; None for one of an earlier version, or another folder."""
+    return Identity.of((read_complete(checkpoint) or {}).get("identity"))
 
 
 def load_state(folder: Path | str) -> dict:
@@ -278,16 +326,6 @@ def _clear_leftovers(root: Path) -> None:
     """Remove what an interrupted save left."""
     for path in root.glob(".*.partial"):
         shutil.rmtree(path)
-
-
-def _begin(root: Path, step: int) -> Path:
-    """Choose a name that no checkpoint has and make the hidden folder; returns the named one."""
-    names = (f"step_{step:06d}" + (f"_{n}" if n > 1 else "") for n in count(1))
-    folder = next(root / name for name in names if not (root / name).exists())
-    with _cleaning_up(folder):
-        _clear_leftovers(root)
-        _hidden(folder).mkdir(parents=True)
-    return folder
 
 
 @contextmanager
@@ -321,8 +359,7 @@ def _training_tensors(trained: Trained) -> tuple[Tensors, dict[str, float]]:
     return tensors, updates
 
 
-def _complete(folder: Path, step: int, serial: int, state: dict) -> None:
-    """Write the trainer state and complete.json; then everything in the folder is on disk."""
+def _write_state(folder: Path, state: dict) -> None:
     with open(folder / STATE, "wb") as file:
         torch.save(state, file)
     with safe_globals(STATE_TYPES):
@@ -332,68 +369,10 @@ def _complete(folder: Path, step: int, serial: int, state: dict) -> None:
             f"the trainer state holds {', '.join(sorted(refused))}; allowed are plain values, "
             f"tensors and {', '.join(kind.__name__ for kind in STATE_TYPES)}"
         )
-    files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "crc32": _crc32(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    text = json.dumps({"step": step, "serial": serial, "files": files}, indent=1)
-    (folder / COMPLETE).write_text(text, encoding="utf-8")
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def _serials(root: Path) -> dict[Path, float]:
     """Serial number of every checkpoint; infinite where complete.json cannot be read."""
     folders = [path for path in root.glob("*") if re.fullmatch(NAMES, path.name)]
-    completes = {folder: _read_complete(folder) for folder in folders}
+    completes = {folder: read_complete(folder) for folder in folders}
     return {folder: c["serial"] if c else math.inf for folder, c in completes.items()}
-
-
-def _read_complete(folder: Path) -> dict | None:
-    """What complete.json says; None when it cannot be read."""
-    try:
-        complete = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    kinds = {"serial": int, "files": dict}
-    if isinstance(complete, dict) and all(isinstance(complete.get(k), kinds[k]) for k in kinds):
-        return complete
-    return None
-
-
-def _problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None when it is whole."""
-    if not folder.is_dir():
-        return "there is no such folder"
-    if not (folder / COMPLETE).is_file():
-        return f"it has no {COMPLETE}, so it was not written to the end or is no checkpoint"
-    complete = _read_complete(folder)
-    if complete is None:
-        return f"its {COMPLETE} cannot be read"
-    for name, expected in complete["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if _crc32(path) != expected["crc32"]:
-            return f"the checksum of {name} does not match: its content has changed"
-    return None

@@ -150,20 +150,39 @@ def phase_seconds(line: dict[str, float]) -> dict[str, float]:
 def read_metrics(path: Path | str) -> list[dict[str, float]]:
     """The steps that a metrics.jsonl records, in its order, each as a dict with `step`.
 
-    A last line that was cut short, as a killed run may leave it, is left out.
+    What a kill or a power cut left at the end is left out (see `whole_lines`).
 
     Raises:
-        ValueError: a line is not a JSON object with a step; the message gives its number.
+        ValueError: as `whole_lines`.
     """
-    steps = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                step = json.loads(line)
-                step["step"]
-            except (ValueError, KeyError, TypeError) as error:
-                if not line.endswith("\n"):
-                    break
-                raise ValueError(f"{path}, line {number}: not a JSON object with a step") from error
+    return whole_lines(path)[0]
+
+
+def whole_lines(path: Path | str) -> tuple[list[dict[str, float]], int]:
+    """The steps that a metrics.jsonl records, and how many bytes at its end are damaged.
+
+    The damaged end begins with the first line that is no JSON object with a step: one cut short,
+    or the zeros that some file systems leave after a power cut.
+
+    Raises:
+        ValueError: a good line follows a damaged one; the message gives the damaged one's number.
+    """
+    steps, damaged, first = [], 0, None
+    for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), 1):
+        step = _step_of(line)
+        if step is None:
+            damaged, first = damaged + len(line), first or number
+        elif first:
+            raise ValueError(f"{path}, line {first}: not a JSON object with a step")
+        else:
             steps.append(step)
-    return steps
+    return steps, damaged
+
+
+def _step_of(line: bytes) -> dict[str, float] | None:
+    """A line's object; None where it is none with the number of a step."""
+    try:
+        step = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return step if isinstance(step, dict) and type(step.get("step")) is int else None

@@ -23,6 +23,7 @@ from tercet.train.learner.merged import lora_figures
 from tercet.train.learner.optim import HALF_UPDATED, Schedule, optimizer_step
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
+from tercet.train.learner.run_folder import RunFolder
 from tercet.train.learner.run_log import RunLog, SilentLog
 
 
@@ -33,6 +34,7 @@ class Run(Protocol):
     parts: PolicyParts
     log: RunLog | SilentLog
     ranks: Ranks
+    folder: RunFolder
     policy: Policy
     optimizer: torch.optim.Optimizer
     checkpoints: Checkpoints
@@ -51,7 +53,10 @@ def open_log(run: Run, resolved: str) -> RunLog | SilentLog:
     """The run's log on rank 0, at its next step; elsewhere one that says nothing. A collective."""
 
     def make() -> RunLog:
+        run.folder.write()
         log = RunLog(run.config.run.out, run.total_steps, resolved, run.config.run.wandb)
+        for line in run.folder.lines:
+            log.say(line)
         log.resume_at(run.steps_done + 1)
         log.say(f"attention: {run.policy.attention}")
         return log
@@ -101,8 +106,9 @@ def _save_from(run: Run, error: BaseException) -> None:
 def finish_step(run: Run, figures: dict[str, float]) -> Path | None:
     """Log a step, and save it where one is due; returns the checkpoint's folder."""
     figures = figures | lora_figures(run.policy, run.ranks)
+    run.ranks.share(run.folder.check)
     try:
-        run.log.step(run.steps_done, figures)  # before anything can fail
+        run.log.step(run.steps_done, figures)  # before anything else can fail
     except Exception as error:  # what only reports does not end training, on one rank least of all
         run.log.say(f"step {run.steps_done} is not in the log: {error}")
     run.checkpoints.note(figures)

@@ -42,9 +42,10 @@ from tercet.train.learner.metrics import (
     SECONDS,
     Metric,
     phase_seconds,
-    read_metrics,
     tensorboard_tag,
+    whole_lines,
 )
+from tercet.train.learner.scalars import Scalars
 
 LINE_WIDTH = 160
 """Characters: a step longer than this takes more than one line."""
@@ -111,7 +112,8 @@ class RunLog:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "config.yaml").write_text(config_yaml, encoding="utf-8")
         self._metrics_path = self.out / METRICS_FILE
-        self._metrics = self._tensorboard = self._last_step = None
+        self._scalars: Scalars | None = None
+        self._next_step = self._last_step = None
         self._seconds: dict[str, float] = defaultdict(float)
         self._phases: list[Phase] = []
         self._clock: float | None = None
@@ -136,8 +138,12 @@ class RunLog:
         self.progress.start()
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # else the disk was full before
+                raise
 
     def phase(self, name: str, total: float | None = None, unit: str = "") -> Phase:
         """A phase of the current step, a context manager.
@@ -158,19 +164,25 @@ class RunLog:
     def resume_at(self, step: int) -> None:
         """Make `step` the next one; lines of metrics.jsonl at or after it are dropped.
 
+        What a kill or a power cut left at the file's end is dropped too, with a line.
+
         Args:
             step: number of the next step, from 1.
 
         Raises:
-            ValueError: a step was already logged, or a line of metrics.jsonl is not a JSON object
-                with a step.
+            ValueError: a step was already logged, or a line of metrics.jsonl that good ones follow
+                is not a JSON object with a step.
         """
-        if self._metrics is not None:
+        if self._next_step is not None:
             raise ValueError("resume_at must come before the first step of this RunLog")
-        _drop_from(self._metrics_path, step)
+        if damaged := _drop_from(self._metrics_path, step):
+            self.say(f"{self._metrics_path}: its last {damaged} bytes were damaged and are dropped")
         self.progress.reset(self._run, completed=max(0, step - 1))
-        self._metrics = open(self._metrics_path, "a", encoding="utf-8")  # noqa: SIM115
-        self._tensorboard = _summary_writer(self.out / "tensorboard", step)
+        self._next_step = step
+        try:
+            self._scalars = Scalars(self.out / "tensorboard", step)
+        except OSError as error:
+            self._without_scalars(error)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Show and record a finished step, with the seconds of its phases.
@@ -183,6 +195,7 @@ class RunLog:
         Raises:
             ValueError: a value is no number, a metric is called "step", or the step is not after
                 the last one.
+            OSError: metrics.jsonl cannot be written.
         """
         if "step" in metrics:
             raise ValueError("a metric cannot be called 'step': that is the number of the line")
@@ -190,13 +203,16 @@ class RunLog:
         numbers = {name: number for name, number in numbers.items() if math.isfinite(number)}
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"step {step} was logged after step {self._last_step}")
-        if self._metrics is None:
+        if self._next_step is None:
             self.resume_at(step)
         numbers |= self._take_seconds()
-        self._metrics.write(json.dumps({"step": step} | numbers, allow_nan=False) + "\n")
-        self._metrics.flush()
-        for name, value in numbers.items():
-            self._tensorboard.add_scalar(tensorboard_tag(name), value, step)
+        with open(self._metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | numbers, allow_nan=False) + "\n")
+        try:
+            if self._scalars is not None:
+                self._scalars.add(step, {tensorboard_tag(n): value for n, value in numbers.items()})
+        except OSError as error:
+            self._without_scalars(error)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
         self._last_step = step
@@ -211,11 +227,15 @@ class RunLog:
     def close(self) -> None:
         """Remove the bars, restore the terminal and close the files."""
         self.progress.stop()
-        for sink in (self._metrics, self._tensorboard):
-            if sink is not None:
-                sink.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._scalars is not None:
+            self._scalars.close()
+
+    def _without_scalars(self, error: OSError) -> None:
+        """Go on without TensorBoard; metrics.jsonl holds all of it too."""
+        self._scalars = None
+        self.say(f"TensorBoard gets nothing from here on: {error}")
 
     def _charge(self) -> None:
         """Add the time since the last call to the innermost open phase."""
@@ -301,20 +321,19 @@ def _number(name: str, value: float, step: int) -> float:
         ) from error
 
 
-def _drop_from(path: Path, step: int) -> None:
-    """Remove the lines of a metrics.jsonl at or after a step, and a last line cut short."""
-    if not path.exists():
-        return
-    kept = [recorded for recorded in read_metrics(path) if recorded["step"] < step]
+def _drop_from(path: Path, step: int) -> int:
+    """Remove the lines of a metrics.jsonl at or after a step, and a damaged end; returns its bytes.
+
+    A new file is made where there is none.
+    """
+    steps, damaged = whole_lines(path) if path.exists() else ([], 0)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in steps if line["step"] < step)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
-
-
-def _summary_writer(folder: Path, step: int):
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-    return SummaryWriter(str(folder), purge_step=step)
+    return damaged
 
 
 def _start_wandb(project: str, out: Path, config_yaml: str) -> ModuleType:

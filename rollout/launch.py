@@ -21,7 +21,7 @@ from tercet.rollout.local import LocalEngine
 from tercet.rollout.server import API_KEY, Server, free_ports, start_all, stop_all
 from tercet.rollout.sglang import SglangEngine
 from tercet.rollout.weight_folder import roomy_folder
-from tercet.rollout.weights import open_sync
+from tercet.rollout.weights import WeightSync, open_sync
 
 SAME_PIXELS = ("--image-processor-backend", "pil")
 """The trainer's image processor. SGLang's default, torchvision's, resizes differently, which
@@ -65,20 +65,9 @@ def open_engine(
     addresses = [check_address(url, "rollout.urls") for url in config.urls]
     api_key = read_api_key(config)
     parts.save(work_dir / POLICY)
-    size = sum(parameter.nbytes for parameter in parts.model.parameters())
-    for parent in (MEMORY_DISK, work_dir):
-        remove_abandoned(parent)
-    sync = open_sync(
-        config.weight_sync,
-        parent=work_dir if config.urls else roomy_folder(size, work_dir),
-        config_from=work_dir / POLICY,
-        bucket_bytes=config.weight_bucket_mib << 20,
-        host=config.sync_host,
-        timeout_s=config.request_timeout_s,
-    )
-    servers = []
-    if config.sglang_python:
-        servers = _make_servers(config, work_dir, api_key, dtype or parts.model.dtype, check_stop)
+    sync = _open_sync(parts, config, work_dir)
+    dtype = dtype or parts.model.dtype
+    servers = _make_servers(config, work_dir, api_key, dtype, check_stop)
     endpoints = [
         Endpoint(url, server, bearer(api_key), config.request_timeout_s, check_stop)
         for url, server in zip_longest([s.url for s in servers] or addresses, servers)
@@ -91,6 +80,21 @@ def open_engine(
     except BaseException:
         stop_all(servers)
         raise
+
+
+def _open_sync(parts: PolicyParts, config: RolloutConfig, work_dir: Path) -> WeightSync:
+    """The weight sync of the options; what killed runs left behind is removed first."""
+    for parent in (MEMORY_DISK, work_dir):
+        remove_abandoned(parent)
+    size = sum(parameter.nbytes for parameter in parts.model.parameters())
+    return open_sync(
+        config.weight_sync,
+        parent=work_dir if config.urls else roomy_folder(size, work_dir),
+        config_from=work_dir / POLICY,
+        bucket_bytes=config.weight_bucket_mib << 20,
+        host=config.sync_host,
+        timeout_s=config.request_timeout_s,
+    )
 
 
 def read_api_key(config: RolloutConfig) -> str | None:
@@ -121,6 +125,9 @@ def _make_servers(
     dtype: torch.dtype,
     check_stop: Callable[[], None],
 ) -> list[Server]:
+    """The servers to start; none where they run already."""
+    if not config.sglang_python:
+        return []
     more = shlex.split(config.sglang_args)
     if any(word.startswith(("--api-key", "--admin-api-key")) for word in more):
         raise ValueError(

@@ -67,7 +67,6 @@ from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
 from tercet.train.learner.optim import build_optimizer, learning_rate
 from tercet.train.learner.ranks import Ranks, restarts
-from tercet.train.learner.sampler_check import check_sampler
 from tercet.train.learner.run import (
     add_up,
     clip_and_step,
@@ -76,6 +75,7 @@ from tercet.train.learner.run import (
     open_log,
     saved_on_error,
 )
+from tercet.train.learner.sampler_check import check_sampler
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
 STATE = ("steps_done", "optimizer_steps", "groups", "minibatches_done")  # saved as they are

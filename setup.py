@@ -39,6 +39,7 @@ setup(
         "pillow>=10.3",
         "pyarrow>=17",
         "httpx>=0.27",
+        "pydantic>=2.9",
         "jsonargparse[signatures]>=4.49",
         "pyyaml>=6.0",
         "rich>=14.3",

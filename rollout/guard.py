@@ -96,7 +96,7 @@ def end_group(group: int, seconds: float, files: set[Path] = frozenset()) -> Non
     if seconds:
         end(lambda: [p for p in others() if not _is_tracker(p)], seconds, signal.SIGTERM)
     end(lambda: [p for p in others() if not _is_tracker(p)], STOP_S, signal.SIGKILL)
-    end(others, STOP_S, 0)
+    end(others, STOP_S, signal.SIGCONT)
     end(others, STOP_S, signal.SIGKILL)
     for file in files - mine:
         file.unlink(missing_ok=True)
@@ -138,14 +138,14 @@ def _kill(process: int, number: int) -> None:
         pass
 
 
-def _watch(weights: list[Path]) -> None:
+def _watch(weights: list[Path], orphaned: threading.Event) -> None:
     """Wait until the trainer has ended, and leave nothing of it."""
     while os.read(0, 1):
         pass
+    orphaned.set()
     end_group(os.getpgrp(), 0.0)
     for folder in weights:
         remove_abandoned(folder)
-    os._exit(1)
 
 
 def _write_masked(output, key: bytes) -> None:
@@ -165,11 +165,15 @@ def main(argv: list[str]) -> None:
         stderr=subprocess.STDOUT if key else None,
     )
     signal.signal(signal.SIGTERM, lambda *_: _end_server())
-    threading.Thread(target=_watch, args=[weights], daemon=True).start()
+    orphaned = threading.Event()
+    watch = threading.Thread(target=_watch, args=[weights, orphaned], daemon=True)
+    watch.start()
     if key:
         _write_masked(server.stdout, key)
     code = server.wait()
     end_group(os.getpgrp(), 0.0)
+    if orphaned.is_set():
+        watch.join()
     os._exit(code & 255)
 
 

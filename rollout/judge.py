@@ -26,8 +26,8 @@ from tercet.rollout.server import ServerError
 
 MOST_DOUBLINGS = 6
 """Of the first pause, 0.5 s: the longest one is 32 s."""
-GROWTH = (8, 64)
-"""An answer that was cut off is asked for again with this many times the tokens."""
+GROWTH = 8
+"""An answer that was cut off is asked for once more, with this many times the tokens."""
 RESPONSE_CHARS = 100_000
 """Longer responses are cut before they are judged."""
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -150,16 +150,14 @@ class Judge:
             return _Answer(kept[0][0], "stop")
         async with self._shared.use() as session, session.places:
             answer = await self._answer(session.client, body)
-            for growth in GROWTH:
-                if answer.reason != "length":
-                    break
-                body["max_tokens"] = growth * self._max_tokens
+            if answer.reason == "length":
+                body["max_tokens"] = GROWTH * self._max_tokens
                 try:
                     answer = await self._answer(session.client, body)
                 except ServerError as error:
                     if error.status is None:
                         raise
-                    break  # more tokens than it can give
+                    # More tokens than the endpoint gives: the first answer stands.
         if answer.is_whole and answer.text:
             self._in_cache("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, answer.text)
         return answer

@@ -67,9 +67,8 @@ def open_engine(
     api_key = read_api_key(config)
     parts.save(work_dir / POLICY)
     sync = _open_sync(parts, config, work_dir)
-    servers = []
-    if config.sglang_python:
-        servers = _make_servers(config, work_dir, api_key, dtype or parts.model.dtype, check_stop)
+    dtype = dtype or parts.model.dtype
+    servers = _make_servers(config, work_dir, api_key, dtype, check_stop)
     endpoints = [
         Endpoint(url, server, bearer(api_key), config.request_timeout_s, check_stop)
         for url, server in zip_longest([s.url for s in servers] or addresses, servers)
@@ -85,10 +84,10 @@ def open_engine(
 
 
 def _open_sync(parts: PolicyParts, config: RolloutConfig, work_dir: Path) -> WeightSync:
-    """The way for weights to reach servers, after the folders of dead trainers are removed."""
-    size = sum(parameter.nbytes for parameter in parts.model.parameters())
+    """The weight sync of the options; what killed runs left behind is removed first."""
     for parent in (MEMORY_DISK, work_dir):
         remove_abandoned(parent)
+    size = sum(parameter.nbytes for parameter in parts.model.parameters())
     return open_sync(
         config.weight_sync,
         parent=work_dir if config.urls else roomy_folder(size, work_dir),
@@ -127,6 +126,9 @@ def _make_servers(
     dtype: torch.dtype,
     check_stop: Callable[[], None],
 ) -> list[Server]:
+    """The servers to start; none where they run already."""
+    if not config.sglang_python:
+        return []
     more = shlex.split(config.sglang_args)
     if any(word.startswith(("--api-key", "--admin-api-key")) for word in more):
         raise ValueError(

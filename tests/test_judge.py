@@ -188,7 +188,7 @@ def test_what_is_no_whole_answer_holds_no_score_and_is_not_kept(content, reason,
         judge = Judge(url, "m", max_tokens=2, cache=tmp_path / "answers.sqlite")
         assert [asyncio.run(judge.score("Good?")) for _ in range(2)] == [None, None]
         assert asyncio.run(judge.ask("Good?")) == (content or "")
-    tries = [2, 16, 128] if reason == "length" else [2]
+    tries = [2, 16] if reason == "length" else [2]
     assert [body["max_tokens"] for body in chat.bodies] == tries * 3
 
 

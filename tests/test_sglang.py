@@ -220,7 +220,8 @@ def test_the_judge_asks_a_real_endpoint_about_a_photo(policy, server, engine, ph
     ids = tuple(chat_ids(policy.tokenizer, messages, 1))
     request = Request("g0.anchor", "g0", ids, (photos[0],), 1, seed=0, step=0)
     tokens = collect(engine, [request], Sampling(temperature=0.0, max_tokens=16))[0].token_ids
-    judge = Judge(server.url + "/v1", "policy", cache=tmp_path / "answers.sqlite")
+    # Cut off after 2 tokens, it is asked for 16.
+    judge = Judge(server.url + "/v1", "policy", max_tokens=2, cache=tmp_path / "answers.sqlite")
     answer = asyncio.run(judge.ask(question, [photos[0]]))
     assert answer.strip() == policy.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -33,6 +34,8 @@ from sglang_support import (
 from tercet.rollout import endpoint
 from tercet.rollout.engine import Sampling
 from tercet.rollout.server import Server, ServerError, free_ports
+from tercet.rollout.sglang import SglangEngine
+from tercet.train import tapo
 
 pytestmark = NEEDS_SERVER
 
@@ -108,9 +111,9 @@ def test_a_spoilt_answer_is_asked_for_again(policy, proxy, photos, tmp_path, nam
     "fault, said",
     [
         (Fault(status=400), "refused a request: 400 the proxy says no"),
-        (Fault(change=changed(prompt_tokens=7)), "counts 7 prompt tokens, the trainer "),
-        (Fault(status=503, times=100), "failed 5 times: status 503"),
-        (Fault(drop=True, times=100), "failed 5 times: RemoteProtocolError"),
+        (Fault(change=changed(prompt_tokens=7), times=100), "counts 7 prompt tokens, the trainer "),
+        (Fault(status=503, times=100), r"failed 5 times: http://\S+: status 503"),
+        (Fault(drop=True, times=100), r"failed 5 times: http://\S+: RemoteProtocolError"),
     ],
 )
 def test_what_does_not_pass_is_an_error_that_names_it(
@@ -201,6 +204,29 @@ def test_a_hung_server_is_restarted(policy, server, photos, tmp_path):
     os.killpg(server.process_group, signal.SIGSTOP)
     found = collect(engine, make_requests(policy, photos, n=1))
     assert len(found) == 3 and server.is_healthy()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_server_in_another_dtype_is_refused(tmp_path, dtype):
+    """A float32 policy that is served otherwise, by a server that runs already."""
+    argv = training_options(tmp_path, steps=1)
+    flags = [dtype if flag == "float32" else flag for flag in FLAGS]
+    server = Server(tmp_path / "policy", PYTHON, tmp_path / "server", arguments=flags)
+    with server, pytest.raises(ValueError, match="float32 explains 0.0001 .rollout.mismatch_limit"):
+        tapo.main([*argv, f"--rollout.urls=['{server.url}']"])
+
+
+def test_log_probs_at_another_temperature_are_refused(tmp_path, server, monkeypatch):
+    """As with SGLANG_RETURN_ORIGINAL_LOGPROB=1: half as much temperature as is asked for."""
+    argv = training_options(tmp_path, steps=1)
+    body = SglangEngine._body
+
+    def hot(engine, request, sampling):
+        return body(engine, request, replace(sampling, temperature=1.0))
+
+    monkeypatch.setattr(SglangEngine, "_body", hot)
+    with pytest.raises(ValueError, match="the servers' log-probs differ by"):
+        tapo.main([*argv, f"--rollout.urls=['{server.url}']", "--rollout.temperature=0.5"])
 
 
 def test_the_server_dies_with_a_killed_trainer(policy, tmp_path):

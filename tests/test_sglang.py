@@ -30,7 +30,7 @@ from sglang_support import (
 )
 from support import LENGTH, tiny
 
-from tercet.core.config import TapoConfig
+from tercet.core.config import ModelConfig, ParallelConfig, TapoConfig
 from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.prompts import chat_ids
@@ -43,7 +43,9 @@ from tercet.rollout.sampler import GroupSampler
 from tercet.rollout.server import ServerError
 from tercet.train import tapo
 from tercet.train.learner.arguments import overridden
+from tercet.train.learner.assemble import build_policy
 from tercet.train.learner.command_line import parse
+from tercet.train.learner.ranks import Ranks
 
 pytestmark = NEEDS_SERVER
 
@@ -100,6 +102,29 @@ def test_the_other_architecture_with_a_head_of_its_own(photos, tmp_path):
             engine = make_engine(parts, [server], tmp_path, way=way)
             engine.update_weights(parts.model.named_parameters(), version)
             assert_same_as_local(parts, engine, make_requests(parts, photos, n=1))
+
+
+def test_lora_of_a_bfloat16_policy_reaches_a_float32_server(policy, server, photos, tmp_path):
+    """With served_dtype float32 its log-probs are those of base and additions, unrounded."""
+    parts, ranks = tiny(), Ranks(torch.device("cpu"), ParallelConfig())
+    with torch.no_grad():
+        parts.model.lm_head.weight[list(parts.banned_ids)] = 0
+    for parameter in parts.model.parameters():  # not the frequencies of rotary positions
+        parameter.data = parameter.data.bfloat16()
+    config = TapoConfig(
+        model=ModelConfig(lora_rank=4, lora_alpha=8),
+        rollout=RolloutConfig(engine="sglang", served_dtype="float32"),
+    )
+    lora = build_policy(parts, config, ranks)
+    with torch.no_grad():
+        for name, weight in lora.model.named_parameters():
+            if "lora_B" in name:
+                weight += 2e-4 * torch.randn_like(weight)
+    engine = make_engine(policy, [server], tmp_path)
+    engine.update_weights(lora.sampled_weights(), 5)
+    lora.model.float()
+    assert_same_as_local(parts, engine, make_requests(parts, photos, n=1))
+    engine.update_weights(policy.model.named_parameters(), 6)
 
 
 def collect_groups(policy, engine, photos, seed: int, **options):

@@ -39,7 +39,7 @@ setup(
         "pillow>=10.3",
         "pyarrow>=17",
         "httpx>=0.27",
-        "jsonargparse[signatures]>=4.49",
+        "jsonargparse[signatures]>=4.50",
         "pyyaml>=6.0",
         "rich>=14.3",
         "matplotlib>=3.9",

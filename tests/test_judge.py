@@ -282,7 +282,7 @@ def test_an_endpoint_that_is_down_is_an_error_after_a_while():
     started = time.monotonic()
     with pytest.raises(ServerError, match=rf"judge {url}: no answer in 1 s: ConnectError"):
         asyncio.run(Judge(url, "m", patience_s=1.0).ask("Good?"))
-    assert 1 <= time.monotonic() - started < 5
+    assert 1 <= time.monotonic() - started < 60
 
 
 def test_a_reward_asks_about_every_response_at_once(photos):

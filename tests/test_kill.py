@@ -82,7 +82,7 @@ class Run:
         """kill -9 its agent first, then its workers, until none is left."""
         self.agent.kill()
         self.agent.wait()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while left := self.processes():
             assert time.monotonic() < deadline, f"processes {left} do not end"
             for process in left:

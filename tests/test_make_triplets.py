@@ -36,7 +36,7 @@ def test_the_command_writes_what_training_reads(inputs, tmp_path):
     command = [sys.executable, "-m", "tercet.train.make_triplets", "--data.seed=2"]
     command += [f"--data.path={inputs / 'photos'}", f"--model.path={inputs / 'policy'}"]
     command += [f"--out={out}", f"--parquet={parquet}", "--data.shots=3"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "bird: 3 sub-categories (2 seen), 6 anchors, 2 stage-1 photos, 4 + 6 test" in done.stdout
     manifest = prepare_manifest(DataConfig(path=str(out)), embed=None)
@@ -59,7 +59,7 @@ def test_the_command_writes_what_training_reads(inputs, tmp_path):
 def test_bad_input_ends_with_one_line(tmp_path):
     command = [sys.executable, "-m", "tercet.train.make_triplets", "--out=out"]
     command.append(f"--data.path={tmp_path / 'nowhere'}")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "nowhere: no such folder, nor a .jsonl file of photos" in done.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []

@@ -223,7 +223,7 @@ def test_sharded_parameters_take_the_same_steps_as_whole_ones(tmp_path):
     torch.save(full, tmp_path / "tensors.pt")
     command = [sys.executable, "-c", SHARDED]
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    assert [process.wait(timeout=600) for process in ranks] == [0, 0]
     for dtype in (torch.float32, torch.bfloat16):
         params = [Parameter(t.to(dtype, copy=True)) for t in full["params"]]
         optimizer, norms = build_optimizer(zip("ab", params, strict=True), OptimConfig()), []

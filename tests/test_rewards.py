@@ -228,7 +228,7 @@ def test_a_plain_function_leaves_the_event_loop_free():
     released = threading.Event()
 
     def patient(batch):
-        assert released.wait(5)
+        assert released.wait(60)  # for ever, where it holds up the event loop
         return [{"overall": 1.0}]
 
     async def both():
@@ -237,9 +237,7 @@ def test_a_plain_function_leaves_the_event_loop_free():
 
         return await asyncio.gather(call_reward(patient, rows("x")), release())
 
-    start = time.monotonic()
     assert asyncio.run(both())[0] == [{"overall": 1.0}]
-    assert time.monotonic() - start < 5
 
 
 def returns(value):

@@ -208,7 +208,7 @@ def test_several_calls_share_the_server_and_can_be_aborted(policy, engine, photo
     assert len(second) < 3 and isinstance(third, asyncio.CancelledError)
     # Nothing runs on: the server is idle at once.
     engine._endpoints[0].drain()
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 300
 
 
 def test_sleeping_servers_take_new_weights_when_they_wake(policy, engine, photos):
@@ -329,7 +329,7 @@ def train_on_two_ranks(folder: Path, *more: str) -> list[dict]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("checkpoint: ") == 1

@@ -172,7 +172,7 @@ def test_calls_take_turns_and_the_cpu_clock_does_not_count_waiting():
     }
     wall, cpu = (measure.interleaved(calls, 3, 1, False, clock) for clock in ("wall", "cpu"))
     assert order == ["work", "wait"] * 8
-    assert wall["wait"][0] >= 20 > 10 > cpu["wait"][2] and cpu["work"][0] > 1
+    assert wall["wait"][0] >= 20 and cpu["wait"][2] < cpu["work"][0] <= wall["work"][2]
     assert wall["work"][0] <= wall["work"][1] <= wall["work"][2]
 
 

@@ -721,13 +721,13 @@ def test_a_judge_that_is_down_is_waited_for_then_named(monkeypatch, workspace, t
 
 def test_sigterm_checkpoints_and_stops(workspace, tmp_path):
     process = run_command(workspace, tmp_path / "run", "--run.steps=100000")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 143, said
     assert "SIGTERM" in said
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")

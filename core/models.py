@@ -177,7 +177,8 @@ def _read(path: str, kind, **options):
         return kind.from_pretrained(path, **options)
     except Exception as error:  # transformers raises many kinds on a damaged folder
         absent = "" if Path(path).exists() else "no such folder; as a hub id: "
-        raise ValueError(f"model.path {path!r} cannot be loaded: {absent}{error}") from error
+        said = " ".join(str(error).split())  # some have lines
+        raise ValueError(f"model.path {path!r} cannot be loaded: {absent}{said}") from error
 
 
 def _pixel_limits(config: ModelConfig, size) -> dict[str, int]:

@@ -220,10 +220,6 @@ def _read(path: str, kind, **options):
         if "trust_remote_code" in said:
             said = "it needs code of its own (auto_map), which is never run"
         absent = "" if Path(path).exists() else "no such folder; as a hub id: "
-<<<<<<< HEAD
-=======
-        said = " ".join(str(error).split())  # some have lines
->>>>>>> six-options
         raise ValueError(f"model.path {path!r} cannot be loaded: {absent}{said}") from error
 
 

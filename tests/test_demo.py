@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 
@@ -72,6 +73,20 @@ def test_verdicts(given, failed):
 def test_the_table_shows_every_number():
     row = markdown(runs(12, 1, 0)[0]).splitlines()[3]
     assert row == "| TAPO | 62.0 | 21.0 | 50.0 | 40.0 | 100 s |"
+
+
+def test_scores_of_other_options_are_not_shown_as_these(tmp_path):
+    """A finished seed is not run again, so its folder must be of the same options."""
+    scores = {"TAPO": Scores(60, 30, 50, 40, 9.0)}
+    (tmp_path / "scores.json").write_text(json.dumps({"TAPO": asdict(scores["TAPO"])}))
+    for more in ([], ["--run.keep_last=5"]):
+        assert demo.run_seed(tmp_path, 0, more, controls=False) == scores
+    for seed, more, said in (
+        (1, [], "run.seed 0 -> 1"),
+        (0, ["--loss.kl_coef=0.5"], "loss.kl_coef [0-9.]+ -> 0.5"),
+    ):
+        with pytest.raises(ValueError, match=f"holds the demo with other options .{said}.: give"):
+            demo.run_seed(tmp_path, seed, more, controls=False)
 
 
 def test_all_stages_in_small(tmp_path, monkeypatch):

@@ -98,8 +98,8 @@ def test_only_panels_with_data_are_drawn(tmp_path, drawn):
     "text, problem",
     [
         ("", "holds no step"),
-        ('{"step": 0}\n{"reward": 1}\n', "line 2: not a JSON object with a step"),
-        ('{"step": 0\n', "line 1: not a JSON object"),
+        ('{"reward": 1}\n{"step": 0}\n', "line 1: not a JSON object with a step"),
+        ('{"step": 0\n', "holds no step"),  # an end that was cut off
         ('{"step": 0, "groups": 4}\n', "none of its metrics has a panel"),
     ],
 )

@@ -84,6 +84,8 @@ def is_read(read, name: str, value: object) -> bool:
         assert said.isprintable() and len(said) < 1000, said
         if name.startswith("loss."):  # LossConfig has numbers, not what was given
             assert re.search(f"{name} must be .*, got ", said), said
+        elif name == "rollout.api_key":  # refused whole, and never repeated
+            assert said.startswith(f"{name} is refused") or name in said
         elif "must hold one prompt and one response" in said or value is None:
             assert name in said
         else:

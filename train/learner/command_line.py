@@ -54,7 +54,8 @@ def parse(
     """
     config, options, parser = _read(config_class, argv, description, EXTRA)
     resume = options.pop("resume")
-    options.run.overwrite = False  # who runs the saved YAML again does not ask for it
+    if "run" in options:
+        options.run.overwrite = False  # who runs the saved YAML again does not ask for it
     return config, None if resume is None else str(resume), parser.dump(options, skip_unset=False)
 
 

@@ -12,7 +12,18 @@ from support import LENGTH, tiny
 
 from tercet.train.learner.arguments import overridden
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+PATHS = os.pathsep.join(["hooks", *filter(None, [os.environ.get("PYTHONPATH")])])
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+HOOK = """
+import importlib.util, os, sys
+for word in sys.orig_argv if "RANK" in os.environ else ():
+    if word.startswith("--rollout.reward="):
+        name = word.partition("=")[2].partition(":")[0]
+        spec = importlib.util.spec_from_file_location(name, name + ".py")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+"""A sitecustomize.py that runs the reward's module at the start of every rank: tests put faults of
+ranks into it. The reward function itself runs in a process of its own."""
 ROOT = Path(__file__).resolve().parents[1]
 # With eps this large a step is proportional to the gradient, noise in tiny ones does not show.
 OPTIONS = """--data.path=photos --model.path=policy --data.shots=3 --data.sft_shots=0
@@ -33,6 +44,8 @@ def make_workspace(root: Path) -> None:
             Image.fromarray(pixels).save(root / "photos" / "bird" / name / f"{n}.png")
     tiny(hidden_size=64, layers=2, vision_layers=1).save(root / "policy")
     (root / "lengths.py").write_text(LENGTH)
+    (root / "hooks").mkdir()
+    (root / "hooks" / "sitecustomize.py").write_text(HOOK)
 
 
 def launch(

@@ -156,7 +156,7 @@ def test_a_run_goes_on_after_a_rank_was_killed(workspace, alone):
         "def length(rows):\n"
         "    metrics = pathlib.Path('killed/metrics.jsonl')\n"
         "    if metrics.read_text() and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        os.kill(os.getppid(), signal.SIGKILL)\n"
         "    return [{'overall': row['response_length'] / 10} for row in rows]\n"
     )
     more = ["--run.steps=2", "--run.save_every=1", "--rollout.reward=killing:length"]

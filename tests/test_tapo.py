@@ -201,7 +201,8 @@ def test_what_a_run_was_started_with_holds_when_it_goes_on(monkeypatch, copied, 
 
     def refused(said: str, *changed: str, resume: str | None = "auto") -> None:
         with pytest.raises(ValueError, match=said):
-            train(monkeypatch, options(copied, out, *more, *changed), resume=resume)
+            argv = overridden(options(copied, out, *more), changed)
+            train(monkeypatch, argv, resume=resume)
         assert (out / "metrics.jsonl").read_text() == lines
 
     refused("run.out .* holds a run already", resume=None)
@@ -228,8 +229,8 @@ def test_what_a_run_was_started_with_holds_when_it_goes_on(monkeypatch, copied, 
     photo.unlink()
     refused(f"{photo.name}, which the run trains on, cannot be read: No such file")
     photo.write_bytes(kept)
-    more.append("--run.steps=2")
-    assert train(monkeypatch, options(copied, out, *more), resume="auto").name == "step_000002"
+    argv = overridden(options(copied, out, *more), ["--run.steps=2"])
+    assert train(monkeypatch, argv, resume="auto").name == "step_000002"
 
 
 def test_photos_that_moved_with_the_root_of_triplets_json_go_on(monkeypatch, copied, tmp_path):
@@ -248,9 +249,9 @@ def test_lora_does_not_go_on_from_the_weights_that_hold_it(monkeypatch, workspac
     argv = options(workspace, tmp_path, "--run.steps=1", "--model.lora_rank=2")
     merged = train(monkeypatch, argv)
     with pytest.raises(ValueError, match="LoRA weights of this run, merged already"):
-        train(monkeypatch, [*argv, f"--model.path={merged}"], resume="auto")
+        train(monkeypatch, overridden(argv, [f"--model.path={merged}"]), resume="auto")
     with pytest.raises(ValueError, match="model.lora_alpha 128 -> 64 would make it another run"):
-        train(monkeypatch, [*argv, "--model.lora_alpha=64"], resume="auto")
+        train(monkeypatch, overridden(argv, ["--model.lora_alpha=64"]), resume="auto")
 
 
 def test_a_step_that_has_begun_goes_on_as_it_began(monkeypatch, workspace, tmp_path, capsys):

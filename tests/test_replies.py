@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import os
 import threading
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -255,6 +258,31 @@ def test_a_bad_reply_is_asked_for_elsewhere(parts, tmp_path):
 def test_a_reply_that_stays_bad_is_named(parts, tmp_path, content, said, n):
     with pytest.raises(ServerError, match=rf"g.anchor failed 5 times: http://\S+: .*{said}"):
         samples_from(parts, tmp_path, [Sampler(parts, content, 1000)], n)
+
+
+def open_sockets() -> int:
+    names = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    return sum("socket:" in name for name in names)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b""], ids=["good", "cut"])
+def test_streams_leave_no_socket_to_the_garbage_collector(parts, tmp_path, content):
+    """A stream is closed when it ends, at its end mark or by an error."""
+    times = 0 if content else 2
+    with Hostile(Sampler(parts, content, times)) as server:
+        engine = make_engine(parts, [server.url], tmp_path, timeout_s=5.0)
+        gc.collect()
+        gc.disable()
+        try:
+            before = open_sockets()
+            for _ in range(5):
+                collect(engine, requests_of(parts, 3), Sampling(max_tokens=MOST))
+            deadline = time.monotonic() + 10  # the server's side closes in its threads
+            while open_sockets() > before and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert open_sockets() <= before
+        finally:
+            gc.enable()
 
 
 def test_a_server_that_does_not_begin_well_is_named(parts, tmp_path):

@@ -74,7 +74,7 @@ def with_token(token: int):
 
 
 FAULTS = {
-    "late": lambda policy: Fault(delay_s=4.0),
+    "late": lambda policy: Fault(delay_s=12.0),
     "dropped": lambda policy: Fault(drop=True, times=2),
     "status 500": lambda policy: Fault(status=500),
     "status 503": lambda policy: Fault(status=503, times=3),
@@ -100,7 +100,7 @@ def test_a_spoilt_answer_is_asked_for_again(policy, proxy, photos, tmp_path, nam
     samples) or whole."""
     if n == 1 and name == "no end":
         pytest.skip("an answer in one piece has no end mark")
-    engine = make_engine(policy, [proxy.url], tmp_path, timeout_s=3.0 if name == "late" else 60.0)
+    engine = make_engine(policy, [proxy.url], tmp_path, timeout_s=10.0 if name == "late" else 60.0)
     engine.update_weights(policy.model.named_parameters(), 1)
     proxy.fault = FAULTS[name](policy)
     assert_same_as_local(policy, engine, make_requests(policy, photos, n=n))

@@ -77,7 +77,10 @@ async def results_of(function: Callable, rows: Rows) -> Results:
     Raises:
         RewardError: the function raises, whatever it is, or returns something else.
     """
-    results = await asyncio.to_thread(_call, function, rows)
+    if any(map(inspect.iscoroutinefunction, (function, type(function).__call__))):
+        results = _call(function, rows)  # a coroutine, awaited below
+    else:
+        results = await asyncio.to_thread(_call, function, rows)
     if inspect.isawaitable(results):
         results = await _awaited(results)
     if not isinstance(results, list | tuple) or len(results) != len(rows):

@@ -94,13 +94,16 @@ class ScriptedEngine:
 
 
 class Script:
-    """A reward with which the groups of these ranks in a step pass, by one correct answer."""
+    """A reward with which the groups of these ranks in a step pass, by one correct answer.
+
+    It is asynchronous, so that no thread decides in which order groups finish.
+    """
 
     def __init__(self, *passing: set[int]):
         self.passing = passing
         self.rows: list[list[dict]] = []
 
-    def __call__(self, rows):
+    async def __call__(self, rows):
         self.rows.append(rows)
         step, rank = map(int, rows[0]["group_id"].split(".")[:2])
         good = self.passing[step] if step < len(self.passing) else set()
@@ -541,8 +544,8 @@ def test_a_failing_reward_names_the_group_and_loses_nothing(make, parts, reward,
 
 
 def test_a_metric_of_the_trainers_is_refused_and_loses_nothing(make):
-    def kept(rows):
-        return [{**result, "kept": 1.0} for result in Script({0, 1, 2, 3})(rows)]
+    async def kept(rows):
+        return [{**result, "kept": 1.0} for result in await Script({0, 1, 2, 3})(rows)]
 
     sampler = make(kept, is_reserved=lambda name: name == "kept")
     with pytest.raises(ValueError, match=r"group 0\.\d.a\d: the trainer has a metric .*'kept'"):

@@ -207,6 +207,13 @@ def test_the_in_process_engine_samples_what_is_trained():
     assert means["trained"] < 1e-6 and means["merged"] > 1e-4
 
 
+def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    """The same names, base and additions, with the same bits."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys() and any(".lora_" in name for name in ours)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
 def test_a_copy_that_samples_gets_the_additions(monkeypatch):
     config = lora_config(engine="local")
     ranks, parts = Ranks(torch.device("cpu"), ParallelConfig()), tiny()
@@ -221,10 +228,7 @@ def test_a_copy_that_samples_gets_the_additions(monkeypatch):
     sent = dict(policy.sampled_weights())
     assert len(sent) == 2 * 7 * 2 and all(".lora_" in name for name in sent)
     engine.update_weights(iter(sent.items()), 1)
-    ids = torch.arange(9, 40)[None]
-    policy.model.set_attn_implementation("sdpa")
-    with torch.no_grad():
-        assert torch.equal(sampled.model(ids).logits, policy.model(ids).logits)
+    assert_same_weights(sampled.model, policy.model)
 
 
 @pytest.mark.parametrize("served", ["policy", "float32"])
@@ -264,15 +268,10 @@ def test_an_export_holds_the_adapter_its_base_and_what_merging_lost(tmp_path):
     options = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert options["base_model_name_or_path"] == str(tmp_path / "base") and str(tmp_path) in text
     assert (options["r"], options["lora_alpha"], options["peft_type"]) == (4, 8, "LORA")
-    policy.model.set_attn_implementation("sdpa")
-    ids = torch.arange(9, 40)[None]
-    with torch.no_grad():
-        trained = policy.model(ids).logits
-        plain = PeftModel.from_pretrained(
-            load_policy(ModelConfig(path=str(tmp_path / "base"))).model, folder / "adapter"
-        )
-        assert torch.equal(plain(ids).logits, trained)
-        assert not torch.equal(loaded(ids).logits, trained)
+    plain = PeftModel.from_pretrained(
+        load_policy(ModelConfig(path=str(tmp_path / "base"))).model, folder / "adapter"
+    )
+    assert_same_weights(plain.base_model.model, policy.model)
     with pytest.raises(ValueError, match="is a LoRA adapter"):
         load_policy(ModelConfig(path=str(folder / "adapter")))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tercet.core.types import Group, Response
 
-REDRAWN = (8, 0.01)
+REDRAWN = (2, 0.01)
 """Responses of a step that may be drawn again because of what was drawn: so many, and so large a
 share of all. A time-out, for instance, leaves out the long ones."""
 

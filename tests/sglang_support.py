@@ -68,8 +68,17 @@ def change_weights(parts) -> None:
     with torch.no_grad():
         for parameter in parts.model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-        # A random policy may prefer an image token, which the engine refuses.
-        parts.model.lm_head.weight[list(parts.banned_ids)] = 0
+    avoid_image_tokens(parts)
+
+
+@torch.no_grad()
+def avoid_image_tokens(parts) -> None:
+    """Give image tokens less than 1e-6 of probability: an engine draws responses with one again,
+    and ends the run where that is not rare. The first feature of every text token, and so of the
+    last hidden states, becomes large; the head's rows of image tokens are far below 0 there."""
+    parts.model.get_input_embeddings().weight[:, 0] = 1.0
+    parts.model.lm_head.weight[:, 0] = 1.0
+    parts.model.lm_head.weight[list(parts.banned_ids), 0] = -10.0
 
 
 def assert_same_as_local(parts, engine, requests, sampling=None) -> None:
@@ -110,8 +119,7 @@ def collect(engine, requests, sampling=GREEDY):
 def training_options(folder: Path, steps: int) -> list[str]:
     """Options of train/tapo.py, two sub-categories of noise, all but those of the server."""
     parts = tiny("qwen2_5_vl")
-    with torch.no_grad():
-        parts.model.lm_head.weight[list(parts.banned_ids)] = 0
+    avoid_image_tokens(parts)
     parts.save(folder / "policy")
     for name in ("red_bird", "blue_bird"):
         (folder / "photos" / "bird" / name).mkdir(parents=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from real_parts import download, real_language_model
 from safetensors.torch import load_file
-from sglang_support import FLAGS, PYTHON, processes_in
+from sglang_support import FLAGS, PYTHON, avoid_image_tokens, processes_in
 from support import LENGTH, tiny
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -85,8 +85,7 @@ def test_tiny_policy_trains_and_resumes_on_real_photos(real_photos, tmp_path):
 def test_real_photos_are_sampled_on_a_server(real_photos, tmp_path):
     """The server sees the very pixels and prompts that the trainer scores."""
     parts = tiny()
-    with torch.no_grad():
-        parts.model.lm_head.weight[list(parts.banned_ids)] = 0
+    avoid_image_tokens(parts)
     parts.save(tmp_path / "policy")
     more = ["--rollout.engine", "sglang", "--rollout.sglang_python", PYTHON]
     more += ["--rollout.sglang_args", " ".join(FLAGS), "--run.steps", "3"]

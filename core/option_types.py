@@ -140,4 +140,3 @@ Host = _text("Host", "a host name or an IP address", _matches(rf"{_HOST}|[0-9a-f
 Gpus = _text("Gpus", "GPUs such as '0' or '2,3', or empty", _matches(rf"({_GPU}(,{_GPU})*)?"))
 Flags = _text("Flags", "flags as on a command line, quotes closed", _is_command_line)
 Regex = _text("Regex", "a regular expression", lambda text: text and _is_regex(text))
-Key = _text("Key", "printable ASCII without blanks", _matches(r"[!-~]+"))

@@ -106,7 +106,10 @@ class RolloutConfig:
     """Most responses that the in-process engine decodes at once."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a key among the options, without repeating it."""
+        """Raises ValueError for no server at all, and for a key among the options, without
+        repeating it."""
+        if not self.server_gpus:
+            raise ValueError("rollout.server_gpus needs an entry per server, got []")
         if self.api_key is not None:
             raise ValueError(
                 "rollout.api_key is refused: options are seen by others; set the variable "

@@ -95,8 +95,11 @@ class Server:
         self._process: subprocess.Popen | None = None
         self._shared: set[Path] = set()
         """Its files in shared memory."""
-        if not self.python.exists():
-            raise ValueError(f"rollout.sglang_python: there is no {self.python}")
+        if not self.python.is_file() or not os.access(self.python, os.X_OK):
+            raise ValueError(
+                f"rollout.sglang_python: {self.python} is no program that can be started; give "
+                "ENV/bin/python of the environment with sglang"
+            )
         if not (self.model_path / "config.json").exists():
             raise ValueError(f"the server cannot load {self.model_path}: it holds no config.json")
 

@@ -144,7 +144,7 @@ def test_another_model_has_another_digest(model, tmp_path, change):
     assert model_digest(str(model)) != model_digest(str(tmp_path / "other"))
 
 
-def test_photos_are_told_by_name_and_size(tmp_path):
+def test_photos_are_told_by_name_and_content(tmp_path):
     for name in ("a.png", "b.png", "rows.parquet"):
         (tmp_path / name).write_bytes(b"x" * 10)
     keys = [str(tmp_path / "a.png"), str(tmp_path / "rows.parquet#0/images/0")]
@@ -154,7 +154,7 @@ def test_photos_are_told_by_name_and_size(tmp_path):
     moved = [key.replace(str(tmp_path), str(tmp_path / "moved")) for key in keys]
     assert photos_digest(moved, str(tmp_path / "moved")) == first
     assert photos_digest([*keys, str(tmp_path / "b.png")], str(tmp_path)) != first
-    (tmp_path / "rows.parquet").write_bytes(b"x" * 11)
+    (tmp_path / "rows.parquet").write_bytes(b"y" + b"x" * 9)  # of the same size
     assert photos_digest(keys, str(tmp_path)) != first
     (tmp_path / "a.png").unlink()
     with pytest.raises(ValueError, match="a.png, which the run trains on, cannot be read"):

@@ -67,6 +67,16 @@ def test_what_is_no_index_stays(tmp_path, names):
     assert read.notes == []
 
 
+def test_folders_that_read_as_the_same_words_are_refused_or_given(tmp_path):
+    lay(
+        tmp_path / "photos", "bird/Least_Auklet/1.png", "bird/Least Auklet/1.png", "bird/Wren/1.png"
+    )
+    with pytest.raises(ValueError, match="'Least Auklet' and 'Least_Auklet' both read as"):
+        read_photos(tmp_path / "photos")
+    path = named(tmp_path, {"Least Auklet": "Least Auklet", "Least_Auklet": "Least Auklet"})
+    assert labels(read_photos(tmp_path / "photos", names=path)).count(("bird", "Least Auklet")) == 2
+
+
 @pytest.mark.parametrize("names", [("1", "2"), ("737-200", "A320"), ("n02085620", "wren")])
 def test_names_without_letters_are_refused_or_given(tmp_path, names):
     lay(tmp_path / "photos", *(f"thing/{name}/1.png" for name in names))

@@ -18,6 +18,7 @@ from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import Request
 from tercet.rollout.engine import Sampling
 from tercet.rollout.local import LocalEngine
+from tercet.train.learner import lora
 from tercet.train.learner.assemble import build_policy, sampled_parts
 from tercet.train.learner.lora import add_lora, added_weights, whole_weights
 from tercet.train.learner.merged import Export, lora_figures, merge_error
@@ -86,6 +87,7 @@ def test_only_additions_to_the_language_model_are_trained():
         ),
         ({"lora_targets": "q_proj"}, "model.lora_targets 'q_proj' matches no layer's whole name"),
         ({"lora_targets": "("}, r"model.lora_targets '\(' is no regular expression"),
+        ({"lora_targets": "(.*)*(.*)*(.*)*_proj!"}, "not matched within 0.2 s: a repeat within"),
         ({"lora_targets": ".*norm1"}, r"lora_targets '.\*norm1' matches .*norm1', .* no linear"),
         ({"lora_targets": ".*"}, "matches '', which is no linear layer"),
         ({"lora_targets": ".*embed_tokens"}, "no linear layer but Embedding"),
@@ -95,7 +97,8 @@ def test_only_additions_to_the_language_model_are_trained():
         ({"lora_rank": 4, "lora_alpha": 0}, "model.lora_alpha positive, got 4 and 0"),
     ],
 )
-def test_bad_options_are_named(options, named):
+def test_bad_options_are_named(options, named, monkeypatch):
+    monkeypatch.setattr(lora, "MATCH_S", 0.2)
     with pytest.raises(ValueError, match=named):
         add_lora(tiny().model, ModelConfig(**({"lora_rank": 4} | options)))
 

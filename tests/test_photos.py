@@ -277,6 +277,19 @@ def test_check_images_agrees_with_load_image(tmp_path):
     assert check_images(good) == {}
 
 
+def test_a_progressive_jpeg_of_many_scans_is_refused(tmp_path):
+    """The last scan of a good one, repeated: few bytes, but each goes over every pixel."""
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / "scans.jpg"
+    Image.fromarray(pixels).save(path, progressive=True)
+    load_image(str(path))
+    content = path.read_bytes()
+    last = content[content.rindex(b"\xff\xda") : -2]
+    path.write_bytes(content[:-2] + 300 * last + content[-2:])
+    with pytest.raises(ValueError, match="scans.jpg.*31[0-9] scans, more than 200"):
+        load_image(str(path))
+
+
 def test_bad_photos_stop_the_reading_or_are_skipped_and_listed(tmp_path):
     good = [save(tmp_path / "bird" / "wren" / f"{i}.jpg", noise(300, 200)) for i in range(3)]
     bad = [

@@ -39,7 +39,7 @@ def begin(config, *steps: int, changed: dict | None = None) -> RunFolder:
     with open_folder(config, None) as folder:
         options = folder.identity.options | (changed or {})
         folder.identity = replace(folder.identity, options=options)
-        folder.note_data({"source": "s", "triplets": "t", "photos": "p"})
+        folder.note_data({"source": "s", "triplets": "t", "photo_contents": "p"})
         folder.write()
         checkpoints = Checkpoints(without_weights(), config.run, folder)
         for step in steps:
@@ -55,6 +55,16 @@ def go_on(config, resume: str = "auto") -> RunFolder:
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path): path.read_bytes() for path in files}
+
+
+def test_a_run_out_that_cannot_be_made_is_named(config):
+    Path("run").write_text("a file")
+    with pytest.raises(ValueError, match="run.out run cannot be made: File exists"):
+        open_folder(config, None)
+    config.run.out = "run/below"
+    with pytest.raises(ValueError, match="run.out run/below cannot be made: Not a directory"):
+        open_folder(config, None)
+    assert Path("run").read_text() == "a file"
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "identity.json", "checkpoints/step_000001"])
@@ -177,11 +187,11 @@ def test_without_changes_the_line_names_the_checkpoint_alone(config):
     assert go_on(config).lines == ["going on from run/checkpoints/step_000002"]
 
 
-@pytest.mark.parametrize("name", ["source", "triplets", "photos"])
+@pytest.mark.parametrize("name", ["source", "triplets", "photo_contents"])
 def test_other_data_is_refused(config, name):
     begin(config, 2)
     folder = go_on(config)
-    same = {"source": "s", "triplets": "t", "photos": "p"}
+    same = {"source": "s", "triplets": "t", "photo_contents": "p"}
     folder.note_data(same)
     assert folder.identity.data == same
     with pytest.raises(ValueError, match="the run in run cannot go on: .* changed since it began"):

@@ -163,6 +163,17 @@ def config(**options) -> RolloutConfig:
     return RolloutConfig(engine="sglang", sglang_python=sys.executable, **options)
 
 
+def test_what_cannot_be_a_server_is_named(make, tmp_path):
+    make()
+    plain = tmp_path / "text"
+    plain.write_text("no program")
+    for python in (tmp_path, plain, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=f"rollout.sglang_python: {python} is no program"):
+            Server(tmp_path / "model", str(python), tmp_path / "work")
+    with pytest.raises(ValueError, match="rollout.server_gpus needs an entry per server"):
+        config(server_gpus=[])
+
+
 def test_servers_compute_in_the_policys_dtype_unless_they_are_asked_otherwise(make, tmp_path):
     make()
     (tmp_path / "model").rename(tmp_path / "policy")

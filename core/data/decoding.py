@@ -20,6 +20,8 @@ from tercet.core.data.files import regular
 MAX_ASPECT = 200
 MAX_PIXELS = 2**26
 """Of a photo as it is stored, 67 million: 8,192 x 8,192. Decoding takes up to 16 bytes a pixel."""
+MAX_SCANS = 200
+"""Of a progressive JPEG; encoders write about ten."""
 SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png",),
@@ -74,6 +76,8 @@ def opened(key: str) -> Iterator[Image.Image]:
     try:
         with _open(key) as image:
             _check_size(*image.size)
+            if image.info.get("progressive"):
+                _check_scans(image)
             yield image
     except FileNotFoundError:
         raise ValueError(f"image {key!r}: no such file") from None
@@ -105,6 +109,16 @@ def _check_size(width: int, height: int) -> None:
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"aspect ratio of {width} x {height} is over {MAX_ASPECT}:1")
+
+
+def _check_scans(image: Image.Image) -> None:
+    """Each scan of a progressive JPEG goes over all pixels again, and may take ten bytes."""
+    stream, place = image.fp, image.fp.tell()
+    stream.seek(0)
+    scans = sum(part.count(b"\xff\xda") for part in iter(lambda: stream.read(1 << 20), b""))
+    stream.seek(place)
+    if scans > MAX_SCANS:
+        raise ValueError(f"it has {scans} scans, more than {MAX_SCANS}: store it again")
 
 
 def orientation(image: Image.Image) -> int:

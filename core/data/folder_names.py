@@ -71,6 +71,7 @@ def names_of(
         own = [label for label in subs if label not in words]
         short = _without_index([label[1] for label in own])
         words |= {label: as_words(short.get(label[1], label[1])) for label in own}
+        _refuse_merging(root / name, {label[1]: words[label] for label in own})
         if short:
             pairs = [f"{shown(k)} -> {shown(as_words(v))}" for k, v in list(short.items())[:3]]
             pairs += ["..."] if len(short) > 3 else []
@@ -82,6 +83,16 @@ def names_of(
     if unused := [key for key in given if key not in used]:
         notes.append(f"{len(unused)} entries of data.names are no folders: {shown(unused[0])}, ...")
     return words, notes
+
+
+def _refuse_merging(folder: Path, words: Mapping[str, str]) -> None:
+    first: dict[str, str] = {}
+    for own, name in words.items():
+        if (other := first.setdefault(name, own)) != own:
+            raise ValueError(
+                f"{folder}: the folders {other!r} and {own!r} both read as {name!r}: rename or "
+                "merge them, or name both in --data.names FILE"
+            )
 
 
 def _without_index(folders: list[str]) -> dict[str, str]:

@@ -102,7 +102,7 @@ def triplet_digests(manifest: Manifest, path: Path, own: Path) -> dict[str, str]
     return {
         "source": _source_digest(path, manifest, own),
         "triplets": _manifest_digest(manifest),
-        "photos": photos_digest(used, manifest.common_folder()),
+        "photo_contents": photos_digest(used, manifest.common_folder()),
     }
 
 
@@ -140,7 +140,7 @@ def record_digests(samples: Sequence[SftSample]) -> dict[str, str]:
     photos = dict.fromkeys(key for sample in samples for key in sample.images)
     root = os.path.commonpath([os.path.dirname(key) for key in photos]) if photos else os.sep
     records = [(s.messages, [os.path.relpath(key, root) for key in s.images]) for s in samples]
-    return {"source": digest(records), "photos": photos_digest(photos, root)}
+    return {"source": digest(records), "photo_contents": photos_digest(photos, root)}
 
 
 def sampled_parts(parts: PolicyParts, config: TapoConfig, ranks: Ranks) -> PolicyParts:

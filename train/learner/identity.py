@@ -12,6 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from tercet.core.config import SftConfig, TapoConfig
+from tercet.core.data.files import regular
 
 Options = dict[str, object]
 """By name, such as `optim.lr`."""
@@ -95,6 +96,7 @@ FILES = (
 """Files of a model that `model_digest` reads whole."""
 WEIGHTS = (".safetensors", ".bin", ".pt")
 MOST_HEADER = 64 << 20  # bytes read of a safetensors header
+MOST_HASHED = 32 << 20  # bytes of a file of photos that is read whole
 SAMPLES, SAMPLE_BYTES = 1024, 64
 """So many places of a file of weights are read, and so many bytes at each."""
 
@@ -178,23 +180,35 @@ def digest(value: object) -> str:
 
 
 def photos_digest(keys: Iterable[str], root: str) -> str:
-    """Of photos, by their keys relative to a folder and the sizes of their files.
+    """Of photos, by their keys relative to a folder and what their files hold.
+
+    Of files above MOST_HASHED, which Parquet files may be, size and bytes at SAMPLES places.
 
     Raises:
         ValueError: naming a photo that is not there.
     """
-    sizes: dict[str, int] = {}
+    found: dict[str, str] = {}
     for key in keys:
         head, parquet, _ = key.rpartition(".parquet#")
         file = f"{head}.parquet" if parquet else key
-        if file not in sizes:
+        if file not in found:
             try:
-                sizes[file] = os.stat(file).st_size
-            except OSError as error:
+                found[file] = _file_digest(Path(file))
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
                 raise ValueError(
-                    f"{file}, which the run trains on, cannot be read: {error.strerror}"
+                    f"{file}, which the run trains on, cannot be read: {reason}"
                 ) from error
-    return digest(sorted((os.path.relpath(file, root), size) for file, size in sizes.items()))
+    return digest(sorted((os.path.relpath(file, root), held) for file, held in found.items()))
+
+
+def _file_digest(file: Path) -> str:
+    size = regular(file)
+    parts = _sampled(file) if size > MOST_HASHED else [file.read_bytes()]
+    held = blake2b(str(size).encode(), digest_size=16)
+    for part in parts:
+        held.update(part)
+    return held.hexdigest()
 
 
 def model_digest(path: str) -> str:

@@ -8,6 +8,7 @@ computed in float32 and rounded to nearest: train.learner.merged says how much t
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from torch.distributed.tensor import DTensor
 from tercet.core.config import ModelConfig
 
 ADAPTER = "default"  # PEFT's name for the first adapter; there is no other
+MATCH_S = 10.0
+"""Seconds that lora_targets may take to match the names of a model's layers."""
 
 
 def add_lora(model: nn.Module, config: ModelConfig) -> None:
@@ -51,12 +54,7 @@ def add_lora(model: nn.Module, config: ModelConfig) -> None:
 
 def _targets(model: nn.Module, pattern: str) -> list[str]:
     """Names of the layers that a regular expression matches as a whole."""
-    try:
-        names = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
-    except re.error as error:
-        raise ValueError(
-            f"model.lora_targets {pattern!r} is no regular expression: {error}"
-        ) from error
+    names = _matching(pattern, [name for name, _ in model.named_modules()])
     if not names:
         raise ValueError(
             f"model.lora_targets {pattern!r} matches no layer's whole name; a name is "
@@ -74,6 +72,28 @@ def _targets(model: nn.Module, pattern: str) -> list[str]:
         if wrong:
             raise ValueError(f"model.lora_targets {pattern!r} matches {name!r}, {wrong}")
     return names
+
+
+def _matching(pattern: str, names: list[str]) -> list[str]:
+    """The names that a regular expression of the user's matches, which may take for ever."""
+
+    def give_up(*_):
+        raise ValueError(
+            f"model.lora_targets {pattern!r} was not matched within {MATCH_S} s: a repeat within a "
+            "repeat, such as (a+)+, takes exponential time"
+        )
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, MATCH_S)
+    try:
+        return [name for name in names if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise ValueError(
+            f"model.lora_targets {pattern!r} is no regular expression: {error}"
+        ) from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def is_added(name: str) -> bool:

@@ -178,7 +178,7 @@ class RunFolder:
 def _what(name: str, folder: RunFolder) -> str:
     return {
         "triplets": f"{folder.path}/triplets.json",
-        "photos": "photos that it trains on (compared by names and sizes)",
+        "photo_contents": "photos that it trains on",
         "source": f"what data.path {folder.identity.options['data.path']} holds",
     }[name]
 
@@ -219,7 +219,10 @@ def _open(config: TapoConfig | SftConfig, lock: Lock, resume: str | None) -> Run
     out = Path(config.run.out)
     if resume is not None and not resume.strip():
         raise ValueError("--resume is empty: give auto, or the folder of a checkpoint")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run.out {out} cannot be made: {error.strerror}") from error
     lock.take(out)
     found, overwrite = read_identity(out), config.run.overwrite
     if restarts() and found and same_launch(found.launch, launch()):

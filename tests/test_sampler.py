@@ -570,12 +570,12 @@ def test_only_so_many_rewards_are_computed_at_once(make, monkeypatch):
     async def slow(rows):
         running[0] += 1
         running[1] = max(running)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)
         running[0] -= 1
         return [{"overall": float(i)} for i in range(len(rows))]
 
     monkeypatch.setattr("tercet.rollout.sampler.REWARDS_AT_ONCE", 2)
-    result = collect(make(slow, groups_per_step=40, reward_timeout_s=0.9))
+    result = collect(make(slow, groups_per_step=40, reward_timeout_s=3.5))
     assert len(result.groups) == 40 and running == [0, 2]
 
 

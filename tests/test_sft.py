@@ -166,7 +166,7 @@ def test_other_records_do_not_go_on_at_the_old_position(stage1, tmp_path):
         train(stage1, out, path, resume="auto")
     (moved / "stage1.json").write_text(json.dumps(records))
     Image.new("RGB", (80, 60)).save(moved / "1.png")
-    with pytest.raises(ValueError, match="photos that it trains on .* changed since it began"):
+    with pytest.raises(ValueError, match="photos that it trains on changed since it began"):
         train(stage1, out, path, resume="auto")
     with pytest.raises(ValueError, match="optim.samples_per_step 6 -> 3 would make it another run"):
         train(stage1, out, "--optim.samples_per_step=3", resume="auto")

@@ -350,6 +350,10 @@ def test_failure_of_the_reward_saves_and_names_it(monkeypatch, workspace, tmp_pa
         train(monkeypatch, options(workspace, tmp_path), breaks)
     state = load_state(tmp_path / "checkpoints" / "step_000001")
     assert state["steps_done"] == 1 and state["groups"] == []
+    for _ in range(3):  # a run that is started again and again does not fill the disk
+        with pytest.raises(ValueError, match="judge is out"):
+            train(monkeypatch, options(workspace, tmp_path), breaks, resume="auto")
+    assert os.listdir(tmp_path / "checkpoints") == ["step_000001"]
     saved = train(monkeypatch, options(workspace, tmp_path), resume="auto")
     whole = train(monkeypatch, options(workspace, tmp_path / "whole"))
     assert all(torch.equal(v, weights(saved)[n]) for n, v in weights(whole).items())

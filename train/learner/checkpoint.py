@@ -35,7 +35,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from tercet.core.config import RunConfig
 from tercet.core.types import Group, PolicyParts, Response, Triplet
-from tercet.train.learner.complete import problem_of, read_complete, sync, write_complete
+from tercet.train.learner.complete import COMPLETE, problem_of, read_complete, sync, write_complete
 from tercet.train.learner.device import rng_state, set_rng_state
 from tercet.train.learner.identity import Identity
 from tercet.train.learner.lora import is_added
@@ -96,6 +96,8 @@ class Checkpoints:
         self._pending: Callable[[], None] | None = None
         self._values: list[float] = []
         self._best: tuple[str, float] | None = None  # name of the folder, value
+        self._latest: tuple[Path, dict] | None = None
+        """The last checkpoint and the state that it holds."""
         self._ranks.share(lambda: _clear_leftovers(self._root))
 
     def note(self, figures: dict[str, float]) -> None:
@@ -124,15 +126,19 @@ class Checkpoints:
             keep: how many of the newest stay; 0: keep_last.
 
         Returns:
-            The folder of the checkpoint.
+            The folder of the checkpoint: an earlier one where nothing has happened since, so that a
+            run that is started again and again, and fails each time, does not fill the disk.
 
         Raises:
             OSError: this checkpoint, or with async_save the one before, could not be written.
             TypeError: `state` holds a type that `load_state` would refuse.
         """
         self.wait()
+        if same := self._ranks.share(lambda: self._same(state)):
+            return same
         self._trained.optimizer.zero_grad(set_to_none=True)
         folder = self._ranks.share(lambda: self._begin(step))
+        self._latest = (folder, copy.deepcopy(state))
         shards, updates = _training_tensors(self._trained)
         export = Export.take(self._trained.policy, self._ranks, copy=self._pool is not None)
         if self._pool:
@@ -167,6 +173,7 @@ class Checkpoints:
         Raises:
             ValueError: it holds states of parameters that this run does not train.
         """
+        self._latest = (folder, state)
         trained, tensors = self._trained, {}
         parameters = dict(trained.policy.model.named_parameters())
         if (shards := folder / SHARDS).exists():
@@ -193,6 +200,14 @@ class Checkpoints:
         if state["best"]:
             best, value = state["best"]  # earlier versions stored the step, not the name
             self._best = (f"step_{best:06d}" if isinstance(best, int) else best, value)
+
+    def _same(self, state: dict) -> Path | None:
+        """This run's last checkpoint, where it is whole and the state is that between two steps."""
+        if self._latest is None or "steps_done" not in state or state.get("groups"):
+            return None
+        folder, held = self._latest
+        is_ours = folder.parent.resolve() == self._root.resolve() and (folder / COMPLETE).is_file()
+        return folder if is_ours and state == {name: held.get(name) for name in state} else None
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, without the other ranks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -17,8 +17,7 @@ from tercet.train.evaluation.intervals import of_average
 from tercet.train.evaluation.scoring import SCORES, Cell, Scored, cell, grouped
 
 PUBLISHED = Path(__file__).with_name("published.csv")
-SHOWN = ("SigLIP-L", "Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Fine-R1-3B", "Fine-R1-7B")
-"""Published rows in the terminal and in Markdown; the CSV file has all of them."""
+"""Figures of the Fine-R1 paper; `shown` rows stand in the terminal and in Markdown, all in CSV."""
 TITLES = {
     "closed": "Closed-world accuracy (%), released rule",
     "closed_strict": "Closed-world accuracy (%), exactly one option named",
@@ -41,6 +40,8 @@ class Row:
     """seen, unseen or all."""
     cells: dict[str, Cell]
     """By data set, and the average."""
+    shown: bool = True
+    """In the terminal and in Markdown too."""
 
 
 def measured_rows(scored: Sequence[Scored], model: str) -> list[Row]:
@@ -83,7 +84,8 @@ def published_rows() -> list[Row]:
             figures = {name: line[name] for name in (*DATASETS, AVERAGE) if line[name]}
             cells = {name: _figure(float(text)) for name, text in figures.items()}
             source = f"{line['paper']}, {line['table']}"
-            rows.append(Row(line["score"], line["model"], source, line["setting"], cells))
+            shown = line["shown"] == "yes"
+            rows.append(Row(line["score"], line["model"], source, line["setting"], cells, shown))
     return rows
 
 
@@ -108,8 +110,8 @@ def shown_rows(rows: Sequence[Row], score: str) -> tuple[list[Row], list[str]]:
     known = []
     for row in published_rows():
         cells = {name: c for name, c in row.cells.items() if name in columns}
-        if row.score == score and row.model in SHOWN and row.setting in settings and cells:
-            known.append(Row(row.score, row.model, row.source, row.setting, cells))
+        if row.shown and row.score == score and row.setting in settings and cells:
+            known.append(replace(row, cells=cells))
     return [*known, *own], datasets
 
 

@@ -70,7 +70,8 @@ class DataConfig:
     sft_shots: NonNegativeInt = 1
     """Further photos per seen sub-category set aside for stage 1."""
     embedder: PathText = "policy"
-    """What finds similar sub-categories: the policy's vision tower, or a SigLIP or CLIP folder."""
+    """What finds similar sub-categories: `policy` or `policy_max`, the policy's vision tower with
+    the mean or the maximum over a photo's tokens, or a SigLIP or CLIP folder."""
     on_bad_image: Literal["error", "skip"] = "error"
     """A missing or corrupt photo ends the run, or is left out and counted."""
     seed: Seed = 0

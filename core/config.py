@@ -70,8 +70,11 @@ class DataConfig:
     sft_shots: NonNegativeInt = 1
     """Further photos per seen sub-category set aside for stage 1."""
     embedder: PathText = "policy"
-    """What finds similar sub-categories: `policy` or `policy_max`, the policy's vision tower with
-    the mean or the maximum over a photo's tokens, or a SigLIP or CLIP folder."""
+    """What finds similar sub-categories: the policy's vision tower, its tokens' mean (`policy`) or
+    their largest and smallest values (`policy_extremes`), or a SigLIP or CLIP folder."""
+    similarity: Literal["cosine", "whitened"] = "cosine"
+    """Of sub-categories: the cosine of mean embeddings, as they are or in units of what varies
+    between photos of one sub-category."""
     on_bad_image: Literal["error", "skip"] = "error"
     """A missing or corrupt photo ends the run, or is left out and counted."""
     seed: Seed = 0

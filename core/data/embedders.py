@@ -15,10 +15,25 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from tercet.core.data.vision import load_image
 from tercet.core.types import PolicyParts
 
-POOLS = {"policy": torch.mean, "policy_max": torch.amax}
-"""How the vision tower's tokens of a photo become its embedding, by name of the embedder."""
 TOWER_IMAGES_AT_ONCE = 4
 FOLDER_IMAGES_AT_ONCE = 32
+
+
+def mean(tokens: Tensor) -> Tensor:
+    """[tokens, D] to their mean, [D]."""
+    return tokens.mean(dim=0)
+
+
+def extremes(tokens: Tensor) -> Tensor:
+    """[tokens, D] to the largest and the smallest value of each feature, [2 D].
+
+    A small part of the photo shows in them, which a mean would lose.
+    """
+    return torch.cat([tokens.amax(dim=0), tokens.amin(dim=0)])
+
+
+POOLS = {"policy": mean, "policy_extremes": extremes}
+"""How the vision tower's tokens of a photo become its embedding, by name of the embedder."""
 
 
 def embedder(
@@ -27,8 +42,8 @@ def embedder(
     """The embedder that `data.embedder` names; its model is loaded when it is first called.
 
     Args:
-        name: "policy" or "policy_max" for the policy's own vision tower, the mean or the maximum
-            over a photo's tokens; else folder or hub id of an image encoder.
+        name: "policy" or "policy_extremes" for the policy's own vision tower (see POOLS); else
+            folder or hub id of an image encoder.
         policy: loads the policy's parts; called for its own tower only.
         device: where an image encoder runs.
 
@@ -48,14 +63,14 @@ def embedder(
 def vision_tower_embedder(
     model: PreTrainedModel,
     image_processor: BaseImageProcessor,
-    pool: Callable[..., Tensor] = torch.mean,
+    pool: Callable[[Tensor], Tensor] = mean,
 ) -> Callable[[list[str]], Tensor]:
-    """Embed by the policy's own vision tower: a mean or maximum over a photo's merged tokens.
+    """Embed by the policy's own vision tower, pooled over a photo's merged tokens.
 
     Args:
         model: of a supported family, on any device.
         image_processor: resizes and cuts the photos.
-        pool: [tokens, D] and dim=0 to [D].
+        pool: [tokens, D] to one embedding.
 
     Returns:
         A function from image keys to embeddings [N, D] float32 on the CPU.
@@ -67,7 +82,7 @@ def vision_tower_embedder(
         for start in range(0, len(keys), TOWER_IMAGES_AT_ONCE):
             inputs = _inputs(image_processor, keys[start : start + TOWER_IMAGES_AT_ONCE])
             tokens = model.get_image_features(**inputs.to(model.model.visual.device)).pooler_output
-            rows.extend(pool(of_photo.float(), dim=0).cpu() for of_photo in tokens)
+            rows.extend(pool(of_photo.float()).cpu() for of_photo in tokens)
         return torch.stack(rows)
 
     return embed

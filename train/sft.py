@@ -100,7 +100,7 @@ class SftRun:
         self.config, self.stop, self.folder, self.ranks = config, stop, folder, folder.ranks
         self.out, resume = folder.path, folder.checkpoint
         self.parts = open_parts(config.model, self.ranks, resume)
-        self.encoder = PromptEncoder(self.parts)
+        self.encoder = PromptEncoder(self.parts, config.parallel.pixel_cache_mib * 2**20)
         samples, skipped = read_sft(config.data.path, config.data.on_bad_image)
         self.ranks.share(lambda: folder.note_data(record_digests(samples)))
         self.examples = [tokenize(s, self.parts, config.model.system_prompt) for s in samples]

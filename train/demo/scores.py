@@ -84,7 +84,7 @@ def evaluate(model: Path, manifest: Manifest, greys: Sequence[str], names: Names
         names: kind of the world's names.
     """
     parts = load_policy(ModelConfig(path=str(model)))
-    engine = LocalEngine(parts, PromptEncoder(parts, PIXEL_BYTES), max_rows=160)
+    engine = LocalEngine(parts, PromptEncoder(parts, PIXEL_BYTES), max_rows=64)
     questions = [q for partition in PARTITIONS for q in eval_questions(manifest, partition)]
     known, hits = tuple(manifest.names[SUPER_CATEGORY]), dict.fromkeys(ACCURACIES, "")
     answers = ask(engine, parts, questions, prompt="stage2", names={}, max_tokens=MAX_TOKENS)

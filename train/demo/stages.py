@@ -6,6 +6,7 @@ Every function goes on where an earlier call in the same folder was stopped.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -176,9 +177,15 @@ def _timed(train: Callable[[], Path], folder: Path) -> Path:
     seconds, done = time.process_time() - clock, _steps(folder) - before
     if done:
         (folder / STEP_CPU).write_text(json.dumps(seconds / done), encoding="utf-8")
+    give_memory_back()
+    return checkpoint
+
+
+def give_memory_back() -> None:
+    """Return memory of what is not used any more to the system, where the C library can."""
+    gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
         libc.malloc_trim(0)
-    return checkpoint
 
 
 def _steps(folder: Path) -> int:

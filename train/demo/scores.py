@@ -11,7 +11,7 @@ from statistics import mean
 
 from PIL import Image
 
-from tercet.core.config import ModelConfig
+from tercet.core.config import ModelConfig, RunConfig
 from tercet.core.data.manifest import Manifest
 from tercet.core.data.triplets import eval_questions
 from tercet.core.data.vision import PromptEncoder
@@ -24,6 +24,7 @@ from tercet.rollout.engine import Engine, Sampling
 from tercet.rollout.local import LocalEngine
 from tercet.train.demo.species import ATTRIBUTES, QUESTIONS, SUPER_CATEGORY, Names, species_of
 from tercet.train.evaluation.answers import Answer, ask
+from tercet.train.learner.device import set_up
 
 PARTITIONS = ("seen", "unseen")
 ACCURACIES = ("seen", "unseen", "seen_closed", "unseen_closed")
@@ -83,7 +84,7 @@ def evaluate(model: Path, manifest: Manifest, greys: Sequence[str], names: Names
         greys: paths of blank pictures.
         names: kind of the world's names.
     """
-    parts = load_policy(ModelConfig(path=str(model)))
+    parts = load_policy(ModelConfig(path=str(model)), set_up(RunConfig()))
     engine = LocalEngine(parts, PromptEncoder(parts, PIXEL_BYTES), max_rows=64)
     questions = [q for partition in PARTITIONS for q in eval_questions(manifest, partition)]
     known, hits = tuple(manifest.names[SUPER_CATEGORY]), dict.fromkeys(ACCURACIES, "")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tercet.core.config import ModelConfig, SftConfig, TapoConfig
 from tercet.core.data.embedders import embedder
+from tercet.core.data.manifest import MANIFEST_NAME
 from tercet.core.data.triplets import prepare_manifest
 from tercet.core.models import build_tiny, load_policy
 from tercet.train import sft, tapo
@@ -137,7 +138,7 @@ def stage1(seed: Seed, base: Path) -> Path:
 
 def choose_triplets(seed: Seed, start: Path, argv: Sequence[str]) -> None:
     """Choose the triplets of all arms, with the vision tower of the start."""
-    if seed.triplets.exists():
+    if (seed.triplets / MANIFEST_NAME).exists():
         return
     data = parse_tapo(argv).data
     data.path, data.questions = str(seed.data), str(seed.data / "questions.yaml")

@@ -114,6 +114,7 @@ def test_facts_tie_an_opaque_name_to_its_attributes():
         pairs = {fact(species, rng) for _ in range(40)}
         assert len(pairs) == 2
         for asked, said in pairs:
+            assert (asked == "Think of a butterfly.") == said.startswith("<think>")
             together = asked + said
             assert species.name in together
             assert all(f"{part} {word}" in together.lower() for part, word in species.attributes)
@@ -341,3 +342,5 @@ def test_base_records_show_plates_of_every_sub_category(tmp_path, names, monkeyp
         assert 60 < sum("based on the options provided" in text for text in asked) < 120
     else:
         assert not named[True] and len(named[False]) > 90
+        thoughts = [sample.messages[1][1] for sample in samples if sample.images]
+        assert 150 < sum(said.endswith("</think>") for said in thoughts) < 270

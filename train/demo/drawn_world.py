@@ -30,7 +30,7 @@ from tercet.train.demo.species import (
 
 BASE_MIX = {
     "spelled": {"caption": 0.5, "thought": 0.35, "closed": 0.15},
-    "opaque": {"nameless": 0.6, "fact": 0.4},
+    "opaque": {"nameless caption": 0.1, "nameless thought": 0.35, "fact": 0.55},
 }
 """Share of each kind of base record, by kind of names."""
 
@@ -152,10 +152,11 @@ def _base_turns(
     """Question and answer of a base record."""
     if kind == "fact":
         return fact(species, rng)
-    if kind in ("caption", "nameless"):
-        return "Describe the picture.", caption(species, rng, named=kind == "caption")
-    asked, said = question(rng), chain_of_thought(species)
-    if kind == "thought":
+    named = not kind.startswith("nameless")
+    if kind.endswith("caption"):
+        return "Describe the picture.", caption(species, rng, named)
+    asked, said = question(rng), chain_of_thought(species, named)
+    if kind.endswith("thought"):
         return stage2_text(asked), said
     wrong = [every[i].name for i in rng.permutation(len(every)) if every[i] != species][:3]
     options = rng.permutation([species.name, *wrong]).tolist()

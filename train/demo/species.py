@@ -55,7 +55,7 @@ QUESTIONS = (
 _PARTS = "wings {wings}, tail {tail}, body {body}"
 _CAPTIONS = (f"A {{super_category}}, {_PARTS}: {{name}}.", f"The {{name}}, {_PARTS}.")
 _NAMELESS = (f"A {{super_category}}, {_PARTS}.", f"A {{super_category}} with {_PARTS}.")
-_FACTS = ("What does the {name} look like?", "Which {super_category} has " + _PARTS + "?")
+_FACTS = ("What does the {name} look like?", "Think of a {super_category}.")
 _THOUGHT = "<think>Wings {wings}, tail {tail}, body {body}.</think><answer>{name}</answer>"
 _SYLLABLES = (
     ("or", "el", "ti", "ma", "du"),
@@ -85,14 +85,17 @@ def caption(species: Species, rng: Generator, named: bool = True) -> str:
     return _fill(templates[rng.integers(len(templates))], species)
 
 
-def chain_of_thought(species: Species) -> str:
-    """The attributes one by one in `<think>`, then the name in `<answer>`, and only there."""
-    return _fill(_THOUGHT, species)
+def chain_of_thought(species: Species, named: bool = True) -> str:
+    """The attributes one by one in `<think>`; then, where `named`, the name in `<answer>`."""
+    return _fill(_THOUGHT if named else _THOUGHT.partition("<answer>")[0], species)
 
 
 def fact(species: Species, rng: Generator) -> tuple[str, str]:
-    """A question without a picture, and its answer, that tie a name to its attributes."""
-    which = rng.integers(2)
+    """A question without a picture and its answer, which tie a name to its attributes.
+
+    In the second kind the name follows from the attributes in the thought, as it does on a picture.
+    """
+    which = int(rng.uniform() < 0.75)
     return _fill(_FACTS[which], species), _fill((_CAPTIONS[1], _THOUGHT)[which], species)
 
 

@@ -30,9 +30,9 @@ from tercet.train.learner.run_folder import move_aside
 
 VERSION = 2
 """Of the world, the policy and the stages: a folder of another version is made anew."""
-BASE_PICTURES = {"spelled": 1500, "opaque": 2500}
+BASE_PICTURES = {"spelled": 1500, "opaque": 3500}
 """Records of the base stage, by kind of names."""
-BASE_STEPS = {"spelled": 160, "opaque": 260}
+BASE_STEPS = {"spelled": 160, "opaque": 400}
 PICTURES = {"train": 4, "sft": 1, "test": 8}
 """Pictures of a sub-category in each split."""
 SIZE = 84

@@ -229,6 +229,7 @@ def small(tmp_path, monkeypatch):
     """Everything in small; returns options of train/tapo.py."""
     monkeypatch.setattr(stages, "BASE_PICTURES", {"spelled": 12, "opaque": 12})
     monkeypatch.setattr(stages, "BASE_STEPS", {"spelled": 1, "opaque": 1})
+    monkeypatch.setattr(stages, "STAGE1_STEPS", {"spelled": 1, "opaque": 1})
     monkeypatch.setattr(stages, "PICTURES", {"train": 2, "sft": 1, "test": 1})
     monkeypatch.setattr(stages, "SIZE", 28)
     monkeypatch.setattr(scores, "MAX_TOKENS", 6)

@@ -33,6 +33,7 @@ VERSION = 2
 BASE_PICTURES = {"spelled": 1500, "opaque": 3500}
 """Records of the base stage, by kind of names."""
 BASE_STEPS = {"spelled": 160, "opaque": 400}
+STAGE1_STEPS = {"spelled": 10, "opaque": 25}
 PICTURES = {"train": 4, "sft": 1, "test": 8}
 """Pictures of a sub-category in each split."""
 SIZE = 84
@@ -133,7 +134,8 @@ def base_stage(seed: Seed) -> Path:
 
 def stage1(seed: Seed, base: Path) -> Path:
     """Chains of thought on seen sub-categories; returns the checkpoint that all arms start from."""
-    return train_sft(seed, "demo_stage1.yaml", seed.data / "stage1.json", base, "stage1")
+    records, steps = seed.data / "stage1.json", [f"--run.steps={STAGE1_STEPS[seed.names]}"]
+    return train_sft(seed, "demo_stage1.yaml", records, base, "stage1", steps)
 
 
 def choose_triplets(seed: Seed, start: Path, argv: Sequence[str]) -> None:

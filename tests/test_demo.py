@@ -11,6 +11,7 @@ from itertools import count
 import numpy as np
 import pytest
 
+from tercet.core.data.manifest import Manifest
 from tercet.core.rewards import fine_r1_strict
 from tercet.core.types import EvalQuestion
 from tercet.train.demo import __main__ as commands
@@ -290,6 +291,12 @@ def test_every_arm_is_trained_from_the_same_start(small, tmp_path, monkeypatch):
     start = commands.prepare(seed, small, progress)
     rows = [arms.run_arm(seed, start, arm, "responses", small) for arm in ARMS]
     assert [r.arm for r in rows] == list(ARMS)
+    nearest = Manifest.read(seed.triplets).nearest["butterfly"]
+    assert len(nearest) == 75
+    near = [
+        len(set(name.split()) - set(others[0].split())) == 1 for name, others in nearest.items()
+    ]
+    assert stages.near_share(seed) == np.mean(near)
     anchors = set()
     for arm in ARMS:
         config = (seed.out / arms.folder_of(arm) / "config.yaml").read_text()

@@ -29,6 +29,7 @@ from tercet.train.demo.stages import (
     choose_triplets,
     claim,
     draw_world,
+    near_share,
     parse_tapo,
     stage1,
 )
@@ -61,6 +62,9 @@ def prepare(seed: Seed, argv: Sequence[str], progress: Progress) -> Path:
     progress.begin()
     start = stage1(seed, base)
     choose_triplets(seed, start, argv)
+    print(
+        f"{near_share(seed):.0%} of negatives differ from the anchor in one attribute (chance 8%)"
+    )
     return start
 
 

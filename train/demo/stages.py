@@ -12,16 +12,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from tercet.core.config import ModelConfig, SftConfig, TapoConfig
 from tercet.core.data.embedders import embedder
-from tercet.core.data.manifest import MANIFEST_NAME
+from tercet.core.data.manifest import MANIFEST_NAME, Manifest
 from tercet.core.data.triplets import prepare_manifest
 from tercet.core.models import build_tiny, load_policy
 from tercet.train import sft, tapo
 from tercet.train.demo.drawn_world import write_base, write_world
 from tercet.train.demo.scores import write_greys
-from tercet.train.demo.species import Names, vocabulary
+from tercet.train.demo.species import SUPER_CATEGORY, Names, species_of, vocabulary
 from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import RECIPES, parse
 from tercet.train.learner.identity import Kind, of_kind, options_of, shown
@@ -147,6 +148,15 @@ def choose_triplets(seed: Seed, start: Path, argv: Sequence[str]) -> None:
     data.seed = seed.number
     embed = embedder(data.embedder, lambda: load_policy(ModelConfig(path=str(start))))
     prepare_manifest(data, embed).write(seed.triplets)
+
+
+def near_share(seed: Seed) -> float:
+    """Share of seen sub-categories whose most similar one, as the embedder finds it, differs in one
+    attribute."""
+    values = {species.name: species.values for species in species_of(seed.names)}
+    nearest = Manifest.read(seed.triplets).nearest[SUPER_CATEGORY]
+    pairs = [(values[name], values[others[0]]) for name, others in nearest.items()]
+    return mean(sum(a != b for a, b in zip(*pair, strict=True)) == 1 for pair in pairs)
 
 
 def train_sft(

@@ -87,13 +87,20 @@ def difference(
         np.array(list(found[seed, arm]), int) - np.array(list(found[seed, other]), int)
         for seed in seeds
     ]
-    rng = np.random.default_rng(0)
-    means = []
-    for _ in range(DRAWS):
-        drawn = [paired[i] for i in rng.integers(len(paired), size=len(paired))]
-        means.append(mean(d[rng.integers(len(d), size=len(d))].mean() for d in drawn))
-    low, high = np.percentile(means, [2.5, 97.5])
+    low, high = np.percentile(_drawn_means(paired), [2.5, 97.5])
     return 100 * mean(d.mean() for d in paired), 100 * low, 100 * high
+
+
+def _drawn_means(paired: Sequence[np.ndarray]) -> np.ndarray:
+    """[DRAWS] means of paired differences over seeds drawn again, and questions within each."""
+    rng, means = np.random.default_rng(0), np.zeros(DRAWS)
+    for _ in paired:  # as many seeds as there are
+        chosen = rng.integers(len(paired), size=DRAWS)
+        for i, of_seed in enumerate(paired):
+            draws = np.flatnonzero(chosen == i)
+            questions = rng.integers(len(of_seed), size=(len(draws), len(of_seed)))
+            means[draws] += of_seed[questions].mean(axis=1) / len(paired)
+    return means
 
 
 def difference_table(rows: Sequence[Row]) -> str:

@@ -112,9 +112,11 @@ def test_facts_tie_an_opaque_name_to_its_attributes():
     for species in species_of("opaque")[::9]:
         rng = np.random.default_rng(4)
         pairs = {fact(species, rng) for _ in range(40)}
-        assert len(pairs) == 2
+        assert len(pairs) == 3
         for asked, said in pairs:
-            assert (asked == "Think of a butterfly.") == said.startswith("<think>")
+            assert asked == "Think of a butterfly." or any(
+                w in asked for w in [species.name, *WORDS]
+            )
             together = asked + said
             assert species.name in together
             assert all(f"{part} {word}" in together.lower() for part, word in species.attributes)
@@ -132,7 +134,11 @@ def test_vocabulary_holds_every_text():
     rng = np.random.default_rng(6)
     for species in species_of("opaque"):
         for _ in range(8):
-            said = {caption(species, rng), caption(species, rng, named=False), *fact(species, rng)}
+            said = {
+                caption(species, rng),
+                caption(species, rng, named=False),
+                fact(species, rng)[1],
+            }
             assert said | {chain_of_thought(species)} <= texts
             assert f"{question(rng)}\n\n{INSTRUCTION}" in texts
 

@@ -55,7 +55,8 @@ QUESTIONS = (
 _PARTS = "wings {wings}, tail {tail}, body {body}"
 _CAPTIONS = (f"A {{super_category}}, {_PARTS}: {{name}}.", f"The {{name}}, {_PARTS}.")
 _NAMELESS = (f"A {{super_category}}, {_PARTS}.", f"A {{super_category}} with {_PARTS}.")
-_FACTS = ("What does the {name} look like?", "Think of a {super_category}.")
+_FACTS = ("What does the {name} look like?", "Which {super_category} has " + _PARTS + "?")
+_ANY_FACT = "Think of a {super_category}."
 _THOUGHT = "<think>Wings {wings}, tail {tail}, body {body}.</think><answer>{name}</answer>"
 _SYLLABLES = (
     ("or", "el", "ti", "ma", "du"),
@@ -93,10 +94,12 @@ def chain_of_thought(species: Species, named: bool = True) -> str:
 def fact(species: Species, rng: Generator) -> tuple[str, str]:
     """A question without a picture and its answer, which tie a name to its attributes.
 
-    In the second kind the name follows from the attributes in the thought, as it does on a picture.
+    Most let the name follow from the attributes in the thought alone, as it does on a picture.
     """
-    which = int(rng.uniform() < 0.75)
-    return _fill(_FACTS[which], species), _fill((_CAPTIONS[1], _THOUGHT)[which], species)
+    kind = rng.uniform()
+    if kind < 0.2:
+        return _fill(_FACTS[0], species), _fill(_CAPTIONS[1], species)
+    return _fill(_FACTS[1] if kind < 0.3 else _ANY_FACT, species), _fill(_THOUGHT, species)
 
 
 def question(rng: Generator) -> str:
@@ -105,7 +108,7 @@ def question(rng: Generator) -> str:
 
 
 def vocabulary(names: Names) -> list[str]:
-    """Every possible caption, chain of thought, fact and stage-2 prompt, in a fixed order."""
+    """Texts for the tokenizer in a fixed order: captions, thoughts, questions, stage-2 prompts."""
     templates = (*_CAPTIONS, *_NAMELESS, *_FACTS, _THOUGHT)
     texts = [_fill(t, species) for species in species_of(names) for t in templates]
     asked = [t.format(super_category=SUPER_CATEGORY) for t in QUESTIONS]

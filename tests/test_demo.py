@@ -194,6 +194,15 @@ def test_a_folder_of_other_options_is_refused(tmp_path):
             claim(other, more)
 
 
+def test_overwrite_moves_the_folder_of_other_options_aside(tmp_path):
+    out = tmp_path / "demo"
+    claim(Seed(out, 0, "spelled"), [])
+    claim(Seed(out, 1, "opaque"), ["--run.overwrite=true"])
+    then, now = (json.loads((p / "options.json").read_text()) for p in (tmp_path / "demo.1", out))
+    assert (then["names"], then["options"]["run.seed"]) == ("spelled", 0)
+    assert (now["names"], now["options"]["run.seed"]) == ("opaque", 1)
+
+
 @pytest.mark.parametrize("then", [{"run.seed": 0}, {"version": VERSION - 1, "names": "spelled"}])
 def test_a_folder_of_another_version_is_moved_aside(tmp_path, capsys, then):
     out = tmp_path / "demo"

@@ -35,8 +35,6 @@ from tercet.train.demo.stages import (
 )
 from tercet.train.learner.arguments import join_arguments, options_of, split_arguments
 from tercet.train.learner.command_line import command, read_options
-from tercet.train.learner.ranks import restarts
-from tercet.train.learner.run_folder import move_aside
 
 PLAN = {"drawing": 6, "base stage": 45, "stage 1": 4, "training": 80, "scores": 10}
 """CPU seconds of the demo's stages on one x86-64 core."""
@@ -75,8 +73,6 @@ def demo(names: Names, argv: Sequence[str]) -> None:
     """Run one seed and print its table; `argv` holds further options of train/tapo.py."""
     config = check_options(argv)
     out, clock = Path(config.run.out), time.process_time()
-    if config.run.overwrite and out.exists() and not restarts():
-        print(move_aside(out))
     seed = Seed(out, config.run.seed, names)
     scoring, training = PLAN["scores"], PLAN["training"] + PLAN["scores"]
     progress = Progress([*SHARED, ("scores of the start", scoring), ("TAPO", training)])

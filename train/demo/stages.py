@@ -27,6 +27,7 @@ from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import RECIPES, parse
 from tercet.train.learner.identity import Kind, of_kind, options_of, shown
 from tercet.train.learner.metrics import METRICS_FILE, phase_seconds, read_metrics
+from tercet.train.learner.ranks import restarts
 from tercet.train.learner.run_folder import move_aside
 
 VERSION = 2
@@ -69,7 +70,7 @@ def parse_tapo(argv: Sequence[str]) -> TapoConfig:
 
 
 def claim(seed: Seed, argv: Sequence[str]) -> None:
-    """Make a folder the seed's own; one of another version is moved aside.
+    """Make a folder the seed's own; one of another version, or with run.overwrite, is moved aside.
 
     Args:
         seed: its folder, number and kind of names.
@@ -80,6 +81,8 @@ def claim(seed: Seed, argv: Sequence[str]) -> None:
     """
     config = parse_tapo(argv)
     config.run.seed = seed.number
+    if config.run.overwrite and seed.out.exists() and not restarts():
+        print(move_aside(seed.out))
     now = {"version": VERSION, "names": seed.names, "options": options_of(config)}
     noted = seed.out / "options.json"
     if noted.exists():

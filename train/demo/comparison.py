@@ -111,7 +111,7 @@ def difference_table(rows: Sequence[Row]) -> str:
     ]
     for arm in ARMS:
         cells = [
-            difference(rows, arm, other, name)
+            None if arm == other else difference(rows, arm, other, name)
             for other in (START, DAPO)
             for name in ("seen", "unseen")
         ]

@@ -46,7 +46,8 @@ def test_what_may_never_change():
     fixed |= {"model.lora_rank", "model.lora_alpha", "model.lora_targets"}
     assert names(Kind.FIXED, TapoConfig()) == fixed
     assert names(Kind.CONTENT, TapoConfig()) == {"data.path", "model.path"}
-    sft = {name for name in fixed if not name.startswith("data.")} | {"optim.samples_per_step"}
+    sft = {name for name in fixed if not name.startswith("data.")} | {"data.held_out"}
+    sft |= {"optim.samples_per_step"}
     assert names(Kind.FIXED, SftConfig()) == sft
 
 

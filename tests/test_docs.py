@@ -28,6 +28,7 @@ from torch.distributed.run import get_args_parser
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.tool_config import EvalConfig
 from tercet.train import eval_fgvr, make_triplets, plan
+from tercet.train.demo import __main__ as demo
 from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import parse, read_options
 
@@ -308,7 +309,8 @@ def known_options() -> set[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", "--help"])
-        texts = [helped(show) for show in (eval_fgvr.main, make_triplets.main, plan.main)]
+        shown = (eval_fgvr.main, make_triplets.main, plan.main, lambda: demo.main(["--help"]))
+        texts = [helped(show) for show in shown]
     texts += [helped(lambda c=c: parse(c, ["--help"], "")) for c in (TapoConfig, SftConfig)]
     torchrun = {name for action in get_args_parser()._actions for name in action.option_strings}
     return {*re.findall(r"--[\w.]+", "\n".join(texts)), *torchrun, *FOREIGN}

@@ -26,7 +26,10 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=[f"tercet.{room.replace('/', '.')}" for room in ROOMS],
     package_dir={f"tercet.{room.replace('/', '.')}": room for room in ROOMS},
-    package_data={"tercet.train": ["recipes/*.yaml"]},
+    package_data={
+        "tercet.train": ["recipes/*.yaml"],
+        "tercet.train.evaluation": ["published.csv"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -34,6 +37,8 @@ setup(
         "peft>=0.18",
         "accelerate>=1.6",
         "tokenizers>=0.22",
+        "sentencepiece>=0.2.1",
+        "protobuf>=4.25",
         "numpy>=1.26",
         "safetensors>=0.8",
         "pillow>=10.3",

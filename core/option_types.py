@@ -115,6 +115,9 @@ Epsilon = restricted_number_type(  # a smaller one is 0 in float32
 Temperature = restricted_number_type(
     "Temperature", float, [(">=", 0.001), ("<=", 1000)], docstring="a number from 0.001 to 1000"
 )
+TemperatureOrZero = restricted_number_type(
+    "TemperatureOrZero", float, [(">=", 0), ("<=", 1000)], docstring="a number from 0 to 1000"
+)
 Seconds = restricted_number_type(  # sockets count milliseconds in 31 bits
     "Seconds", float, [(">", 0), ("<=", 1e6)], docstring="a number above 0 and at most 1,000,000"
 )

@@ -243,6 +243,14 @@ class EvalQuestion:
     super_category: str
     partition: Partition | Literal[""]
     """Empty where neither the record nor the file name tells it."""
+    dataset: str = ""
+    """Column of the papers' tables that it belongs to."""
+    path: str = ""
+    """Path of the photo as its file gives it; `image` is where it lies here."""
+    file: str = ""
+    """Name of its file without the ending; with `line` it says which question this is."""
+    line: int = 0
+    """From 1."""
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from eval_support import siglip
 from PIL import Image
 from support import tiny
 from torch.distributed.run import get_args_parser
 
 from tercet.core.config import SftConfig, TapoConfig
+from tercet.core.tool_config import EvalConfig
 from tercet.train import eval_fgvr, make_triplets, plan
 from tercet.train.learner.arguments import overridden
-from tercet.train.learner.command_line import parse
+from tercet.train.learner.command_line import parse, read_options
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {
@@ -49,17 +51,18 @@ PLACEHOLDERS = {
     "MODEL": "policy",
     "STAGE1": "policy",
     "CHECKPOINT": "policy",
+    "ENCODER": "encoder",
     "ENV/bin/python": sys.executable,
 }
-"""Words of a command, and what stands for them; `photos`, `stage1.json` and `my_rewards.py` lie in
-the folder that commands are run in."""
+"""Words of a command, and what stands for them; the other files that commands name lie in the
+folder that they are run in."""
 TINY = {
     "tapo": """--data.shots=3 --data.sft_shots=0 --run.steps=1 --run.device=cpu
         --rollout.groups_per_step=2 --rollout.n_anchor=2 --rollout.n_positive=2
         --rollout.max_response_tokens=8 --rollout.max_rounds=1
         --rollout.on_exhausted=keep_last_round""".split(),
     "sft": ["--run.steps=1", "--run.device=cpu", "--optim.samples_per_step=2"],
-    "eval_fgvr": ["--max_tokens=8", "--per_class=1", "--device=cpu"],
+    "eval_fgvr": ["--max_tokens=8", "--per_class=1", "--device=cpu", "--text_encoder=null"],
     "make_triplets": ["--data.shots=3", "--data.sft_shots=0"],
     "plan": [],
 }
@@ -162,6 +165,8 @@ def check_options(name: str, argv: list[str]) -> None:
     """Fails for an option or a value that the command would refuse."""
     if name in ("tapo", "sft"):
         parse({"tapo": TapoConfig, "sft": SftConfig}[name], argv, "")
+    elif name == "eval_fgvr":
+        read_options(EvalConfig, argv, "")
     else:
         assert name == "plan", f"parse the options of {name} here, or run it"
         plan.read(argv)
@@ -185,6 +190,8 @@ def workspace(tmp_path_factory) -> Path:
     ]
     record = {"messages": messages, "images": ["photos/bird/red_bird/0.jpg"]}
     (root / "stage1.json").write_text(json.dumps([record] * 2))
+    write_questions(root)
+    siglip(root / "encoder")
     python = [code for text in TEXTS.values() for name, code in blocks(text) if name == "python"]
     (root / "my_rewards.py").write_text("\n".join(python))
     (root / "train").symlink_to(ROOT / "train")
@@ -194,6 +201,19 @@ def workspace(tmp_path_factory) -> Path:
         patch.setattr(sys, "argv", ["make_triplets", *argv, "--out=runs/mine"])
         make_triplets.main()
     return root
+
+
+def write_questions(root: Path) -> None:
+    """Question files, and answers to them."""
+    answers = []
+    for stem in ("bird_seen", "bird_unseen"):
+        asked = {"question": "Which bird?", "options": ["red bird", "blue bird"]}
+        asked |= {"image_path": "far/bird/red_bird/0.jpg", "ground_truth": "red bird"}
+        (root / f"{stem}.jsonl").write_text(json.dumps(asked))
+        for mode in ("closed", "open"):
+            about = {"file": stem, "line": 1, "mode": mode, "trial": 0, "output": "a bird"}
+            answers.append(json.dumps(about) + "\n")
+    (root / "answers.jsonl").write_text("".join(answers))
 
 
 def assert_explained(metrics_file: Path) -> None:

@@ -1,18 +1,27 @@
-"""Evaluation with a scripted engine: answers belong to their questions; tables by hand."""
+"""Asking: answers belong to their questions, are written at once, and are never asked for twice."""
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from support import tiny
 
+from tercet.core.data.manifest import Manifest
 from tercet.core.prompts import closed_world_text, open_world_text, stage2_text
-from tercet.core.types import Completion, EvalQuestion, PolicyParts
+from tercet.core.types import Completion, EvalQuestion, Photo, PolicyParts
+from tercet.rollout import launch
 from tercet.train import eval_fgvr
 from tercet.train.evaluation.answers import ask, table
+from tercet.train.learner.arguments import overridden
 
 NAMES = {"bird": ("least auklet", "crested auklet", "parakeet auklet")}
 OUTPUTS = [
@@ -79,39 +88,205 @@ def test_tables_are_hand_counted():
     assert set(table(unnamed)["seen"]) == {"n", "included"}
 
 
-def test_the_command_writes_every_answer(tmp_path, monkeypatch, capsys):
-    tiny().save(tmp_path / "policy")
+class Dying:
+    """An engine whose process dies after so many answers."""
+
+    def __init__(self, engine, answers: int):
+        self.engine, self.left, self.asked = engine, answers, []
+
+    async def generate(self, requests, sampling):
+        self.asked += [request.id for request in requests]
+        async for completion in self.engine.generate(requests, sampling):
+            if self.left == 0:
+                raise OSError("died")
+            self.left -= 1
+            yield completion
+
+    def close(self) -> None: ...
+
+
+def write_questions(folder: Path, n: int = 3, name: str = "my_bird_seen") -> str:
     lines = []
-    for n in range(3):
-        Image.new("RGB", (70, 60), (80 * n, 90, 30)).save(tmp_path / f"{n}.png")
-        line = {"image_path": f"{n}.png", "question": "What is it?", "ground_truth": "least auklet"}
-        lines.append(json.dumps(line | {"options": ["least auklet", "puffin", "gull", "tern"]}))
-    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
-    argv = ["eval", f"--model.path={tmp_path / 'policy'}", f"--data={tmp_path / 'questions.jsonl'}"]
-    argv += [f"--out={tmp_path / 'new' / 'eval.json'}", "--max_tokens=6", "--prompt=closed_world"]
-    monkeypatch.setattr(sys, "argv", argv)
+    for i in range(n):
+        photo = folder / "photos" / "wren" / f"{i}.png"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 60), (80 * i % 256, 90, 30)).save(photo)
+        line = {"image_path": f"/far/away/birds/wren/{i}.png", "question": f"Which is {i}?"}
+        line |= {"options": ["wren", "puffin", "gull", "tern"], "ground_truth": "wren"}
+        lines.append(json.dumps(line))
+    (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return str(folder / f"{name}.jsonl")
+
+
+def evaluate(monkeypatch, folder: Path, *more: str) -> list[dict]:
+    """Run the command on the questions and photos in `folder`; rows of table.csv."""
+    argv = [f"--model.path={folder / 'policy'}", f"--images={folder / 'photos'}"]
+    argv += [f"--out={folder / 'new' / 'out'}", "--max_tokens=6", "--text_encoder=null"]
+    argv = overridden([*argv, "--device=cpu"], more)
+    monkeypatch.setattr(sys, "argv", ["eval_fgvr", *argv])
     eval_fgvr.main()
-    written = json.loads((tmp_path / "new" / "eval.json").read_text())
-    assert [a["question"]["image"] for a in written["answers"]] == [
-        str(tmp_path / f"{n}.png") for n in range(3)
+    with open(folder / "new" / "out" / "table.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def answers_in(folder: Path) -> list[dict]:
+    with open(folder / "new" / "out" / "answers.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture
+def work(tmp_path) -> Path:
+    tiny().save(tmp_path / "policy")
+    return tmp_path
+
+
+def test_the_command_asks_in_both_modes_and_writes_every_answer(work, monkeypatch, capsys):
+    rows = evaluate(monkeypatch, work, f"--questions={write_questions(work)}")
+    said = answers_in(work)
+    assert sorted((a["line"], a["mode"], a["trial"]) for a in said) == [
+        (line, mode, 0) for line in (1, 2, 3) for mode in ("closed", "open")
     ]
-    assert all(a["output"] for a in written["answers"])
-    (row,) = written["table"].values()
-    assert row["n"] == 3 and "closed" in capsys.readouterr().out
+    assert all(a["output"] and a["finish"] == "length" for a in said)
+    assert {a["image"] for a in said} == {f"/far/away/birds/wren/{i}.png" for i in range(3)}
+    assert [(r["mode"], r["n"], r["cut_off"]) for r in rows] == [
+        ("closed", "3", "3"),
+        ("open", "3", "3"),
+    ]
+    assert "Closed-world accuracy" in capsys.readouterr().out
+    out = work / "new" / "out"
+    for name in ("lines.jsonl", "tables.csv", "tables.md", "by_sub_category.csv"):
+        assert (out / name).stat().st_size > 0
+    for mode in ("closed", "open"):
+        assert Image.open(out / f"confusion_{mode}.png").size[0] > 500
 
 
-def test_what_would_be_lost_at_the_end_is_named_before_a_model_is_loaded(tmp_path, monkeypatch):
-    Image.new("RGB", (70, 60)).save(tmp_path / "0.png")
-    line = {"question": "What is it?", "options": ["gull", "tern"], "ground_truth": "gull"}
-    lines = [json.dumps({"image_path": f"{n}.png"} | line) for n in range(2)]
-    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
-    (tmp_path / "file").write_text("")
-    for out, message in (
-        ("new/eval.json", r"1\.png': no such file \(1 bad photos"),
-        ("file/eval.json", "--out: .*eval.json cannot be written: .*file is no folder"),
-        (".", "--out: .* is a folder"),
-    ):
-        argv = ["eval", "--model.path=nowhere", f"--data={tmp_path / 'questions.jsonl'}"]
-        monkeypatch.setattr(sys, "argv", [*argv, f"--out={tmp_path / out}"])
-        with pytest.raises(ValueError, match=message):
-            eval_fgvr.main()
+def test_a_run_that_died_goes_on_without_asking_twice(work, monkeypatch):
+    real, engines = launch.open_engine, []
+
+    def dying(*arguments, **options):
+        engines.append(Dying(real(*arguments, **options), 4 if not engines else -1))
+        return engines[-1]
+
+    monkeypatch.setattr(launch, "open_engine", dying)
+    questions = write_questions(work)
+    with pytest.raises(OSError, match="died"):
+        evaluate(monkeypatch, work, f"--questions={questions}")
+    first = answers_in(work)
+    assert len(first) == 4
+    with open(work / "new" / "out" / "answers.jsonl", "a") as file:
+        file.write('{"file": "my_bird_seen", "line": 3, "mode"')  # half a line
+    rows = evaluate(monkeypatch, work, f"--questions={questions}")
+    assert len(engines[1].asked) == 2 and [row["n"] for row in rows] == ["3", "3"]
+    assert answers_in(work)[:4] == first and len(answers_in(work)) == 6
+    assert evaluate(monkeypatch, work, f"--questions={questions}") == rows
+    assert len(engines) == 2  # nothing was left to ask
+
+
+def test_answers_of_other_settings_are_not_mixed(work, monkeypatch):
+    questions = write_questions(work)
+    evaluate(monkeypatch, work, f"--questions={questions}", "--modes=open")
+    with pytest.raises(ValueError, match="were given with max_tokens 6, now it is 7: give another"):
+        evaluate(monkeypatch, work, f"--questions={questions}", "--max_tokens=7")
+    write_questions(work, 2)
+    with pytest.raises(ValueError, match=r"were given with file my_bird_seen.jsonl '\w+', now"):
+        evaluate(monkeypatch, work, f"--questions={questions}")
+
+
+def test_trials_are_sampled_each_with_a_seed_of_its_own(work, monkeypatch):
+    more = [f"--questions={write_questions(work)}", "--modes=open", "--temperature=1"]
+    (row,) = evaluate(monkeypatch, work, *more, "--trials=3")
+    said = answers_in(work)
+    assert row["trials"] == "3" and row["inclusion_error"] != ""
+    assert sorted((a["line"], a["trial"]) for a in said) == [
+        (line, trial) for line in (1, 2, 3) for trial in (0, 1, 2)
+    ]
+    assert len({a["output"] for a in said}) > 3
+    evaluate(monkeypatch, work, *more, "--trials=1", f"--out={work / 'new' / 'one'}")
+    with open(work / "new" / "one" / "answers.jsonl") as file:
+        again = {a["line"]: a["output"] for a in map(json.loads, file)}
+    assert again == {a["line"]: a["output"] for a in said if a["trial"] == 0}
+
+
+def test_missing_photos_are_an_error_wrong_or_left_out(work, monkeypatch, capsys):
+    questions = write_questions(work)
+    os.remove(work / "photos" / "wren" / "1.png")
+    (work / "photos" / "wren" / "2.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="2 of 3 questions have no usable photo: photo '/far"):
+        evaluate(monkeypatch, work, f"--questions={questions}", "--model.path=nowhere")
+    more = [f"--questions={questions}", "--modes=closed"]
+    (row,) = evaluate(monkeypatch, work, *more, "--missing=skip")
+    assert (row["n"], row["missing"]) == ("1", "0")
+    printed = capsys.readouterr().out
+    assert printed.count("2 of 3 questions have no usable photo: left out") == 2  # in each table
+    (row,) = evaluate(monkeypatch, work, *more, "--missing=wrong")
+    assert (row["n"], row["missing"]) == ("3", "2")
+    assert "counted as wrong" in (work / "new" / "out" / "tables.md").read_text()
+    assert len(answers_in(work)) == 1
+
+
+def test_per_class_draws_from_question_files_too(work, monkeypatch):
+    more = [f"--questions={write_questions(work, 5)}", "--modes=closed", "--per_class=2"]
+    (row,) = evaluate(monkeypatch, work, *more)
+    assert row["n"] == "2" and len({a["line"] for a in answers_in(work)}) == 2
+
+
+def test_manifests_are_asked_about_too(work, monkeypatch):
+    photos = [Photo(str(work / "p" / f"{n}.png"), "bird", "wren", "Which?") for n in range(2)]
+    for photo in photos:
+        Path(photo.image).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (60, 60)).save(photo.image)
+    names = {"bird": ["wren", "gull", "tern"]}
+    test = {"seen": photos[:1], "unseen": photos[1:]}
+    Manifest([], [], test, names, {}, {}).write(work / "mine")
+    rows = evaluate(
+        monkeypatch, work, f"--questions={work / 'mine' / 'triplets.json'}", "--images=[]"
+    )
+    assert [(r["questions"], r["mode"], r["dataset"], r["partition"], r["n"]) for r in rows] == [
+        (f"triplets_{partition}", mode, "bird", partition, "1")
+        for partition in ("seen", "unseen")
+        for mode in ("closed", "open")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--questions=[]"], "--questions: give at least one file"),
+        (["--trials=2"], "--trials 2 needs --temperature above 0"),
+        (["--modes", "open", "open"], "--modes: closed, open or both, each once"),
+        (["--prompt=stage2"], "--prompt stage2 shows no options: it needs --modes open"),
+        (["--out=my_bird_seen.jsonl"], "--out: my_bird_seen.jsonl is a file"),
+        (["--questions", "my_bird_seen.jsonl", "a/../my_bird_seen.jsonl"], "have one name, 'my_b"),
+        (["--modes=shut"], "modes must be a list, each entry 'closed' or 'open'"),
+        (["--options=sorted"], "options must be 'released'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(more, message, tmp_path, monkeypatch):
+    write_questions(tmp_path)
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    argv = overridden(["--questions=my_bird_seen.jsonl", "--model.path=nowhere"], more)
+    with pytest.raises(ValueError, match=message):
+        monkeypatch.setattr(sys, "argv", ["eval_fgvr", *argv])
+        eval_fgvr.main()
+
+
+def test_ctrl_c_ends_the_command_and_keeps_what_was_said(work):
+    """Within two seconds on an idle machine; here only that it does not finish its work."""
+    questions = write_questions(work, 40)
+    command = [sys.executable, "-m", "tercet.train.eval_fgvr", f"--questions={questions}"]
+    command += [f"--model.path={work / 'policy'}", f"--images={work / 'photos'}", "--device=cpu"]
+    command += [f"--out={work / 'out'}", "--max_tokens=512", "--text_encoder=null"]
+    command += ["--rollout.max_rows=1"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    answers = work / "out" / "answers.jsonl"
+    deadline = time.monotonic() + 120
+    while not (answers.exists() and answers.stat().st_size) and time.monotonic() < deadline:
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    kept = answers.read_text().splitlines()
+    assert running.returncode == 130 and 0 < len(kept) < 80
+    assert "stopped by SIGINT: " in said and "the same command goes on" in said
+    assert all(json.loads(line)["output"] for line in kept)

@@ -223,13 +223,15 @@ def test_home_folders_are_expanded(tmp_path, monkeypatch):
     assert "~" not in resolved and f"out: {tmp_path}/run" in resolved
     tools = read_options(TripletsConfig, ["--out=~/t", "--parquet=~/p", "--data.embedder=~/e"], "")
     assert [tools.out, tools.parquet, tools.data.embedder] == [f"{tmp_path}/{n}" for n in "tpe"]
-    tools = read_options(EvalConfig, ["--data=~/d", "--out=~/o"], "")
-    assert [tools.data, tools.out] == [f"{tmp_path}/{n}" for n in "do"]
+    argv = ["--questions", "~/q", "~/r", "--out=~/o", "--images=~/i", "--text_encoder=~/t"]
+    tools = read_options(EvalConfig, argv, "")
+    paths = [*tools.questions, tools.out, *tools.images, tools.text_encoder]
+    assert paths == [f"{tmp_path}/{n}" for n in "qroit"]
     assert read_options(SeedsConfig, ["--seeds=3", "--out=~/s"], "").out == f"{tmp_path}/s"
 
 
 def test_a_command_ends_with_one_line_and_code_1():
-    command = [sys.executable, "-m", "tercet.train.eval_fgvr", "--data=x", "--max_rows=nan"]
+    command = [sys.executable, "-m", "tercet.train.eval_fgvr", "--questions=x", "--trials=nan"]
     done = subprocess.run(command, capture_output=True, text=True)
-    said = "eval_fgvr.py: max_rows must be a whole number from 1 to 1,000,000, got 'nan'\n"
+    said = "eval_fgvr.py: trials must be a whole number from 1 to 10,000, got 'nan'\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", said)

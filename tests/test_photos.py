@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from tercet.core.data import fields
+from tercet.core.data.eval_files import read_eval
 from tercet.core.data.fields import as_words
 from tercet.core.data.photos import check_images, read_photos
-from tercet.core.data.records import read_eval, read_sft
+from tercet.core.data.records import read_sft
 from tercet.core.data.vision import load_image
 from tercet.core.types import Photo
 
@@ -464,7 +465,7 @@ def question(**more):
     } | more
 
 
-def test_eval_questions_are_read_with_names_as_words(tmp_path):
+def test_eval_questions_are_read_with_names_as_written(tmp_path):
     lines = [question(), question(world="seen"), question(partition="seen")]
     path = write_lines(tmp_path / "made_eval_bird_unseen.jsonl", *lines)
     first, second, third = read_eval(path)
@@ -472,13 +473,18 @@ def test_eval_questions_are_read_with_names_as_words(tmp_path):
     assert first.image == str(tmp_path / "garden_bird" / "wren" / "1.jpg")
     assert (first.question, first.options, first.truth) == (
         "Which?",
-        ("wren", "great tit"),
-        "great tit",
+        ("wren", "great_tit"),
+        "great_tit",
     )
-    assert (first.super_category, first.partition) == ("garden bird", "unseen")
+    assert (first.super_category, first.dataset, first.partition) == ("bird", "bird", "unseen")
+    assert [q.line for q in (first, second, third)] == [1, 2, 3]
+    assert (first.file, first.path) == (path.stem, "garden_bird/wren/1.jpg")
     assert second.partition == "seen"
     (own,) = read_eval(write_lines(tmp_path / "q.jsonl", question(super_category="tiny_bird")))
-    assert (own.super_category, own.partition) == ("tiny bird", "")
+    assert (own.super_category, own.dataset, own.partition) == ("tiny bird", "bird", "")
+    moss = question(image_path="wet_moss/1.jpg")
+    (other,) = read_eval(write_lines(tmp_path / "my_plants_seen.jsonl", moss))
+    assert (other.super_category, other.dataset) == ("wet moss", "my_plants")
 
 
 @pytest.mark.parametrize(
@@ -517,6 +523,7 @@ def test_two_spellings_of_a_class_are_refused_by_every_reader(tmp_path, names):
     [
         (question(ground_truth="crow"), r":2: ground_truth 'crow' is not among the options"),
         (question(options="wren"), r":2: 'options' must be a list of names"),
+        (question(options=["great_tit", "_"]), r":2: the option '_' holds no name"),
         (question(partition="old"), r":2: 'partition' must be seen or unseen"),
         (question(image_path=None), r":2: 'image_path' must be a text"),
         ("{", r":2: malformed JSON line"),

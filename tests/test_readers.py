@@ -14,12 +14,13 @@ import pytest
 import yaml
 from PIL import Image
 
+from tercet.core.data.eval_files import read_eval
 from tercet.core.data.folder_names import read_names
 from tercet.core.data.manifest import Manifest
 from tercet.core.data.parquet import read_parquet
 from tercet.core.data.photos import check_images, read_photos
 from tercet.core.data.questions import read_questions
-from tercet.core.data.records import read_eval, read_sft
+from tercet.core.data.records import read_sft
 from tercet.core.types import Anchor, Photo
 
 pytestmark = pytest.mark.core

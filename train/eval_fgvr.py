@@ -1,61 +1,204 @@
-"""Evaluation on held-out photos: greedy answers, closed-world and open-world accuracy.
+"""Evaluation on fine-grained questions: answers of a model, their scores, and the papers' tables.
 
-    python -m tercet.train.eval_fgvr --model.path CHECKPOINT --data triplets.json --out eval.json
+    python -m tercet.train.eval_fgvr --questions bird_seen.jsonl bird_unseen.jsonl \\
+        --images PHOTOS --model.path CHECKPOINT --out eval/mine
+    python -m tercet.train.eval_fgvr --questions bird_seen.jsonl bird_unseen.jsonl \\
+        --rescore eval/mine/answers.jsonl --out eval/again
 
-`--data` is a triplets.json, for its held-out photos, or JSON Lines of questions. Closed-world: the
-prompt shows the options, and an answer is correct when it includes the true one. Open-world: an
-answer is correct when the true name is the only known name in it (`exact`), or when the true name
-occurs in it (`included`, the published text inclusion).
+Every answer is a line of OUT/answers.jsonl as soon as it is there: a run that was stopped goes on
+with the same command. `--rescore` scores such lines again, without photos and without a model.
+docs/evaluation.md explains scores and tables.
 """
 
 from __future__ import annotations
 
-import json
+import asyncio
+import sys
+from contextlib import closing
 from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 
 from tercet.core.config import RunConfig
+from tercet.core.rollout_config import RolloutConfig
 from tercet.core.tool_config import EvalConfig
-from tercet.train.learner.command_line import check_output, command, read_options
+from tercet.train.learner.command_line import command, read_options
+from tercet.train.learner.interrupt import Interrupted, StopSignal
 
 
 def main() -> None:
-    evaluate(read_options(EvalConfig, None, __doc__.split("\n")[0]))
+    options = read_options(EvalConfig, None, __doc__.split("\n")[0])
+    with StopSignal() as stop, stop.at_once():
+        evaluate(options)
 
 
 def evaluate(options: EvalConfig) -> None:
-    """Ask the questions, score the answers, write them and print the table."""
+    """Ask the questions, or read answers to them; score them, write everything and print tables."""
     # Here, so that --help does not wait for torch and transformers.
-    from tercet.core.data.photos import check_images
-    from tercet.core.data.vision import PromptEncoder
-    from tercet.core.models import load_policy
-    from tercet.rollout.local import LocalEngine
-    from tercet.train.evaluation.answers import ask, questions_of, table
+    from tercet.train.evaluation.answer_file import read_answers
+    from tercet.train.evaluation.questions import read_all
+    from tercet.train.evaluation.text_similarity import TextEncoder
     from tercet.train.learner.device import set_up
 
-    check_output(Path(options.out), "out")
-    questions, names = questions_of(options.data, options.per_class)
-    bad = check_images((question.image for question in questions), "skip")
-    if bad:
-        raise ValueError(f"{next(iter(bad.values()))} ({len(bad)} bad photos in {options.data})")
+    check(options)
+    questions = read_all(options.questions, options.per_class)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
     device = set_up(RunConfig(device=options.device))
-    parts = load_policy(options.model, device)
-    engine = LocalEngine(parts, PromptEncoder(parts), max_rows=options.max_rows)
-    answers = ask(
-        engine,
+    encoder = None
+    if options.text_encoder is not None and (options.rescore or "open" in options.modes):
+        encoder = TextEncoder(options.text_encoder, device)
+    if options.rescore:
+        answers, remarks = read_answers(Path(options.rescore), questions.by_place)
+    else:
+        answers, remarks = generate(options, questions, out, device)
+    report(options, questions, answers, remarks, encoder)
+
+
+def check(options: EvalConfig) -> None:
+    """Raises ValueError for options that do not go together, before anything is loaded."""
+    if not options.questions:
+        raise ValueError("--questions: give at least one file")
+    if not options.modes or len(set(options.modes)) < len(options.modes):
+        raise ValueError(f"--modes: closed, open or both, each once, got {options.modes}")
+    if options.trials > 1 and options.temperature == 0 and not options.rescore:
+        raise ValueError(
+            f"--trials {options.trials} needs --temperature above 0: greedy answers are all alike"
+        )
+    if options.prompt == "stage2" and "closed" in options.modes and not options.rescore:
+        raise ValueError("--prompt stage2 shows no options: it needs --modes open")
+    if Path(options.out).exists() and not Path(options.out).is_dir():
+        raise ValueError(f"--out: {options.out} is a file, where a folder is to be written")
+
+
+def generate(options: EvalConfig, questions, out: Path, device) -> tuple[list, list[str]]:
+    """Ask what OUT/answers.jsonl does not answer yet; all its answers, and remarks."""
+    from tercet.core.models import load_policy
+    from tercet.train.evaluation.answer_file import AnswerFile
+    from tercet.train.evaluation.asking import every_answer
+
+    asked_about, remarks = with_photos(options, questions.all)
+    wanted = every_answer(asked_about, options.modes, options.trials)
+    with AnswerFile(out, settings_of(options), questions.by_place) as file:
+        given, kinds = {a.key for a in file.answers}, {asked.key for asked in wanted}
+        left = [asked for asked in wanted if asked.key not in given]
+        if left:
+            here = options.rollout.engine == "local"
+            parts = load_policy(options.model, device if here else "cpu")
+            try:
+                ask(options, parts, left, file, out)
+            except (Interrupted, KeyboardInterrupt) as error:
+                if isinstance(error, Interrupted):
+                    error.saved = f"{len(file.answers):,} answers are in {file.path}; the same "
+                    error.saved += "command goes on"
+                raise
+        answers = [a for a in file.answers if a.key in kinds]
+        return answers, [*remarks, *file.remarks]
+
+
+def with_photos(options: EvalConfig, questions: list) -> tuple[list, list[str]]:
+    """The questions whose photo is there, with its key; and what tables say about the others.
+
+    Raises:
+        ValueError: a photo is missing and `missing` is "error", or all of them are.
+    """
+    from tercet.train.evaluation.photo_search import place_photos, unusable
+    from tercet.train.evaluation.progress import Steps
+
+    if options.images:
+        questions = place_photos(questions, options.images)
+    with Steps("photos", len(questions)) as steps:
+        bad = unusable(questions, steps.advance)
+    usable = [q for q in questions if q.path not in bad]
+    if not bad:
+        return usable, []
+    said = f"{len(questions) - len(usable)} of {len(questions)} questions have no usable photo"
+    first = next(iter(bad.values()))
+    if options.missing == "error" or not usable:
+        raise ValueError(f"{said}: {first}; --missing wrong or --missing skip goes on without")
+    print(f"{said}:", *list(bad.values())[:10], *["..."] * (len(bad) > 10), sep="\n  ")
+    what = "counted as wrong" if options.missing == "wrong" else "left out"
+    return usable, [f"{said}: {what}"]
+
+
+def settings_of(options: EvalConfig) -> dict[str, object]:
+    """What the answers depend on, beside the questions' files by their hashes."""
+    model = {name: asdict(options.model)[name] for name in ("path", "dtype", "system_prompt")}
+    pixels = [options.model.min_pixels, options.model.max_pixels]
+    files = {
+        f"file {Path(path).name}": blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+        for path in options.questions
+    }
+    return {
+        **{f"model.{name}": value for name, value in model.items()},
+        "model.min_pixels and max_pixels": pixels,
+        **{
+            name: getattr(options, name)
+            for name in ("prompt", "options", "per_class", "temperature", "seed", "max_tokens")
+        },
+        **files,
+    }
+
+
+def ask(options: EvalConfig, parts, wanted: list, file, out: Path) -> None:
+    """Ask, and write every answer at once."""
+    from tercet.core.data.vision import PromptEncoder
+    from tercet.rollout.engine import Sampling
+    from tercet.rollout.launch import open_engine
+    from tercet.train.evaluation.asking import Asker
+    from tercet.train.evaluation.progress import Steps
+
+    open_prompt = "open_world" if options.prompt == "released" else "stage2"
+    prompts = {"closed": "closed_world", "open": open_prompt}
+    sampling = Sampling(options.temperature, max_tokens=options.max_tokens)
+    engine = open_engine(
         parts,
-        questions,
-        prompt=options.prompt,
-        names=names,
-        system_prompt=options.model.system_prompt,
-        max_tokens=options.max_tokens,
+        PromptEncoder(parts),
+        RolloutConfig(**asdict(options.rollout)),
+        out / "sglang",
+        lambda: iter(parts.model.named_parameters()),
     )
-    result = {"table": table(answers), "answers": [asdict(answer) for answer in answers]}
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
-    for partition, scores in result["table"].items():
-        print(partition, "  ".join(f"{name} {value:.1f}" for name, value in scores.items()))
-    print(f"written: {options.out}")
+    asker = Asker(engine, parts, prompts, sampling, options.model.system_prompt, options.seed)
+
+    async def collect(steps: Steps) -> None:
+        async for answer in asker.answers(wanted):
+            file.write(answer)
+            steps.advance()
+
+    with closing(engine), Steps("answers", len(wanted)) as steps:
+        asyncio.run(collect(steps))
+
+
+def report(options: EvalConfig, questions, answers: list, remarks: list[str], encoder) -> None:
+    """Score the answers, write the files and print the tables."""
+    from rich.console import Console
+
+    from tercet.train.evaluation.report import write_report
+    from tercet.train.evaluation.scoring import add_similarity, score_all
+    from tercet.train.evaluation.text_similarity import Embeddings
+
+    if not answers:
+        raise ValueError(f"{options.rescore or options.out} holds no answer to these questions")
+    out, remarks = Path(options.out), list(remarks)
+    words, wrong = options.domain_words, options.missing == "wrong"
+    scored = score_all(answers, questions, words=words, missing_are_wrong=wrong)
+    if encoder is not None:
+        try:
+            add_similarity(scored, words, Embeddings(encoder, out / "embeddings.sqlite"))
+        except ValueError as error:
+            if options.rescore:
+                raise
+            remarks.append(f"no similarity: {error}")  # the other scores must not be lost
+    asked = {(s.answer.file, s.answer.line) for s in scored}
+    files = {s.answer.file for s in scored}
+    unanswered = sum(q.file in files and (q.file, q.line) not in asked for q in questions.all)
+    if options.rescore and unanswered:
+        remarks.append(f"{unanswered} of the questions have no answer: left out")
+    name = options.name or Path(options.model.path or options.rescore).name
+    width = None if sys.stdout.isatty() else 130
+    console = Console(markup=False, highlight=False, width=width)
+    write_report(scored, out, model=name, words=words, remarks=remarks, console=console)
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -32,14 +32,24 @@ def load_json(path: Path):
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
+def json_lines(
+    path: Path, on_half_line: Callable[[str], None] | None = None
+) -> Iterator[tuple[str, dict]]:
     """The objects of a JSON Lines file, each with its place `file:line`; empty lines are skipped.
+
+    Args:
+        path: the file.
+        on_half_line: called with the place of a last line that breaks off, as a killed writer
+            leaves it. None: it is an error as any other.
 
     Raises:
         ValueError: naming file and line of what is not a JSON object.
     """
-    lines = read_bytes(path, MAX_JSON_BYTES).removeprefix(b"\xef\xbb\xbf").splitlines()
+    lines = read_bytes(path, MAX_JSON_BYTES).removeprefix(b"\xef\xbb\xbf").splitlines(True)
     for number, line in enumerate(lines, start=1):
+        if on_half_line and not line.endswith((b"\n", b"\r")) and _is_half(line):
+            on_half_line(f"{path}:{number}")
+            return
         where = f"{path}:{number}"
         if not line.strip():
             continue
@@ -50,6 +60,14 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a line must be a JSON object, got {shown(record)}")
         yield where, record
+
+
+def _is_half(line: bytes) -> bool:
+    try:
+        _parse(line.decode())
+    except ValueError:
+        return True
+    return False
 
 
 def _parse(text: str):

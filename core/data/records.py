@@ -1,26 +1,14 @@
-"""Records about photos: stage-1 conversations and evaluation questions."""
+"""Stage-1 records: conversations about photos."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
-from tercet.core.data.fields import (
-    as_words,
-    choice_of,
-    has_partition,
-    json_lines,
-    load_json,
-    partition_of,
-    text_of,
-    texts_of,
-)
+from tercet.core.data.fields import choice_of, load_json
 from tercet.core.data.files import check_text, shown
 from tercet.core.data.photos import OnBadImage, check_images
-from tercet.core.names import refuse_alike
-from tercet.core.types import EvalQuestion, Partition
 
 END_OF_TURN = "<|im_end|>"
 
@@ -68,28 +56,6 @@ def read_sft(
     return kept, skipped
 
 
-def read_eval(path: str | Path) -> list[EvalQuestion]:
-    """Read questions from JSON Lines of {"image_path", "question", "options", "ground_truth"}.
-
-    `_` in names is read as a space. The super-category is the record's `super_category`, else the
-    first folder of `image_path`; the partition is the record's `partition`, else the end of the
-    file's name (`..._seen.jsonl`, `..._unseen.jsonl`). The photos are not checked (see
-    `check_images`).
-
-    Args:
-        path: the file; image paths are relative to its folder.
-
-    Raises:
-        ValueError: naming file, line and field at fault.
-    """
-    path = Path(os.path.abspath(path))
-    questions = [_eval_question(record, path, where) for where, record in json_lines(path)]
-    if not questions:
-        raise ValueError(f"{path} holds no questions")
-    refuse_alike(((q.super_category, name) for q in questions for name in q.options), path)
-    return questions
-
-
 def _sft_sample(record: object, path: Path, index: int) -> SftSample:
     where = f"{path}: record {index}"
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
@@ -121,26 +87,3 @@ def _message(message: object, where: str) -> tuple[str, str]:
         text = content.rstrip().removesuffix(END_OF_TURN)
     check_text(text, f"{where}: 'content'", markers=True)
     return role, content
-
-
-def _eval_question(record: dict, path: Path, where: str) -> EvalQuestion:
-    image = text_of(record, "image_path", where)
-    names = tuple(as_words(option) for option in texts_of(record, "options", where))
-    truth = as_words(text_of(record, "ground_truth", where))
-    if truth not in names:
-        raise ValueError(f"{where}: ground_truth {truth!r} is not among the options {names}")
-    super_category = image.split("/")[0] if "/" in image else ""
-    if "super_category" in record:
-        super_category = text_of(record, "super_category", where)
-    partition = path.stem.rpartition("_")[2]
-    partition = partition if partition in get_args(Partition) else ""
-    if has_partition(record):
-        partition = partition_of(record, where)
-    return EvalQuestion(
-        image=os.path.normpath(path.parent / image),
-        question=text_of(record, "question", where),
-        options=names,
-        truth=truth,
-        super_category=as_words(super_category),
-        partition=partition,
-    )

@@ -1,0 +1,156 @@
+"""What an evaluation writes: lines.jsonl, table.csv, tables.csv, tables.md, by_sub_category.csv."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from tercet.core.names import normal_form
+from tercet.core.prompts import extract_answer
+from tercet.train.evaluation.confusion import draw_confusion
+from tercet.train.evaluation.scoring import (
+    SCORES,
+    Cell,
+    DomainWords,
+    Scored,
+    cell,
+    domain_word,
+    grouped,
+)
+from tercet.train.evaluation.tables import markdown, measured_rows, print_tables, write_csv
+
+FIRST_COLUMNS = ("questions", "mode", "n", "closed", "inclusion", "similarity")
+
+
+def write_report(
+    scored: Sequence[Scored],
+    folder: Path,
+    *,
+    model: str,
+    words: DomainWords,
+    remarks: Sequence[str],
+    console: Console,
+) -> None:
+    """Write every file of an evaluation and print its tables.
+
+    Args:
+        scored: at least one answer.
+        folder: made where there is none.
+        model: name of the tables' row.
+        words: as the answers were scored.
+        remarks: stand below every table.
+        console: for the tables.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_lines(scored, folder / "lines.jsonl", words)
+    _write_table(scored, folder / "table.csv")
+    _write_sub_categories(scored, folder / "by_sub_category.csv")
+    rows = measured_rows(scored, model)
+    write_csv(rows, folder / "tables.csv")
+    (folder / "tables.md").write_text(markdown(rows, remarks), encoding="utf-8")
+    for mode in ("closed", "open"):
+        of_mode = [s for s in scored if s.answer.mode == mode]
+        if of_mode:
+            draw_confusion(of_mode, folder / f"confusion_{mode}.png")
+    print_tables(rows, remarks, console)
+
+
+def _write_lines(scored: Sequence[Scored], path: Path, words: DomainWords) -> None:
+    with open(path, "w", encoding="utf-8", errors="replace") as file:
+        for s in scored:
+            a, q = s.answer, s.question
+            line = {
+                "file": a.file,
+                "line": a.line,
+                "mode": a.mode,
+                "trial": a.trial,
+                "dataset": q.dataset,
+                "partition": q.partition,
+                "image": q.path,
+                "truth": q.truth,
+                "answer": extract_answer(a.output, "longest"),
+                "named": s.named,
+                **s.scores,
+                "output": a.output,
+                "finish": a.finish,
+                "missing": s.missing,
+            }
+            if a.mode == "open":
+                line["domain_word"] = domain_word(q, words)[0]
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _write_table(scored: Sequence[Scored], path: Path) -> None:
+    """One row for each question file and mode."""
+    strict = [name for name in SCORES if name not in FIRST_COLUMNS]
+    bounds = [f"{name}_{end}" for name in SCORES for end in ("low", "high", "error")]
+    counts = ["trials", "no_answer", "cut_off", "missing"]
+    header = [*FIRST_COLUMNS, *strict, "dataset", "partition", *counts, *bounds]
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, header, restval="")
+        writer.writeheader()
+        for (stem, mode), group in grouped(
+            scored, lambda s: (s.answer.file, s.answer.mode)
+        ).items():
+            asked = [s.answer for s in group if not s.missing]
+            row = {
+                "questions": stem,
+                "mode": mode,
+                "n": len({s.answer.line for s in group}),
+                "dataset": _only(s.question.dataset for s in group),
+                "partition": _only(s.question.partition for s in group),
+                "trials": len({s.answer.trial for s in group}),
+                "no_answer": sum(not extract_answer(a.output, "longest") for a in asked),
+                "cut_off": sum(a.finish == "length" for a in asked),
+                "missing": sum(s.missing for s in group),
+            }
+            for name in SCORES:
+                row |= _columns(name, cell(group, name))
+            writer.writerow(row)
+
+
+def _only(values) -> str:
+    """The one value that all have; empty where they differ."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else ""
+
+
+def _columns(name: str, found: Cell | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    ends = {"": found.value, "_low": found.low, "_high": found.high, "_error": found.error}
+    return {name + end: f"{value:.6f}" for end, value in ends.items() if value is not None}
+
+
+def _write_sub_categories(scored: Sequence[Scored], path: Path) -> None:
+    """One row for each sub-category and mode, with the wrong name that was said most often."""
+    header = ["dataset", "partition", "sub_category", "mode", "n", *SCORES]
+    groups = grouped(
+        scored,
+        lambda s: (s.question.dataset, s.question.partition, s.question.truth, s.answer.mode),
+    )
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*header, "most_said_instead", "times"], restval="")
+        writer.writeheader()
+        for key, group in sorted(groups.items()):
+            row = dict(zip(header, key, strict=False))
+            row["n"] = len({(s.answer.file, s.answer.line) for s in group})
+            for name in SCORES:
+                values = [s.scores[name] for s in group if name in s.scores]
+                if values:
+                    row[name] = f"{100 * sum(values) / len(values):.4f}"
+            wrong = Counter(name for s in group for name in wrong_names(s))
+            if wrong:
+                row["most_said_instead"], row["times"] = wrong.most_common(1)[0]
+            writer.writerow(row)
+
+
+def wrong_names(s: Scored) -> list[str]:
+    """The known names in an answer that are not the true one."""
+    truth = normal_form(s.question.truth)
+    return [name for name in s.named if normal_form(name) != truth]

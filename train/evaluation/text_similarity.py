@@ -1,0 +1,143 @@
+"""Similarity of texts by a text encoder; each distinct text is embedded once and kept on disk."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from contextlib import closing
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from tercet.train.evaluation.progress import Steps
+
+MAX_TOKENS = 64
+"""Every text is padded or cut to as many, as the released script does."""
+AT_ONCE = 256
+LOCK_TIMEOUT_S = 60.0
+PROBES = ("object", "a photo of a bird", "Boeing 737-200")
+"""Texts whose embeddings tell one encoder from another."""
+
+
+class TextEncoder:
+    """A text encoder that transformers loads, in float32 (SigLIP, CLIP, or a text model alone).
+
+    Args:
+        path: folder or hub id of the model with its tokenizer.
+        device: where it runs.
+
+    Raises:
+        ValueError: naming the path, when it cannot be loaded.
+    """
+
+    def __init__(self, path: str, device: str | torch.device = "cpu"):
+        self.path, self.device = path, device
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            model = AutoModel.from_pretrained(path, trust_remote_code=False, dtype=torch.float32)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"--text_encoder {path!r} cannot be loaded: {reason} (--text_encoder null leaves "
+                "the similarity out)"
+            ) from error
+        self._model = model.to(device).eval()
+        self._encode = getattr(model, "get_text_features", model)
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """Embeddings [N, D] float32 of unit length, from everything that the tokenizer returns.
+
+        Raises:
+            ValueError: the encoder gives no pooled embedding, or one that is not finite.
+        """
+        inputs = self._tokenizer(
+            texts,
+            padding="max_length",
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_tensors="pt",
+        ).to(self.device)
+        found = self._encode(**inputs)
+        features = found if isinstance(found, torch.Tensor) else found.pooler_output
+        if features is None:
+            raise ValueError(f"--text_encoder {self.path!r} gives no pooled text embedding")
+        features = features / features.norm(dim=-1, keepdim=True)
+        bad = (~features.isfinite().all(dim=-1)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"--text_encoder {self.path!r} gives no finite embedding of {texts[bad[0]][:80]!r}"
+            )
+        return features.float().cpu().numpy()
+
+
+class Embeddings:
+    """The embeddings of texts, computed once and kept in an SQLite file.
+
+    Args:
+        encoder: the text encoder.
+        file: SQLite file of earlier embeddings; made where there is none.
+    """
+
+    def __init__(self, encoder: TextEncoder, file: Path):
+        self._encoder, self._file = encoder, file
+        self._rows: dict[str, int] = {}
+        self._matrix = np.zeros((0, 0), np.float32)
+        self._identity = blake2b(encoder(list(PROBES)).tobytes(), digest_size=16).digest()
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Embed the texts that were not embedded yet.
+
+        Raises:
+            ValueError: the file is no database, or another process writes to it for too long.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
+        if not new:
+            return
+        try:
+            with closing(sqlite3.connect(self._file, timeout=LOCK_TIMEOUT_S)) as store:
+                store.execute("CREATE TABLE IF NOT EXISTS texts (id BLOB PRIMARY KEY, vector BLOB)")
+                found = [self._embed(store, new[i : i + AT_ONCE]) for i in self._batches(len(new))]
+        except sqlite3.Error as error:
+            raise ValueError(f"{self._file} cannot be used: {error}; it may be removed") from error
+        self._rows |= {text: len(self._rows) + n for n, text in enumerate(new)}
+        self._matrix = np.concatenate([self._matrix, *found] if self._matrix.size else found)
+
+    def similarities(self, texts: list[str], others: list[str]) -> np.ndarray:
+        """[N] float64: cosine of each text and the other one of its place; all were added."""
+        cosines = np.empty(len(texts))
+        for start in range(0, len(texts), 4096):  # the vectors of all pairs may not fit
+            part = slice(start, start + 4096)
+            pair = [self._matrix[[self._rows[t] for t in x[part]]] for x in (texts, others)]
+            one, other = (rows.astype(np.float64) for rows in pair)
+            norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+            cosines[part] = (one * other).sum(axis=1) / norms
+        return cosines
+
+    @staticmethod
+    def _batches(n: int):
+        with Steps("texts", n) as steps:
+            for start in range(0, n, AT_ONCE):
+                yield start
+                steps.advance(min(AT_ONCE, n - start))
+
+    def _embed(self, store: sqlite3.Connection, texts: list[str]) -> np.ndarray:
+        """Embeddings of one batch: from the file where it has them, else computed and stored."""
+        ids = [blake2b(self._identity + text.encode(), digest_size=16).digest() for text in texts]
+        marks = ",".join("?" * len(ids))
+        rows = store.execute(f"SELECT id, vector FROM texts WHERE id IN ({marks})", ids)
+        known = {id_: np.frombuffer(vector, np.float32) for id_, vector in rows}
+        missing = [n for n, id_ in enumerate(ids) if id_ not in known]
+        if missing:
+            made = self._encoder([texts[n] for n in missing])
+            fresh = {ids[n]: vector for n, vector in zip(missing, made, strict=True)}
+            with store:
+                store.executemany(
+                    "INSERT OR REPLACE INTO texts VALUES (?, ?)",
+                    [(id_, vector.tobytes()) for id_, vector in fresh.items()],
+                )
+            known |= fresh
+        return np.stack([known[id_] for id_ in ids])

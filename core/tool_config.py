@@ -80,8 +80,9 @@ class EvalConfig:
     """closed: the options are in the prompt. open: they are not."""
     prompt: Literal["released", "stage2"] = "released"
     """Wording of the prompt: that of the released evaluation, or stage 2's (open mode alone)."""
-    options: Literal["released"] = "released"
-    """Order of the options: as they stand in the file."""
+    options: Literal["released", "shuffled", "rotated"] = "released"
+    """Order of the options in a prompt: as they stand in the file, drawn for each question, or
+    every question once with the true option at each place."""
     images: list[PathText] = field(default_factory=list)
     """Folders in which photos are found by the end of their path; none: paths are relative to the
     file of questions."""

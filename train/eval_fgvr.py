@@ -78,7 +78,8 @@ def generate(options: EvalConfig, questions, out: Path, device) -> tuple[list, l
     from tercet.train.evaluation.asking import every_answer
 
     asked_about, remarks = with_photos(options, questions.all)
-    wanted = every_answer(asked_about, options.modes, options.trials)
+    how = (options.modes, options.trials, options.options, options.seed)
+    wanted = every_answer(asked_about, *how)
     with AnswerFile(out, settings_of(options), questions.by_place) as file:
         given, kinds = {a.key for a in file.answers}, {asked.key for asked in wanted}
         left = [asked for asked in wanted if asked.key not in given]

@@ -9,7 +9,8 @@ from typing import Literal
 from tercet.core.prompts import chat_ids, closed_world_text, open_world_text, stage2_text
 from tercet.core.types import EvalQuestion, PolicyParts, Request
 from tercet.rollout.engine import Engine, Sampling
-from tercet.train.evaluation.answer_file import Answer, Mode
+from tercet.train.evaluation.answer_file import Answer, Key, Mode
+from tercet.train.evaluation.orders import OptionOrder, Order, orders_of, shown_in
 
 AT_ONCE = 2048
 """Requests that an engine is given at once: they and their random numbers are in memory."""
@@ -29,18 +30,29 @@ class Asked:
     question: EvalQuestion
     mode: Mode
     trial: int = 0
+    order: Order = ()
 
     @property
-    def key(self) -> tuple[str, int, Mode, int]:
+    def key(self) -> Key:
         """As that of its `Answer`."""
-        return self.question.file, self.question.line, self.mode, self.trial
+        return self.question.file, self.question.line, self.mode, self.trial, self.order
 
 
 def every_answer(
-    questions: Iterable[EvalQuestion], modes: Sequence[Mode], trials: int
+    questions: Iterable[EvalQuestion],
+    modes: Sequence[Mode],
+    trials: int,
+    options: OptionOrder = "released",
+    seed: int = 0,
 ) -> list[Asked]:
-    """All answers that are wanted, those about one photo in a row."""
-    return [Asked(q, mode, trial) for q in questions for mode in modes for trial in range(trials)]
+    """All answers that are wanted, those about one photo in a row (see `orders_of`)."""
+    return [
+        Asked(q, mode, trial, order)
+        for q in questions
+        for mode in modes
+        for trial in range(trials)
+        for order in (orders_of(q, options, seed) if mode == "closed" else [()])
+    ]
 
 
 @dataclass(frozen=True)
@@ -64,10 +76,11 @@ class Asker:
             async for completion in self.engine.generate(requests, self.sampling):
                 asked = by_id[completion.request_id]
                 text = self.parts.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-                yield Answer(*asked.key, text, asked.question.path, completion.finish_reason)
+                about = (asked.question.path, completion.finish_reason, asked.order)
+                yield Answer(*asked.key[:-1], text, *about)
 
     def _request(self, asked: Asked) -> Request:
-        question = asked.question
+        question = shown_in(asked.question, asked.order)
         text = PROMPTS[self.prompts[asked.mode]](question)
         ids = chat_ids(
             self.parts.tokenizer,
@@ -83,4 +96,4 @@ class Asker:
 
 
 def _id(asked: Asked) -> str:
-    return "/".join(map(str, asked.key))
+    return "/".join(map(str, (*asked.key[:-1], *asked.order)))

@@ -1,4 +1,4 @@
-"""What an evaluation writes: lines.jsonl, table.csv, tables.csv, tables.md, by_sub_category.csv."""
+"""What an evaluation writes: a line for each answer, tables, and accuracy by sub-category."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from tercet.core.names import normal_form
 from tercet.core.prompts import extract_answer
 from tercet.train.evaluation.confusion import draw_confusion
+from tercet.train.evaluation.option_bias import baseline_rows, meaning, write_places
 from tercet.train.evaluation.scoring import (
     SCORES,
     Cell,
@@ -50,14 +51,17 @@ def write_report(
     _write_lines(scored, folder / "lines.jsonl", words)
     _write_table(scored, folder / "table.csv")
     _write_sub_categories(scored, folder / "by_sub_category.csv")
-    rows = measured_rows(scored, model)
+    rows = [*baseline_rows(scored), *measured_rows(scored, model)]
+    notes = {"closed": [*meaning(scored), *remarks], "open": remarks}
     write_csv(rows, folder / "tables.csv")
-    (folder / "tables.md").write_text(markdown(rows, remarks), encoding="utf-8")
+    (folder / "tables.md").write_text(markdown(rows, notes), encoding="utf-8")
+    if any(s.answer.mode == "closed" for s in scored):
+        write_places(scored, folder / "by_place.csv")
     for mode in ("closed", "open"):
         of_mode = [s for s in scored if s.answer.mode == mode]
         if of_mode:
             draw_confusion(of_mode, folder / f"confusion_{mode}.png")
-    print_tables(rows, remarks, console)
+    print_tables(rows, notes, console)
 
 
 def _write_lines(scored: Sequence[Scored], path: Path, words: DomainWords) -> None:
@@ -73,6 +77,7 @@ def _write_lines(scored: Sequence[Scored], path: Path, words: DomainWords) -> No
                 "partition": q.partition,
                 "image": q.path,
                 "truth": q.truth,
+                "order": a.order,
                 "answer": extract_answer(a.output, "longest"),
                 "named": s.named,
                 **s.scores,

@@ -24,6 +24,7 @@ from tercet.train.evaluation.metrics import (
     released_answer,
     released_word,
 )
+from tercet.train.evaluation.orders import shown_in
 from tercet.train.evaluation.questions import Questions
 from tercet.train.evaluation.text_similarity import Embeddings
 
@@ -49,6 +50,11 @@ class Scored:
     named: list[str] = field(default_factory=list)
     """Known names in the answer: options in closed mode, names of the data set in open mode."""
     scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The options in the order of the prompt."""
+        return shown_in(self.question, self.answer.order).options
 
 
 def domain_word(question: EvalQuestion, words: DomainWords) -> tuple[str, bool]:
@@ -79,7 +85,7 @@ def score_all(
     scored = [Scored(questions.all[place[a.file, a.line]], a) for a in answers]
     if missing_are_wrong:
         scored += [Scored(*pair, missing=True) for pair in _unanswered(answers, questions)]
-    scored.sort(key=lambda s: (place[s.answer.file, s.answer.line], s.answer.mode, s.answer.trial))
+    scored.sort(key=lambda s: (place[s.answer.file, s.answer.line], *s.answer.key[2:]))
     for s in scored:
         if s.missing:
             of_mode = [name for name, mode in SCORES.items() if mode == s.answer.mode]
@@ -94,7 +100,7 @@ def score_all(
 def _unanswered(
     answers: Iterable[Answer], questions: Questions
 ) -> list[tuple[EvalQuestion, Answer]]:
-    known, kinds = {a.key for a in answers}, defaultdict(set)
+    known, kinds = {a.key[:4] for a in answers}, defaultdict(set)
     for file, _, mode, trial in known:
         kinds[file].add((mode, trial))
     wanted = [
@@ -102,15 +108,15 @@ def _unanswered(
         for q in questions.all
         for mode, trial in kinds[q.file]
     ]
-    return [(q, a) for q, a in wanted if a.key not in known]
+    return [(q, a) for q, a in wanted if a.key[:4] not in known]
 
 
 def _score_closed(s: Scored) -> None:
     output, q = s.answer.output, s.question
-    s.named = options_named(extract_answer(output, "longest") or "", q.options)
+    s.named = options_named(extract_answer(output, "longest") or "", s.shown)
     s.scores = {
         "closed": float(closed_world_correct(output, q.truth)),
-        "closed_strict": float(closed_world_exact(output, q.truth, q.options)),
+        "closed_strict": float(closed_world_exact(output, q.truth, s.shown)),
     }
 
 
@@ -155,16 +161,19 @@ class Cell:
 def cell(scored: Sequence[Scored], score: str) -> Cell | None:
     """Mean of a score: that of the trials' means; None where no answer has it.
 
+    A question that was asked with its options in several orders counts by the mean over them.
+
     The interval is Wilson's for a share and bootstrapped for the similarity, over the questions.
     """
-    by_question, by_trial = defaultdict(list), defaultdict(list)
+    by_question, by_trial = defaultdict(list), defaultdict(lambda: defaultdict(list))
     for s in scored:
         if (value := s.scores.get(score)) is not None:
-            by_question[s.answer.file, s.answer.line].append(value)
-            by_trial[s.answer.trial].append(value)
+            question = s.answer.file, s.answer.line
+            by_question[question].append(value)
+            by_trial[s.answer.trial][question].append(value)
     if not by_question:
         return None
-    trials = [float(np.mean(values)) for values in by_trial.values()]
+    trials = [float(np.mean([sum(v) / len(v) for v in of.values()])) for of in by_trial.values()]
     value, n = float(np.mean(trials)), len(by_question)
     if score == "similarity":
         low, high = bootstrap([float(np.mean(values)) for values in by_question.values()])

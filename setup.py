@@ -40,6 +40,7 @@ setup(
         "sentencepiece>=0.2.1",
         "protobuf>=4.25",
         "numpy>=1.26",
+        "scipy>=1.12",
         "safetensors>=0.8",
         "pillow>=10.3",
         "pyarrow>=17",

@@ -66,12 +66,14 @@ class EngineConfig:
 class EvalConfig:
     """Options of train/eval_fgvr.py."""
 
-    questions: list[PathText]
+    questions: list[PathText] = field(default_factory=list)
     """JSON Lines of questions as published, or triplets.json of our own; several at once."""
     out: PathText = "eval"
     """Folder for answers, scores and tables; with the same options a killed run goes on there."""
     rescore: PathText | None = None
     """File of answers that are scored; no model is asked, and no photos are needed."""
+    compare: list[PathText] = field(default_factory=list)
+    """Two folders of evaluations of the same questions; their difference is all that is done."""
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: EngineConfig = field(default_factory=EngineConfig)
     name: Word | None = None

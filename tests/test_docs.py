@@ -214,6 +214,11 @@ def write_questions(root: Path) -> None:
             about = {"file": stem, "line": 1, "mode": mode, "trial": 0, "output": "a bird"}
             answers.append(json.dumps(about) + "\n")
     (root / "answers.jsonl").write_text("".join(answers))
+    scored = {"file": "bird_seen", "line": 1, "partition": "seen", "dataset": "bird"}
+    scored |= {"image": "0.jpg", "truth": "red bird", "closed": 1.0}
+    for name in ("base", "tuned"):
+        (root / "eval" / name).mkdir(parents=True)
+        (root / "eval" / name / "lines.jsonl").write_text(json.dumps(scored))
 
 
 def assert_explained(metrics_file: Path) -> None:

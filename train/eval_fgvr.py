@@ -41,6 +41,8 @@ def evaluate(options: EvalConfig) -> None:
     from tercet.train.learner.device import set_up
 
     check(options)
+    if options.compare:
+        return compare_two(options)
     questions = read_all(options.questions, options.per_class)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,9 @@ def evaluate(options: EvalConfig) -> None:
 
 def check(options: EvalConfig) -> None:
     """Raises ValueError for options that do not go together, before anything is loaded."""
-    if not options.questions:
+    if options.compare and len(options.compare) != 2:
+        raise ValueError(f"--compare: give two folders of evaluations, got {options.compare}")
+    if not options.questions and not options.compare:
         raise ValueError("--questions: give at least one file")
     if not options.modes or len(set(options.modes)) < len(options.modes):
         raise ValueError(f"--modes: closed, open or both, each once, got {options.modes}")
@@ -69,6 +73,27 @@ def check(options: EvalConfig) -> None:
         raise ValueError("--prompt stage2 shows no options: it needs --modes open")
     if Path(options.out).exists() and not Path(options.out).is_dir():
         raise ValueError(f"--out: {options.out} is a file, where a folder is to be written")
+
+
+def compare_two(options: EvalConfig) -> None:
+    """Compare two evaluations: a table, and OUT/compare.csv."""
+    from tercet.train.evaluation.compare import compare, print_differences, write_differences
+
+    first, second = map(Path, options.compare)
+    rows, notes = compare(first, second)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_differences(rows, out / "compare.csv")
+    print_differences(rows, (str(first), str(second)), notes, console())
+    print(f"written: {out / 'compare.csv'}")
+
+
+def console():
+    """For tables: as wide as the terminal, or wide enough for a file."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 130
+    return Console(markup=False, highlight=False, width=width)
 
 
 def generate(options: EvalConfig, questions, out: Path, device) -> tuple[list, list[str]]:
@@ -172,8 +197,6 @@ def ask(options: EvalConfig, parts, wanted: list, file, out: Path) -> None:
 
 def report(options: EvalConfig, questions, answers: list, remarks: list[str], encoder) -> None:
     """Score the answers, write the files and print the tables."""
-    from rich.console import Console
-
     from tercet.train.evaluation.report import write_report
     from tercet.train.evaluation.scoring import add_similarity, score_all
     from tercet.train.evaluation.text_similarity import Embeddings
@@ -196,9 +219,7 @@ def report(options: EvalConfig, questions, answers: list, remarks: list[str], en
     if options.rescore and unanswered:
         remarks.append(f"{unanswered} of the questions have no answer: left out")
     name = options.name or Path(options.model.path or options.rescore).name
-    width = None if sys.stdout.isatty() else 130
-    console = Console(markup=False, highlight=False, width=width)
-    write_report(scored, out, model=name, words=words, remarks=remarks, console=console)
+    write_report(scored, out, model=name, words=words, remarks=remarks, console=console())
     print(f"written: {out}")
 
 

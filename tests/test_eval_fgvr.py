@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from sglang_support import FLAGS, PYTHON, processes_in
 from support import tiny
 
 from tercet.core.data.manifest import Manifest
@@ -246,6 +247,21 @@ def test_manifests_are_asked_about_too(work, monkeypatch):
         for partition in ("seen", "unseen")
         for mode in ("closed", "open")
     ]
+
+
+@pytest.mark.sglang
+@pytest.mark.skipif(not PYTHON, reason="no SGLang server: run make test-sglang")
+def test_a_server_gives_the_answers_of_this_process(work, monkeypatch):
+    questions = f"--questions={write_questions(work)}"
+    evaluate(monkeypatch, work, questions, "--max_tokens=4")
+    here = {(a["line"], a["mode"]): a["output"] for a in answers_in(work)}
+    more = ["--rollout.engine=sglang", f"--rollout.sglang_python={PYTHON}", "--max_tokens=4"]
+    more += [f"--rollout.sglang_args={' '.join(FLAGS)}", f"--out={work / 'served'}"]
+    evaluate(monkeypatch, work, questions, *more)
+    with open(work / "served" / "answers.jsonl", encoding="utf-8") as file:
+        there = {(a["line"], a["mode"]): a["output"] for a in map(json.loads, file)}
+    assert there == here and len(there) == 6
+    assert processes_in(work / "served" / "sglang" / "server_0") == []
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from tercet.train.evaluation.progress import Steps
 MAX_TOKENS = 64
 """Every text is padded or cut to as many, as the released script does."""
 AT_ONCE = 256
+SMALL = 10**7
+"""Parameters up to which several threads cost more time in waiting than they save."""
 LOCK_TIMEOUT_S = 60.0
 PROBES = ("object", "a photo of a bird", "Boeing 737-200")
 """Texts whose embeddings tell one encoder from another."""
@@ -46,6 +48,7 @@ class TextEncoder:
             ) from error
         self._model = model.to(device).eval()
         self._encode = getattr(model, "get_text_features", model)
+        self._small = sum(parameter.numel() for parameter in model.parameters()) <= SMALL
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> np.ndarray:
@@ -61,7 +64,12 @@ class TextEncoder:
             max_length=MAX_TOKENS,
             return_tensors="pt",
         ).to(self.device)
-        found = self._encode(**inputs)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if self._small else threads)
+        try:
+            found = self._encode(**inputs)
+        finally:
+            torch.set_num_threads(threads)
         features = found if isinstance(found, torch.Tensor) else found.pooler_output
         if features is None:
             raise ValueError(f"--text_encoder {self.path!r} gives no pooled text embedding")

@@ -13,6 +13,8 @@ from rich.console import Console
 from tercet.core.names import normal_form
 from tercet.core.prompts import extract_answer
 from tercet.train.evaluation.confusion import draw_confusion
+from tercet.train.evaluation.error_kinds import KINDS
+from tercet.train.evaluation.error_report import print_shares, shares, write_examples
 from tercet.train.evaluation.option_bias import baseline_rows, meaning, write_places
 from tercet.train.evaluation.scoring import (
     SCORES,
@@ -61,7 +63,9 @@ def write_report(
         of_mode = [s for s in scored if s.answer.mode == mode]
         if of_mode:
             draw_confusion(of_mode, folder / f"confusion_{mode}.png")
+    write_examples(scored, folder / "errors.md")
     print_tables(rows, notes, console)
+    print_shares(scored, console)
 
 
 def _write_lines(scored: Sequence[Scored], path: Path, words: DomainWords) -> None:
@@ -81,6 +85,7 @@ def _write_lines(scored: Sequence[Scored], path: Path, words: DomainWords) -> No
                 "answer": extract_answer(a.output, "longest"),
                 "named": s.named,
                 **s.scores,
+                "error": s.error,
                 "output": a.output,
                 "finish": a.finish,
                 "missing": s.missing,
@@ -95,7 +100,8 @@ def _write_table(scored: Sequence[Scored], path: Path) -> None:
     strict = [name for name in SCORES if name not in FIRST_COLUMNS]
     bounds = [f"{name}_{end}" for name in SCORES for end in ("low", "high", "error")]
     counts = ["trials", "no_answer", "cut_off", "missing"]
-    header = [*FIRST_COLUMNS, *strict, "dataset", "partition", *counts, *bounds]
+    errors = [f"error_{kind}" for kind in KINDS]
+    header = [*FIRST_COLUMNS, *strict, "dataset", "partition", *counts, *bounds, *errors]
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, header, restval="")
         writer.writeheader()
@@ -116,6 +122,7 @@ def _write_table(scored: Sequence[Scored], path: Path) -> None:
             }
             for name in SCORES:
                 row |= _columns(name, cell(group, name))
+            row |= {f"error_{kind}": f"{share:.6f}" for kind, share in shares(group).items()}
             writer.writerow(row)
 
 

@@ -13,6 +13,7 @@ from tercet.core.names import names_in
 from tercet.core.prompts import extract_answer
 from tercet.core.types import EvalQuestion
 from tercet.train.evaluation.answer_file import Answer, Mode
+from tercet.train.evaluation.error_kinds import error_kind
 from tercet.train.evaluation.intervals import bootstrap, standard_error, wilson
 from tercet.train.evaluation.metrics import (
     closed_world_correct,
@@ -50,6 +51,8 @@ class Scored:
     named: list[str] = field(default_factory=list)
     """Known names in the answer: options in closed mode, names of the data set in open mode."""
     scores: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    """Kind of error, a key of KINDS; None where it is right or was not asked."""
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -118,6 +121,7 @@ def _score_closed(s: Scored) -> None:
         "closed": float(closed_world_correct(output, q.truth)),
         "closed_strict": float(closed_world_exact(output, q.truth, s.shown)),
     }
+    s.error = error_kind(output, s.answer.finish, q.truth, s.shown)
 
 
 def _score_open(s: Scored, names: tuple[str, ...], words: DomainWords) -> None:
@@ -128,6 +132,7 @@ def _score_open(s: Scored, names: tuple[str, ...], words: DomainWords) -> None:
         "inclusion": float(open_world_included(output, q.truth, cars)),
         "inclusion_strict": float(open_world_exact(output, q.truth, names)),
     }
+    s.error = error_kind(output, s.answer.finish, q.truth, names, cars)
 
 
 def add_similarity(scored: Sequence[Scored], words: DomainWords, embeddings: Embeddings) -> None:

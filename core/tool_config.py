@@ -80,8 +80,13 @@ class EvalConfig:
     """The model's name in the tables; None: the last part of its path."""
     modes: list[Literal["closed", "open"]] = field(default_factory=lambda: ["closed", "open"])
     """closed: the options are in the prompt. open: they are not."""
-    prompt: Literal["released", "stage2"] = "released"
-    """Wording of the prompt: that of the released evaluation, or stage 2's (open mode alone)."""
+    prompt: Literal[
+        "released", "stage2", "appendix", "choice", "both", "cot", "step_by_step", "in_context"
+    ] = "released"
+    """Wording of the prompt (docs/evaluation.md): that of the released evaluation, stage 2's (open
+    mode alone), the paper's appendix, ReFine-RFT's three, or the two baselines of Fine-R1."""
+    demonstrations: PathText | None = None
+    """triplets.json whose training photos are shown with --prompt in_context."""
     options: Literal["released", "shuffled", "rotated"] = "released"
     """Order of the options in a prompt: as they stand in the file, drawn for each question, or
     every question once with the true option at each place."""

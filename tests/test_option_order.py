@@ -7,6 +7,7 @@ import json
 from collections import Counter
 
 import pytest
+from support import tiny
 from test_eval_fgvr import answers_in, evaluate, write_questions
 from test_rescore import line, rescore, write_lines
 
@@ -113,8 +114,6 @@ def test_chance_counts_names_that_hold_the_true_one():
 
 
 def test_the_command_asks_in_every_order(tmp_path, monkeypatch, capsys):
-    from support import tiny
-
     tiny().save(tmp_path / "policy")
     more = [f"--questions={write_questions(tmp_path)}", "--options=rotated"]
     rows = evaluate(monkeypatch, tmp_path, *more)

@@ -69,8 +69,10 @@ def check(options: EvalConfig) -> None:
         raise ValueError(
             f"--trials {options.trials} needs --temperature above 0: greedy answers are all alike"
         )
-    if options.prompt == "stage2" and "closed" in options.modes and not options.rescore:
-        raise ValueError("--prompt stage2 shows no options: it needs --modes open")
+    modes = {"stage2": ["open"], "choice": ["closed"], "both": ["closed"]}.get(options.prompt)
+    if modes and options.modes != modes and not options.rescore:
+        shows = "shows no options" if modes == ["open"] else "shows the options"
+        raise ValueError(f"--prompt {options.prompt} {shows}: it needs --modes {modes[0]}")
     if Path(options.out).exists() and not Path(options.out).is_dir():
         raise ValueError(f"--out: {options.out} is a file, where a folder is to be written")
 
@@ -101,7 +103,9 @@ def generate(options: EvalConfig, questions, out: Path, device) -> tuple[list, l
     from tercet.core.models import load_policy
     from tercet.train.evaluation.answer_file import AnswerFile
     from tercet.train.evaluation.asking import every_answer
+    from tercet.train.evaluation.styles import Wording
 
+    wording = Wording(options.prompt, options.demonstrations)
     asked_about, remarks = with_photos(options, questions.all)
     how = (options.modes, options.trials, options.options, options.seed)
     wanted = every_answer(asked_about, *how)
@@ -112,7 +116,7 @@ def generate(options: EvalConfig, questions, out: Path, device) -> tuple[list, l
             here = options.rollout.engine == "local"
             parts = load_policy(options.model, device if here else "cpu")
             try:
-                ask(options, parts, left, file, out)
+                ask(options, parts, wording, left, file, out)
             except (Interrupted, KeyboardInterrupt) as error:
                 if isinstance(error, Interrupted):
                     error.saved = f"{len(file.answers):,} answers are in {file.path}; the same "
@@ -151,10 +155,13 @@ def settings_of(options: EvalConfig) -> dict[str, object]:
     """What the answers depend on, beside the questions' files by their hashes."""
     model = {name: asdict(options.model)[name] for name in ("path", "dtype", "system_prompt")}
     pixels = [options.model.min_pixels, options.model.max_pixels]
-    files = {
-        f"file {Path(path).name}": blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
-        for path in options.questions
-    }
+
+    def content(path: str) -> str:
+        return blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+
+    files = {f"file {Path(path).name}": content(path) for path in options.questions}
+    if options.demonstrations:
+        files["demonstrations"] = content(options.demonstrations)
     return {
         **{f"model.{name}": value for name, value in model.items()},
         "model.min_pixels and max_pixels": pixels,
@@ -166,7 +173,7 @@ def settings_of(options: EvalConfig) -> dict[str, object]:
     }
 
 
-def ask(options: EvalConfig, parts, wanted: list, file, out: Path) -> None:
+def ask(options: EvalConfig, parts, wording, wanted: list, file, out: Path) -> None:
     """Ask, and write every answer at once."""
     from tercet.core.data.vision import PromptEncoder
     from tercet.rollout.engine import Sampling
@@ -174,8 +181,6 @@ def ask(options: EvalConfig, parts, wanted: list, file, out: Path) -> None:
     from tercet.train.evaluation.asking import Asker
     from tercet.train.evaluation.progress import Steps
 
-    open_prompt = "open_world" if options.prompt == "released" else "stage2"
-    prompts = {"closed": "closed_world", "open": open_prompt}
     sampling = Sampling(options.temperature, max_tokens=options.max_tokens)
     engine = open_engine(
         parts,
@@ -184,7 +189,7 @@ def ask(options: EvalConfig, parts, wanted: list, file, out: Path) -> None:
         out / "sglang",
         lambda: iter(parts.model.named_parameters()),
     )
-    asker = Asker(engine, parts, prompts, sampling, options.model.system_prompt, options.seed)
+    asker = Asker(engine, parts, wording, sampling, options.model.system_prompt, options.seed)
 
     async def collect(steps: Steps) -> None:
         async for answer in asker.answers(wanted):
@@ -199,13 +204,15 @@ def report(options: EvalConfig, questions, answers: list, remarks: list[str], en
     """Score the answers, write the files and print the tables."""
     from tercet.train.evaluation.report import write_report
     from tercet.train.evaluation.scoring import add_similarity, score_all
+    from tercet.train.evaluation.styles import STYLES
     from tercet.train.evaluation.text_similarity import Embeddings
 
     if not answers:
         raise ValueError(f"{options.rescore or options.out} holds no answer to these questions")
     out, remarks = Path(options.out), list(remarks)
     words, wrong = options.domain_words, options.missing == "wrong"
-    scored = score_all(answers, questions, words=words, missing_are_wrong=wrong)
+    style = STYLES[options.prompt]
+    scored = score_all(answers, questions, words=words, missing_are_wrong=wrong, style=style)
     if encoder is not None:
         try:
             add_similarity(scored, words, Embeddings(encoder, out / "embeddings.sqlite"))

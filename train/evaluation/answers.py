@@ -6,15 +6,19 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from tercet.core.types import EvalQuestion, PolicyParts
 from tercet.rollout.engine import Engine, Sampling
-from tercet.train.evaluation.asking import Asked, Asker, Prompt
+from tercet.train.evaluation.asking import Asked, Asker
 from tercet.train.evaluation.metrics import (
     closed_world_correct,
     open_world_exact,
     open_world_included,
 )
+from tercet.train.evaluation.styles import Wording
+
+Prompt = Literal["stage2", "open_world", "closed_world"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ def ask(
     """
     mode = "closed" if prompt == "closed_world" else "open"
     sampling = Sampling(temperature=0, max_tokens=max_tokens)
-    asker = Asker(engine, parts, {mode: prompt}, sampling, system_prompt)
+    wording = Wording("stage2" if prompt == "stage2" else "released")
+    asker = Asker(engine, parts, wording, sampling, system_prompt)
     wanted = [Asked(replace(q, line=n), mode) for n, q in enumerate(questions)]
 
     async def collect() -> dict[int, str]:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from tercet.core.prompts import chat_ids, closed_world_text, open_world_text, stage2_text
+from tercet.core.prompts import chat_ids
 from tercet.core.types import EvalQuestion, PolicyParts, Request
 from tercet.rollout.engine import Engine, Sampling
 from tercet.train.evaluation.answer_file import Answer, Key, Mode
 from tercet.train.evaluation.orders import OptionOrder, Order, orders_of, shown_in
+from tercet.train.evaluation.styles import Wording
 
 AT_ONCE = 2048
 """Requests that an engine is given at once: they and their random numbers are in memory."""
-
-PROMPTS: dict[str, Callable[[EvalQuestion], str]] = {
-    "stage2": lambda q: stage2_text(q.question),
-    "open_world": lambda q: open_world_text(q.question),
-    "closed_world": lambda q: closed_world_text(q.question, list(q.options)),
-}
-Prompt = Literal["stage2", "open_world", "closed_world"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +54,7 @@ class Asker:
 
     engine: Engine
     parts: PolicyParts
-    prompts: dict[Mode, Prompt]
-    """Wording in each mode."""
+    wording: Wording
     sampling: Sampling
     system_prompt: str | None = None
     seed: int = 0
@@ -81,18 +73,11 @@ class Asker:
 
     def _request(self, asked: Asked) -> Request:
         question = shown_in(asked.question, asked.order)
-        text = PROMPTS[self.prompts[asked.mode]](question)
-        ids = chat_ids(
-            self.parts.tokenizer,
-            [{"role": "user", "content": "<image>" + text}],
-            1,
-            system_prompt=self.system_prompt,
-        )
+        turns, photos = self.wording.turns(question, asked.mode)
+        ids = chat_ids(self.parts.tokenizer, turns, len(photos), system_prompt=self.system_prompt)
         # One group a question: a server computes its photo once for all prompts.
         group = f"{question.file}/{question.line}"
-        return Request(
-            _id(asked), group, tuple(ids), (question.image,), n=1, seed=self.seed, step=asked.trial
-        )
+        return Request(_id(asked), group, tuple(ids), photos, n=1, seed=self.seed, step=asked.trial)
 
 
 def _id(asked: Asked) -> str:

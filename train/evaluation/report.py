@@ -82,7 +82,7 @@ def _write_lines(scored: Sequence[Scored], path: Path, words: DomainWords) -> No
                 "image": q.path,
                 "truth": q.truth,
                 "order": a.order,
-                "answer": extract_answer(a.output, "longest"),
+                "answer": extract_answer(s.text, "longest"),
                 "named": s.named,
                 **s.scores,
                 "error": s.error,
@@ -108,7 +108,7 @@ def _write_table(scored: Sequence[Scored], path: Path) -> None:
         for (stem, mode), group in grouped(
             scored, lambda s: (s.answer.file, s.answer.mode)
         ).items():
-            asked = [s.answer for s in group if not s.missing]
+            asked = [s for s in group if not s.missing]
             row = {
                 "questions": stem,
                 "mode": mode,
@@ -116,8 +116,8 @@ def _write_table(scored: Sequence[Scored], path: Path) -> None:
                 "dataset": _only(s.question.dataset for s in group),
                 "partition": _only(s.question.partition for s in group),
                 "trials": len({s.answer.trial for s in group}),
-                "no_answer": sum(not extract_answer(a.output, "longest") for a in asked),
-                "cut_off": sum(a.finish == "length" for a in asked),
+                "no_answer": sum(not extract_answer(s.text, "longest") for s in asked),
+                "cut_off": sum(s.answer.finish == "length" for s in asked),
                 "missing": sum(s.missing for s in group),
             }
             for name in SCORES:

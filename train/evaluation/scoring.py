@@ -27,6 +27,7 @@ from tercet.train.evaluation.metrics import (
 )
 from tercet.train.evaluation.orders import shown_in
 from tercet.train.evaluation.questions import Questions
+from tercet.train.evaluation.styles import STYLES, Style, scored_text
 from tercet.train.evaluation.text_similarity import Embeddings
 
 DomainWords = Literal["released", "super_category"]
@@ -48,6 +49,8 @@ class Scored:
     answer: Answer
     missing: bool = False
     """Nothing was asked: its photo is missing."""
+    text: str = ""
+    """Its output as the rules read it (see `scored_text`)."""
     named: list[str] = field(default_factory=list)
     """Known names in the answer: options in closed mode, names of the data set in open mode."""
     scores: dict[str, float] = field(default_factory=dict)
@@ -74,6 +77,7 @@ def score_all(
     *,
     words: DomainWords = "released",
     missing_are_wrong: bool = False,
+    style: Style = STYLES["released"],
 ) -> list[Scored]:
     """Score answers in everything but similarity, in the order of the questions.
 
@@ -83,6 +87,7 @@ def score_all(
         words: where the word for the super-category comes from.
         missing_are_wrong: questions without an answer score 0, in every mode and trial that other
             answers of their file have.
+        style: of the prompts.
     """
     place = {(q.file, q.line): n for n, q in enumerate(questions.all)}
     scored = [Scored(questions.all[place[a.file, a.line]], a) for a in answers]
@@ -90,6 +95,7 @@ def score_all(
         scored += [Scored(*pair, missing=True) for pair in _unanswered(answers, questions)]
     scored.sort(key=lambda s: (place[s.answer.file, s.answer.line], *s.answer.key[2:]))
     for s in scored:
+        s.text = scored_text(s.answer.output, s.shown if s.answer.mode == "closed" else (), style)
         if s.missing:
             of_mode = [name for name, mode in SCORES.items() if mode == s.answer.mode]
             s.scores = {name: 0.0 for name in of_mode if name != "similarity"}
@@ -115,7 +121,7 @@ def _unanswered(
 
 
 def _score_closed(s: Scored) -> None:
-    output, q = s.answer.output, s.question
+    output, q = s.text, s.question
     s.named = options_named(extract_answer(output, "longest") or "", s.shown)
     s.scores = {
         "closed": float(closed_world_correct(output, q.truth)),
@@ -125,7 +131,7 @@ def _score_closed(s: Scored) -> None:
 
 
 def _score_open(s: Scored, names: tuple[str, ...], words: DomainWords) -> None:
-    output, q = s.answer.output, s.question
+    output, q = s.text, s.question
     _, cars = domain_word(q, words)
     s.named = names_in(extract_answer(output, "longest") or "", names)
     s.scores = {
@@ -138,7 +144,7 @@ def _score_open(s: Scored, names: tuple[str, ...], words: DomainWords) -> None:
 def add_similarity(scored: Sequence[Scored], words: DomainWords, embeddings: Embeddings) -> None:
     """Give open-world answers their similarity; questions that got none have 0."""
     asked = [s for s in scored if s.answer.mode == "open"]
-    said = [released_answer(s.answer.output) for s in asked]
+    said = [released_answer(s.text) for s in asked]
     truths = [s.question.truth for s in asked]
     supers = [domain_word(s.question, words)[0] for s in asked]
     embeddings.add([*supers, *truths, *said])

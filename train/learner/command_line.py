@@ -161,6 +161,7 @@ def command(main) -> None:
     must not be restarted, nor called failed.
     """
     code, under_torchrun = 0, "TORCHELASTIC_RUN_ID" in os.environ
+    at_once = under_torchrun  # taking gloo's threads down aborts a process now and then
     name = Path(sys.argv[0]).name
     try:
         main()
@@ -171,10 +172,10 @@ def command(main) -> None:
         if isinstance(error, KeyboardInterrupt):  # before the run began, or after its end
             error = Interrupted(signal.SIGINT)
         code = 0 if under_torchrun else error.exit_code
+        at_once = True  # taking torch and transformers down takes seconds on a busy machine
         if os.environ.get("RANK", "0") == "0":
             print(f"{name}: {error}", file=sys.stderr)
-    if under_torchrun:
-        # Taking gloo's threads down aborts a process now and then, when all is done.
+    if at_once:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

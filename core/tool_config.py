@@ -18,6 +18,7 @@ from tercet.core.option_types import (
     PerStep,
     Seconds,
     Seed,
+    Temperature,
     TemperatureOrZero,
     Url,
     Word,
@@ -110,6 +111,32 @@ class EvalConfig:
     domain_words: Literal["released", "super_category"] = "released"
     """Word for the super-category, and the rule for cars' names: from the photo's path as in the
     released script, or from the super-category."""
+    device: Device = "auto"
+    """auto: cuda where there is a GPU, else cpu."""
+
+
+@dataclass
+class PredictConfig:
+    """Options of train/predict.py."""
+
+    photos: list[PathText] = field(default_factory=list)
+    """The photos; they may stand before the options, without --photos."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: EngineConfig = field(default_factory=EngineConfig)
+    options: list[Word] = field(default_factory=list)
+    """Names to choose from; none: the model says what it sees."""
+    question: Word = "What is the name of the object in this photo?"
+    """What is asked about each photo; name the super-category where it is known."""
+    samples: Few = 1
+    """Answers to each photo; one is greedy."""
+    temperature: Temperature = 1.0
+    """Of several samples."""
+    seed: Seed = 0
+    """Of sampling."""
+    max_tokens: PositiveInt = 2048
+    """Longest answer."""
+    json: bool = False
+    """Print a JSON object a line instead of text."""
     device: Device = "auto"
     """auto: cuda where there is a GPU, else cpu."""
 

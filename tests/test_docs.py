@@ -27,7 +27,7 @@ from torch.distributed.run import get_args_parser
 
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.tool_config import EvalConfig
-from tercet.train import eval_fgvr, make_triplets, plan
+from tercet.train import eval_fgvr, make_triplets, plan, predict
 from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import parse, read_options
 
@@ -63,6 +63,7 @@ TINY = {
         --rollout.on_exhausted=keep_last_round""".split(),
     "sft": ["--run.steps=1", "--run.device=cpu", "--optim.samples_per_step=2"],
     "eval_fgvr": ["--max_tokens=8", "--per_class=1", "--device=cpu", "--text_encoder=null"],
+    "predict": ["--max_tokens=8", "--device=cpu"],
     "make_triplets": ["--data.shots=3", "--data.sft_shots=0"],
     "plan": [],
 }
@@ -167,6 +168,8 @@ def check_options(name: str, argv: list[str]) -> None:
         parse({"tapo": TapoConfig, "sft": SftConfig}[name], argv, "")
     elif name == "eval_fgvr":
         read_options(EvalConfig, argv, "")
+    elif name == "predict":
+        predict.read(argv)
     else:
         assert name == "plan", f"parse the options of {name} here, or run it"
         plan.read(argv)
@@ -239,7 +242,9 @@ def test_commands_run_or_parse(line, workspace, monkeypatch, capsys):
     name, argv = ours
     if why_not_run(line):
         return check_options(name, argv)
-    monkeypatch.setattr(sys, "argv", [name, *overridden(TINY[name], argv)])
+    first = next(n for n, word in enumerate(argv) if word.startswith("-"))
+    words = [*argv[:first], *overridden(TINY[name], argv[first:])]
+    monkeypatch.setattr(sys, "argv", [name, *words])
     importlib.import_module(f"tercet.train.{name}").main()
     assert capsys.readouterr().out.strip()
     if name in ("tapo", "sft"):

@@ -27,7 +27,7 @@ from tercet.train.learner.command_line import parse, read_options
 pytestmark = pytest.mark.core
 
 COMMANDS = (TapoConfig, SftConfig, PlanConfig, EvalConfig, TripletsConfig, SeedsConfig)
-NEEDED = {EvalConfig: ["--data=x"], TripletsConfig: ["--out=x"]}
+NEEDED = {EvalConfig: ["--questions=x"], TripletsConfig: ["--out=x"]}
 FEW = ["nan", "-1", "0", "100000000000000000000", "", "null"]
 """Tried with every option of every command; these with every type of an option:"""
 WORDS = [

@@ -42,7 +42,8 @@ def read_eval(path: str | Path) -> list[EvalQuestion]:
     questions = [_eval_question(record, path, where) for where, record in json_lines(path)]
     if not questions:
         raise ValueError(f"{path} holds no questions")
-    refuse_alike(((q.super_category, name) for q in questions for name in q.options), path)
+    named = {(q.super_category, as_words(name)) for q in questions for name in q.options}
+    refuse_alike(named, path)
     return questions
 
 

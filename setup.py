@@ -28,7 +28,7 @@ setup(
     package_dir={f"tercet.{room.replace('/', '.')}": room for room in ROOMS},
     package_data={
         "tercet.train": ["recipes/*.yaml"],
-        "tercet.train.evaluation": ["published.csv"],
+        "tercet.train.evaluation": ["published.csv", "clip_templates.txt"],
     },
     install_requires=[
         "torch>=2.11",

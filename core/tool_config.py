@@ -77,6 +77,11 @@ class EvalConfig:
     """Two folders of evaluations of the same questions; their difference is all that is done."""
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: EngineConfig = field(default_factory=EngineConfig)
+    clip: PathText | None = None
+    """Folder or hub id of a CLIP or SigLIP that chooses among the options, in place of a model that
+    answers."""
+    clip_templates: Literal["one", "imagenet"] = "one"
+    """one: "a photo of a NAME", as in the paper. imagenet: the mean over CLIP's 80 templates."""
     name: Word | None = None
     """The model's name in the tables; None: the last part of its path."""
     modes: list[Literal["closed", "open"]] = field(default_factory=lambda: ["closed", "open"])

@@ -23,6 +23,7 @@ import pytest
 from eval_support import siglip
 from PIL import Image
 from support import tiny
+from test_clip_baseline import make_siglip
 from torch.distributed.run import get_args_parser
 
 from tercet.core.config import SftConfig, TapoConfig
@@ -52,6 +53,7 @@ PLACEHOLDERS = {
     "STAGE1": "policy",
     "CHECKPOINT": "policy",
     "ENCODER": "encoder",
+    "CLIP": "clip",
     "ENV/bin/python": sys.executable,
 }
 """Words of a command, and what stands for them; the other files that commands name lie in the
@@ -195,6 +197,7 @@ def workspace(tmp_path_factory) -> Path:
     (root / "stage1.json").write_text(json.dumps([record] * 2))
     write_questions(root)
     siglip(root / "encoder")
+    make_siglip(root / "clip")
     python = [code for text in TEXTS.values() for name, code in blocks(text) if name == "python"]
     (root / "my_rewards.py").write_text("\n".join(python))
     (root / "train").symlink_to(ROOT / "train")

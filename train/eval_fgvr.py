@@ -73,6 +73,8 @@ def check(options: EvalConfig) -> None:
     if modes and options.modes != modes and not options.rescore:
         shows = "shows no options" if modes == ["open"] else "shows the options"
         raise ValueError(f"--prompt {options.prompt} {shows}: it needs --modes {modes[0]}")
+    if options.clip and options.modes != ["closed"]:
+        raise ValueError("--clip chooses among the options: it needs --modes closed")
     if Path(options.out).exists() and not Path(options.out).is_dir():
         raise ValueError(f"--out: {options.out} is a file, where a folder is to be written")
 
@@ -100,7 +102,6 @@ def console():
 
 def generate(options: EvalConfig, questions, out: Path, device) -> tuple[list, list[str]]:
     """Ask what OUT/answers.jsonl does not answer yet; all its answers, and remarks."""
-    from tercet.core.models import load_policy
     from tercet.train.evaluation.answer_file import AnswerFile
     from tercet.train.evaluation.asking import every_answer
     from tercet.train.evaluation.styles import Wording
@@ -113,10 +114,11 @@ def generate(options: EvalConfig, questions, out: Path, device) -> tuple[list, l
         given, kinds = {a.key for a in file.answers}, {asked.key for asked in wanted}
         left = [asked for asked in wanted if asked.key not in given]
         if left:
-            here = options.rollout.engine == "local"
-            parts = load_policy(options.model, device if here else "cpu")
             try:
-                ask(options, parts, wording, left, file, out)
+                if options.clip:
+                    ask_clip(options, left, file, device)
+                else:
+                    ask(options, wording, left, file, out, device)
             except (Interrupted, KeyboardInterrupt) as error:
                 if isinstance(error, Interrupted):
                     error.saved = f"{len(file.answers):,} answers are in {file.path}; the same "
@@ -167,20 +169,37 @@ def settings_of(options: EvalConfig) -> dict[str, object]:
         "model.min_pixels and max_pixels": pixels,
         **{
             name: getattr(options, name)
-            for name in ("prompt", "options", "per_class", "temperature", "seed", "max_tokens")
+            for name in (
+                *("prompt", "options", "per_class", "temperature", "seed", "max_tokens"),
+                *("clip", "clip_templates"),
+            )
         },
         **files,
     }
 
 
-def ask(options: EvalConfig, parts, wording, wanted: list, file, out: Path) -> None:
-    """Ask, and write every answer at once."""
+def ask_clip(options: EvalConfig, wanted: list, file, device) -> None:
+    """Let a CLIP choose, and write every answer at once."""
+    from tercet.train.evaluation.clip_baseline import Clip, templates_of
+    from tercet.train.evaluation.progress import Steps
+
+    clip = Clip(options.clip, device, templates_of(options.clip_templates))
+    with Steps("answers", len(wanted)) as steps:
+        for answer in clip.answers(wanted):
+            file.write(answer)
+            steps.advance()
+
+
+def ask(options: EvalConfig, wording, wanted: list, file, out: Path, device) -> None:
+    """Ask a model, and write every answer at once."""
     from tercet.core.data.vision import PromptEncoder
+    from tercet.core.models import load_policy
     from tercet.rollout.engine import Sampling
     from tercet.rollout.launch import open_engine
     from tercet.train.evaluation.asking import Asker
     from tercet.train.evaluation.progress import Steps
 
+    parts = load_policy(options.model, device if options.rollout.engine == "local" else "cpu")
     sampling = Sampling(options.temperature, max_tokens=options.max_tokens)
     engine = open_engine(
         parts,
@@ -225,7 +244,7 @@ def report(options: EvalConfig, questions, answers: list, remarks: list[str], en
     unanswered = sum(q.file in files and (q.file, q.line) not in asked for q in questions.all)
     if options.rescore and unanswered:
         remarks.append(f"{unanswered} of the questions have no answer: left out")
-    name = options.name or Path(options.model.path or options.rescore).name
+    name = options.name or Path(options.clip or options.model.path or options.rescore).name
     write_report(scored, out, model=name, words=words, remarks=remarks, console=console())
     print(f"written: {out}")
 

@@ -64,6 +64,24 @@ class EngineConfig:
 
 
 @dataclass
+class ChatConfig:
+    """An OpenAI-compatible chat endpoint that takes images."""
+
+    url: Url | None = None
+    """Its address, ending in /v1; None: there is none."""
+    model: Word = "default"
+    """Name of the model that it serves."""
+    api_key_file: PathOrEmpty = ""
+    """File with its key; without it the variable TERCET_API_KEY is read."""
+    concurrency: PerStep = 16
+    """Most questions in flight."""
+    timeout_s: Seconds = 300.0
+    """Longest that one answer may take."""
+    patience_s: Seconds = 600.0
+    """Longest wait for an endpoint that is down or refuses for now."""
+
+
+@dataclass
 class EvalConfig:
     """Options of train/eval_fgvr.py."""
 
@@ -77,6 +95,10 @@ class EvalConfig:
     """Two folders of evaluations of the same questions; their difference is all that is done."""
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: EngineConfig = field(default_factory=EngineConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    """A chat endpoint that is asked in place of `model`."""
+    judge: ChatConfig = field(default_factory=ChatConfig)
+    """A chat endpoint that judges the answers (the Reasoning-Answer protocol)."""
     clip: PathText | None = None
     """Folder or hub id of a CLIP or SigLIP that chooses among the options, in place of a model that
     answers."""

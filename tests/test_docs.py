@@ -73,6 +73,8 @@ TINY = {
 PARSED_ONLY = {
     "--nproc-per-node 4": "needs four GPUs",
     "--rollout.engine sglang": "needs a server",
+    "--chat.url": "needs an endpoint",
+    "--judge.url": "needs an endpoint",
     "pytest": "these tests themselves",
     "make": "makes an environment",
     "pip": "downloads",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -36,6 +36,7 @@ def evaluate(options: EvalConfig) -> None:
     """Ask the questions, or read answers to them; score them, write everything and print tables."""
     # Here, so that --help does not wait for torch and transformers.
     from tercet.train.evaluation.answer_file import read_answers
+    from tercet.train.evaluation.photo_search import place_photos
     from tercet.train.evaluation.questions import read_all
     from tercet.train.evaluation.text_similarity import TextEncoder
     from tercet.train.learner.device import set_up
@@ -44,6 +45,8 @@ def evaluate(options: EvalConfig) -> None:
     if options.compare:
         return compare_two(options)
     questions = read_all(options.questions, options.per_class)
+    if options.images:
+        questions = replace(questions, all=place_photos(questions.all, options.images))
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     device = set_up(RunConfig(device=options.device))
@@ -73,6 +76,10 @@ def check(options: EvalConfig) -> None:
     if modes and options.modes != modes and not options.rescore:
         shows = "shows no options" if modes == ["open"] else "shows the options"
         raise ValueError(f"--prompt {options.prompt} {shows}: it needs --modes {modes[0]}")
+    given = {"--model.path": options.model.path, "--chat.url": options.chat.url}
+    given = [name for name, value in (given | {"--clip": options.clip}).items() if value]
+    if len(given) > 1 and not options.rescore:
+        raise ValueError(f"{' and '.join(given)} are given: name one model")
     if options.clip and options.modes != ["closed"]:
         raise ValueError("--clip chooses among the options: it needs --modes closed")
     if Path(options.out).exists() and not Path(options.out).is_dir():
@@ -117,6 +124,8 @@ def generate(options: EvalConfig, questions, out: Path, device) -> tuple[list, l
             try:
                 if options.clip:
                     ask_clip(options, left, file, device)
+                elif options.chat.url:
+                    ask_endpoint(options, wording, left, file)
                 else:
                     ask(options, wording, left, file, out, device)
             except (Interrupted, KeyboardInterrupt) as error:
@@ -134,11 +143,9 @@ def with_photos(options: EvalConfig, questions: list) -> tuple[list, list[str]]:
     Raises:
         ValueError: a photo is missing and `missing` is "error", or all of them are.
     """
-    from tercet.train.evaluation.photo_search import place_photos, unusable
+    from tercet.train.evaluation.photo_search import unusable
     from tercet.train.evaluation.progress import Steps
 
-    if options.images:
-        questions = place_photos(questions, options.images)
     with Steps("photos", len(questions)) as steps:
         bad = unusable(questions, steps.advance)
     usable = [q for q in questions if q.path not in bad]
@@ -174,6 +181,7 @@ def settings_of(options: EvalConfig) -> dict[str, object]:
                 *("clip", "clip_templates"),
             )
         },
+        "chat.model": options.chat.model if options.chat.url else None,
         **files,
     }
 
@@ -190,6 +198,31 @@ def ask_clip(options: EvalConfig, wanted: list, file, device) -> None:
             steps.advance()
 
 
+def ask_endpoint(options: EvalConfig, wording, wanted: list, file) -> None:
+    """Ask a chat endpoint, and write every answer at once."""
+    from tercet.rollout.engine import Sampling
+    from tercet.train.evaluation.chat_model import ChatAsker, open_endpoint
+
+    sampling = Sampling(options.temperature, max_tokens=options.max_tokens)
+    with closing(open_endpoint(options.chat, "chat")) as endpoint:
+        more = (options.model.system_prompt, options.seed, options.chat.concurrency)
+        asker = ChatAsker(endpoint, wording, sampling, *more)
+        collect(asker.answers(wanted), len(wanted), file)
+
+
+def collect(answers, total: int, file) -> None:
+    """Write answers as they come, and show how fast that is."""
+    from tercet.train.evaluation.progress import Steps
+
+    async def write(steps: Steps) -> None:
+        async for answer in answers:
+            file.write(answer)
+            steps.advance()
+
+    with Steps("answers", total) as steps:
+        asyncio.run(write(steps))
+
+
 def ask(options: EvalConfig, wording, wanted: list, file, out: Path, device) -> None:
     """Ask a model, and write every answer at once."""
     from tercet.core.data.vision import PromptEncoder
@@ -197,7 +230,6 @@ def ask(options: EvalConfig, wording, wanted: list, file, out: Path, device) -> 
     from tercet.rollout.engine import Sampling
     from tercet.rollout.launch import open_engine
     from tercet.train.evaluation.asking import Asker
-    from tercet.train.evaluation.progress import Steps
 
     parts = load_policy(options.model, device if options.rollout.engine == "local" else "cpu")
     sampling = Sampling(options.temperature, max_tokens=options.max_tokens)
@@ -209,14 +241,8 @@ def ask(options: EvalConfig, wording, wanted: list, file, out: Path, device) -> 
         lambda: iter(parts.model.named_parameters()),
     )
     asker = Asker(engine, parts, wording, sampling, options.model.system_prompt, options.seed)
-
-    async def collect(steps: Steps) -> None:
-        async for answer in asker.answers(wanted):
-            file.write(answer)
-            steps.advance()
-
-    with closing(engine), Steps("answers", len(wanted)) as steps:
-        asyncio.run(collect(steps))
+    with closing(engine):
+        collect(asker.answers(wanted), len(wanted), file)
 
 
 def report(options: EvalConfig, questions, answers: list, remarks: list[str], encoder) -> None:
@@ -244,9 +270,33 @@ def report(options: EvalConfig, questions, answers: list, remarks: list[str], en
     unanswered = sum(q.file in files and (q.file, q.line) not in asked for q in questions.all)
     if options.rescore and unanswered:
         remarks.append(f"{unanswered} of the questions have no answer: left out")
-    name = options.name or Path(options.clip or options.model.path or options.rescore).name
-    write_report(scored, out, model=name, words=words, remarks=remarks, console=console())
+    write_report(
+        scored, out, model=name_of(options), words=words, remarks=remarks, console=console()
+    )
+    if options.judge.url:
+        judge(options, scored, out)
     print(f"written: {out}")
+
+
+def name_of(options: EvalConfig) -> str:
+    """The model's name in the tables."""
+    chat = options.chat.model if options.chat.url else None
+    path = options.clip or options.model.path or options.rescore
+    return options.name or chat or Path(path).name
+
+
+def judge(options: EvalConfig, scored: list, out: Path) -> None:
+    """Let an endpoint judge the answers; what it says is kept in OUT/judge.sqlite."""
+    from tercet.train.evaluation.chat_model import open_endpoint
+    from tercet.train.evaluation.judging import judge_all, print_judged, write_judged
+    from tercet.train.evaluation.progress import Steps
+
+    asked = [s for s in scored if not s.missing]
+    with closing(open_endpoint(options.judge, "judge", out / "judge.sqlite")) as endpoint:
+        with Steps("judged", len(asked)) as steps:
+            found = judge_all(endpoint, asked, options.judge.concurrency, steps.advance)
+    write_judged(found, out)
+    print_judged(found, options.judge.model, console())
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Asker:
         """Yield each answer as soon as it is there, in any order."""
         for start in range(0, len(wanted), AT_ONCE):
             part = wanted[start : start + AT_ONCE]
-            by_id = {_id(asked): asked for asked in part}
+            by_id = {request_id(asked): asked for asked in part}
             requests = [self._request(asked) for asked in part]
             async for completion in self.engine.generate(requests, self.sampling):
                 asked = by_id[completion.request_id]
@@ -77,8 +77,10 @@ class Asker:
         ids = chat_ids(self.parts.tokenizer, turns, len(photos), system_prompt=self.system_prompt)
         # One group a question: a server computes its photo once for all prompts.
         group = f"{question.file}/{question.line}"
-        return Request(_id(asked), group, tuple(ids), photos, n=1, seed=self.seed, step=asked.trial)
+        name = request_id(asked)
+        return Request(name, group, tuple(ids), photos, n=1, seed=self.seed, step=asked.trial)
 
 
-def _id(asked: Asked) -> str:
+def request_id(asked: Asked) -> str:
+    """Name of a request; seeds are drawn from it."""
     return "/".join(map(str, (*asked.key[:-1], *asked.order)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from tercet.train.evaluation.questions import Questions
 from tercet.train.evaluation.styles import STYLES, Style, scored_text
 from tercet.train.evaluation.text_similarity import Embeddings
 
+Item = TypeVar("Item")
 DomainWords = Literal["released", "super_category"]
 SCORES: dict[str, Mode] = {
     "closed": "closed",
@@ -197,10 +198,10 @@ def cell(scored: Sequence[Scored], score: str) -> Cell | None:
 
 
 def grouped(
-    scored: Iterable[Scored], key: Callable[[Scored], tuple[str, ...]]
-) -> Mapping[tuple[str, ...], list[Scored]]:
-    """Scored answers by a key, in the order in which the keys come first."""
+    items: Iterable[Item], key: Callable[[Item], tuple[str, ...]]
+) -> Mapping[tuple[str, ...], list[Item]]:
+    """Scored answers, or the like, by a key, in the order in which the keys come first."""
     groups = defaultdict(list)
-    for s in scored:
-        groups[key(s)].append(s)
+    for item in items:
+        groups[key(item)].append(item)
     return groups

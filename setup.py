@@ -43,6 +43,7 @@ setup(
         "scipy>=1.12",
         "safetensors>=0.8",
         "pillow>=10.3",
+        "imagehash>=4.3",
         "pyarrow>=17",
         "httpx>=0.27",
         "pydantic>=2.9",

@@ -9,6 +9,7 @@ from jsonargparse.typing import PositiveInt
 
 from tercet.core.config import DataConfig, ModelConfig
 from tercet.core.option_types import (
+    Bits,
     Device,
     Few,
     Flags,
@@ -123,6 +124,12 @@ class EvalConfig:
     file of questions."""
     missing: Literal["error", "wrong", "skip"] = "error"
     """Questions whose photo is missing or damaged: an error, wrong answers, or left out."""
+    leaks: list[PathText] = field(default_factory=list)
+    """triplets.json files or stage-1 records whose photos are searched for in the questions."""
+    leak_distance: Bits = 8
+    """Most bits of 64 in which the perceptual hashes of two copies of a photo may differ."""
+    drop_leaks: bool = False
+    """Leave questions about such photos out."""
     per_class: PositiveInt | None = None
     """Questions about each sub-category of a file, drawn; None: all."""
     trials: Few = 1

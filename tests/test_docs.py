@@ -323,7 +323,8 @@ def known_options() -> set[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", "--help"])
-        texts = [helped(show) for show in (eval_fgvr.main, make_triplets.main, plan.main)]
+        mains = (eval_fgvr.main, make_triplets.main, plan.main, predict.main)
+        texts = [helped(show) for show in mains]
     texts += [helped(lambda c=c: parse(c, ["--help"], "")) for c in (TapoConfig, SftConfig)]
     torchrun = {name for action in get_args_parser()._actions for name in action.option_strings}
     return {*re.findall(r"--[\w.]+", "\n".join(texts)), *torchrun, *FOREIGN}

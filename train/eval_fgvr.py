@@ -53,11 +53,17 @@ def evaluate(options: EvalConfig) -> None:
     encoder = None
     if options.text_encoder is not None and (options.rescore or "open" in options.modes):
         encoder = TextEncoder(options.text_encoder, device)
+    places = questions.by_place
+    leak_remarks = []
+    if options.leaks:
+        questions, leak_remarks = search_leaks(options, questions, out)
     if options.rescore:
-        answers, remarks = read_answers(Path(options.rescore), questions.by_place)
+        answers, remarks = read_answers(Path(options.rescore), places)
+        kept = questions.by_place
+        answers = [answer for answer in answers if (answer.file, answer.line) in kept]
     else:
-        answers, remarks = generate(options, questions, out, device)
-    report(options, questions, answers, remarks, encoder)
+        answers, remarks = generate(options, questions, places, out, device)
+    report(options, questions, answers, [*leak_remarks, *remarks], encoder)
 
 
 def check(options: EvalConfig) -> None:
@@ -68,6 +74,8 @@ def check(options: EvalConfig) -> None:
         raise ValueError("--questions: give at least one file")
     if not options.modes or len(set(options.modes)) < len(options.modes):
         raise ValueError(f"--modes: closed, open or both, each once, got {options.modes}")
+    if options.drop_leaks and not options.leaks:
+        raise ValueError("--drop_leaks needs --leaks: the photos that were trained on")
     if options.trials > 1 and options.temperature == 0 and not options.rescore:
         raise ValueError(
             f"--trials {options.trials} needs --temperature above 0: greedy answers are all alike"
@@ -107,7 +115,25 @@ def console():
     return Console(markup=False, highlight=False, width=width)
 
 
-def generate(options: EvalConfig, questions, out: Path, device) -> tuple[list, list[str]]:
+def search_leaks(options: EvalConfig, questions, out: Path):
+    """Search for training photos; the questions that stay, and a remark."""
+    from tercet.train.evaluation.leaks import find_leaks, training_photos, write_leaks
+    from tercet.train.evaluation.progress import Steps
+
+    trained = [key for path in options.leaks for key in training_photos(path)]
+    total = len({*trained, *(q.image for q in questions.all if q.image)})
+    with Steps("photos hashed", total) as steps:
+        leaks = find_leaks(questions.all, trained, options.leak_distance, steps.advance)
+    write_leaks(leaks, out / "leaks.csv")
+    if options.drop_leaks:
+        kept = [q for q in questions.all if (q.file, q.line) not in leaks.places]
+        questions = replace(questions, all=kept)
+    return questions, [leaks.remark(options.drop_leaks)]
+
+
+def generate(
+    options: EvalConfig, questions, places: dict, out: Path, device
+) -> tuple[list, list[str]]:
     """Ask what OUT/answers.jsonl does not answer yet; all its answers, and remarks."""
     from tercet.train.evaluation.answer_file import AnswerFile
     from tercet.train.evaluation.asking import every_answer
@@ -117,7 +143,7 @@ def generate(options: EvalConfig, questions, out: Path, device) -> tuple[list, l
     asked_about, remarks = with_photos(options, questions.all)
     how = (options.modes, options.trials, options.options, options.seed)
     wanted = every_answer(asked_about, *how)
-    with AnswerFile(out, settings_of(options), questions.by_place) as file:
+    with AnswerFile(out, settings_of(options), places) as file:
         given, kinds = {a.key for a in file.answers}, {asked.key for asked in wanted}
         left = [asked for asked in wanted if asked.key not in given]
         if left:

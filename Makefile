@@ -11,7 +11,7 @@ KERNEL_TESTS := tests/test_rows.py tests/test_linear_logprobs.py tests/test_tapo
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: install help demo demo-seeds test test-core lint bench bench-kernels bench-gpu-kernels \
-	bench-step bench-gpu-step bench-figures bench-rollout kernel-table gpu-folder test-kill \
+	bench-step bench-gpu-step bench-figures bench-rollout bench-evaluation kernel-table gpu-folder test-kill \
 	test-sglang clean
 
 install: $(STAMP)  ## the virtual environment .venv, with Tercet and what its tests need (2.5 GB)
@@ -46,6 +46,9 @@ $(SGLANG_VENV)/installed:
 	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/sglang_cpu/requirements.txt
 	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check ./tests/sglang_cpu
 	touch $@
+
+bench-evaluation: $(STAMP) $(SGLANG_VENV)/installed  ## questions a second beside transformers' generate
+	$(BIN)/python -m tercet.bench.evaluation --python $(SGLANG_VENV)/bin/python
 
 bench-rollout: $(STAMP) $(SGLANG_VENV)/installed  ## sampling on a server beside SGLang's own client
 	$(BIN)/python -m tercet.bench.rollout --python $(SGLANG_VENV)/bin/python

@@ -194,13 +194,19 @@ class LossConfig:
 class OptimConfig:
     lr: NonNegativeFloat = 1e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up; linear and cosine fall to 0 at the last optimiser step."""
+    """Learning rate after the warm-up; linear and cosine fall to 0 (see `rates`)."""
+    rates: Literal["full", "transformers"] = "full"
+    """full: the warm-up ends at its last step and the decay at the run's. transformers: as its
+    schedulers: 0 at the first step, and the decay would end one step after the run."""
     warmup_steps: NonNegativeInt = 0
     """Optimiser steps over which the learning rate rises."""
     beta1: Decay = 0.9
     beta2: Decay = 0.999
     eps: Epsilon = 1e-8
     weight_decay: NonNegativeFloat = 0.01
+    decay_norms_and_biases: bool = True
+    """Whether norms and biases decay too, as in the released code of TAPO; transformers' trainer,
+    and so the released stage 1, leaves them out."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm; a step with a non-finite norm is skipped."""
     states: Literal["bfloat16", "float32"] = "bfloat16"
@@ -313,26 +319,35 @@ class SftDataConfig:
     """Stage-1 JSON: a list of {"messages": [...], "images": [...]}."""
     on_bad_image: Literal["error", "skip"] = "error"
     """A missing or corrupt photo ends the run, or is left out and counted."""
+    on_long: Literal["skip", "error"] = "skip"
+    """A record longer than `optim.max_tokens` is left out and counted, or ends the run; none is
+    ever cut."""
+    held_out: Decay = 0.0
+    """Share of the records that is not trained on, drawn by the seed; their loss is measured, once
+    with their own photos and once with each other's."""
 
 
 @dataclass
 class SftOptimConfig(OptimConfig):
     lr: NonNegativeFloat = 5e-6
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after the warm-up; linear and cosine fall to 0 at the last optimiser step."""
+    """Learning rate after the warm-up; linear and cosine fall to 0 (see `rates`)."""
     warmup_steps: NonNegativeInt = 6
     """Optimiser steps over which the learning rate rises."""
     weight_decay: NonNegativeFloat = 0.1
     samples_per_step: PerStep = 64
-    """Samples of one optimiser step, over all ranks."""
+    """Samples of one optimiser step, over all ranks; the last step of an epoch takes what is
+    left."""
     max_tokens: PositiveInt = 4096
-    """A longer sample is an error; samples are never cut."""
+    """Most tokens of a record, prompt and target; see `data.on_long`."""
 
 
 @dataclass
 class SftRunConfig(RunConfig):
     out: PathText = "runs/sft"
     """Folder of checkpoints, logs and figures."""
+    eval_every: PositiveInt | None = None
+    """Steps between measurements of the loss on held-out records; None: after the last step."""
 
 
 @dataclass

@@ -192,6 +192,17 @@ def test_words_that_are_no_options_are_named(argv, said):
         parse(TapoConfig, argv.split(), "")
 
 
+@pytest.mark.parametrize("flags", ["--tp 2 --mem-fraction-static 0.5", "--dtype=half --tp 2"])
+def test_flags_for_another_program_are_one_value(flags):
+    """As the documentation shows them, beside the form with an equals sign."""
+    for words in (["--rollout.sglang_args", flags], [f"--rollout.sglang_args={flags}"]):
+        config = parse(TapoConfig, [*words, "--run.out", "my runs", "--data.path=my photos"], "")[0]
+        assert config.rollout.sglang_args == flags
+        assert (config.run.out, config.data.path) == ("my runs", "my photos")
+    with pytest.raises(ValueError, match="run.out needs one value, got none"):
+        parse(TapoConfig, ["--run.out", "--data.path=my photos"], "")
+
+
 def test_several_values_make_a_list():
     argv = ["--rollout.urls", "http://a:1", "http://[::1]:2/v1", "--rollout.server_gpus", "2,3"]
     rollout = parse(TapoConfig, argv, "")[0].rollout

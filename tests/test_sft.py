@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +13,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support import tiny
+from transformers import Trainer, get_cosine_schedule_with_warmup
 
 from tercet.core.config import ModelConfig, SftConfig
 from tercet.core.data.records import SftSample, read_sft
+from tercet.core.data.vision import PromptEncoder
+from tercet.core.draws import EndlessOrder
 from tercet.core.models import load_policy
+from tercet.core.types import PolicyParts
 from tercet.train import sft
 from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import parse
+from tercet.train.learner.examples import Example, tokenize
+from tercet.train.learner.metrics import read_metrics
 from tercet.train.learner.policy import Policy
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
@@ -64,46 +71,101 @@ def first_loss(out: Path) -> float:
     return json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["cross_entropy"]
 
 
-def test_first_loss_equals_plain_transformers(stage1, tmp_path):
-    train(stage1, tmp_path, "--run.steps=1", "--parallel.micro_batch_tokens=400")
+def plain_losses(parts: PolicyParts, sample: SftSample, photo: str = "") -> torch.Tensor:
+    """Cross-entropy of each target token by transformers alone, with its photo or another."""
+    turns = [
+        {"role": "system", "content": sample.messages[0][1]},
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": "What bird is this?"}],
+        },
+    ]
+    text = parts.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    seen = parts.image_processor(images=Image.open(photo or sample.images[0]), return_tensors="pt")
+    pads = int(seen["image_grid_thw"].prod()) // 4
+    text = text.replace("<|image_pad|>", "<|image_pad|>" * pads)
+    prompt = parts.tokenizer(text, add_special_tokens=False).input_ids
+    said = sample.messages[2][1] + "<|im_end|>"
+    target = parts.tokenizer(said, add_special_tokens=False).input_ids
+    ids = torch.tensor([prompt + target])
+    logits = parts.model(
+        input_ids=ids, mm_token_type_ids=(ids == parts.banned_ids[0]).int(), **seen
+    ).logits[0, len(prompt) - 1 : -1]
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="none")
+
+
+def test_losses_and_rates_equal_a_plain_transformers_loop(stage1, tmp_path):
+    """20 steps in float32: batches of 4 and then 2 an epoch, frozen vision, transformers' schedule,
+    and AdamW without decay of norms and biases."""
+    more = "--optim.samples_per_step=4 --optim.warmup_steps=6 --optim.lr=3e-3 --run.steps=20"
+    theirs = "--optim.rates=transformers --optim.decay_norms_and_biases=false"
+    train(stage1, tmp_path, *more.split(), *theirs.split(), "--parallel.micro_batch_tokens=400")
+    lines = read_metrics(tmp_path / "metrics.jsonl")
     parts = load_policy(ModelConfig(path=str(stage1 / "policy")))
-    losses = []
-    for sample in read_sft(stage1 / "stage1.json")[0]:
-        turns = [
-            {"role": "system", "content": sample.messages[0][1]},
-            {
-                "role": "user",
-                "content": [{"type": "image"}, {"type": "text", "text": "What bird is this?"}],
-            },
-        ]
-        text = parts.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
-        photo = parts.image_processor(images=Image.open(sample.images[0]), return_tensors="pt")
-        pads = int(photo["image_grid_thw"].prod()) // 4
-        text = text.replace("<|image_pad|>", "<|image_pad|>" * pads)
-        prompt = parts.tokenizer(text, add_special_tokens=False).input_ids
-        said = sample.messages[2][1] + "<|im_end|>"
-        target = parts.tokenizer(said, add_special_tokens=False).input_ids
-        ids = torch.tensor([prompt + target])
-        with torch.no_grad():
-            logits = parts.model(
-                input_ids=ids,
-                mm_token_type_ids=(ids == parts.banned_ids[0]).int(),
-                **photo,
-            ).logits[0, len(prompt) - 1 : -1]
-        losses += torch.nn.functional.cross_entropy(
-            logits, torch.tensor(target), reduction="none"
-        ).tolist()
-    assert first_loss(tmp_path) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    parts.model.model.visual.requires_grad_(False)
+    decayed = set(Trainer.get_decay_parameter_names(None, parts.model))
+    groups = [{"params": [], "weight_decay": 0.1}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in parts.model.named_parameters():
+        if parameter.requires_grad:
+            groups[name not in decayed]["params"].append(parameter)
+    assert all(group["params"] for group in groups)
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.999), eps=1e-8)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 6, 20)
+    samples, order = read_sft(stage1 / "stage1.json")[0], EndlessOrder(6, 0)
+    for step, line in enumerate(lines):
+        epoch, second = divmod(step, 2)
+        places = range(6 * epoch + 4 * second, 6 * epoch + (6 if second else 4))
+        losses = torch.cat([plain_losses(parts, samples[order[place]]) for place in places])
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(parts.model.parameters(), 1.0)
+        assert line["cross_entropy"] == pytest.approx(float(losses.mean()), abs=1e-4), step
+        assert line["lr"] == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step(), scheduler.step(), optimizer.zero_grad()
+    assert lines[-1]["cross_entropy"] < 0.5 * lines[0]["cross_entropy"] and len(lines) == 20
+
+
+def test_held_out_records_are_measured_with_their_own_and_with_others_photos(stage1, tmp_path):
+    held = ["--data.held_out=0.4", "--run.eval_every=2", "--optim.samples_per_step=3"]
+    saved = train(stage1, tmp_path, *held, "--run.steps=3", "--run.keep_last=5")
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert ["held_out_ce" in line for line in lines] == [False, True, True]
+    parts = load_policy(ModelConfig(path=str(saved)))
+    samples = read_sft(stage1 / "stage1.json")[0]
+    one, other = sorted(np.random.default_rng([0, 6]).permutation(6)[:2].tolist())
+    own, permuted = [], []
+    with torch.no_grad():
+        for n, m in ((one, other), (other, one)):
+            own.append(plain_losses(parts, samples[n]))
+            permuted.append(plain_losses(parts, samples[n], samples[m].images[0]))
+    assert lines[2]["held_out_ce"] == pytest.approx(float(torch.cat(own).mean()), rel=1e-5)
+    assert lines[2]["permuted_ce"] == pytest.approx(float(torch.cat(permuted).mean()), rel=1e-5)
+    trained = train(stage1, tmp_path, *held, "--run.steps=4", resume="auto")
+    assert trained.name == "step_000004"
+    with pytest.raises(ValueError, match="data.held_out 0.4 -> 0.2 would make it another run"):
+        train(stage1, tmp_path, "--data.held_out=0.2", *held[1:], resume="auto")
+    with pytest.raises(ValueError, match="data.held_out 0.99 leaves no record of 6 to train on"):
+        train(stage1, tmp_path / "none", "--data.held_out=0.99")
+
+
+def test_steps_are_counted_as_transformers_trainer_counts_them():
+    """404 records in batches of 4 on 4 GPUs, accumulated 4 times: 7 steps an epoch, not 6.3."""
+    run = SimpleNamespace(config=SftConfig(), examples=list(range(404)), per_epoch=7)
+    run.order = EndlessOrder(404, 0)
+    seen = []
+    for run.steps_done in range(70):
+        seen.append(sft.SftRun._chosen(run))
+    assert [len(chosen) for chosen in seen[:8]] == [64] * 6 + [20, 64]
+    for epoch in range(10):
+        drawn = sum(seen[7 * epoch : 7 * epoch + 7], [])
+        assert sorted(drawn) == list(range(404))
 
 
 SAID = "<think>Red.</think><answer>wren</answer>"
 
 
-def tokens_of(answer: str, parts=None) -> sft.Example:
+def tokens_of(answer: str, parts=None) -> Example:
     turns = (("user", "What?"), ("assistant", answer))
-    return sft.tokenize(SftSample("7", turns, ()), parts or tiny(), None)
+    return tokenize(SftSample("7", turns, ()), parts or tiny(), None)
 
 
 @pytest.mark.core
@@ -194,10 +256,43 @@ def test_out_of_memory_begins_the_step_again(stage1, tmp_path, monkeypatch):
         assert (value - weights[name]).abs().max() <= 1e-3 * moved + 1e-8, name
 
 
-def test_a_sample_over_the_limit_is_named(stage1, tmp_path):
-    with pytest.raises(ValueError, match=r"sample .*tokens; optim.max_tokens is 20"):
+@pytest.mark.parametrize("name", ["sft_3b", "sft_7b"])
+def test_recipes_are_the_released_settings(stage1, tmp_path, name):
+    """On a tiny policy; only paths and the device are overridden."""
+    recipe = Path(sft.__file__).parent / "recipes" / f"{name}.yaml"
+    argv = [f"--config={recipe}", f"--data.path={stage1 / 'stage1.json'}", "--run.device=cpu"]
+    argv += [f"--model.path={stage1 / 'policy'}", f"--run.out={tmp_path}", "--run.epochs=2"]
+    config, _, resolved = parse(SftConfig, argv, "")
+    optim, model = config.optim, config.model
+    assert (optim.lr, optim.schedule, optim.warmup_steps) == (5e-6, "cosine", 6)
+    assert (optim.weight_decay, optim.samples_per_step, optim.max_tokens) == (0.1, 64, 4096)
+    assert (model.max_pixels, model.dtype, model.freeze_vision) == (768**2, "bfloat16", True)
+    sft.train(config, resolved)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["lr"] for line in lines] == [0.0, pytest.approx(5e-6 / 6)]
+
+
+def test_samples_over_the_limit_are_left_out_or_an_error(stage1, tmp_path, capsys):
+    error = "--data.on_long=error"
+    with pytest.raises(ValueError, match="optim.max_tokens is 20 .samples are never"):
+        train(stage1, tmp_path, "--optim.max_tokens=20", error)
+    with pytest.raises(ValueError, match="all 6 records are too long: sample 'stage1/0' has"):
         train(stage1, tmp_path, "--optim.max_tokens=20")
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]  # nothing was begun
+    parts = tiny()
+    examples = [tokenize(s, parts, None) for s in read_sft(stage1 / "stage1.json")[0]]
+    encoder = PromptEncoder(parts)
+    lengths = [encoder.length(e.prompt_ids, e.images) + len(e.target_ids) for e in examples]
+    limit = sorted(lengths)[3]
+    train(stage1, tmp_path, f"--optim.max_tokens={limit}", "--run.steps=1")
+    said = capsys.readouterr().out
+    kept = sum(length <= limit for length in lengths)
+    assert 0 < kept < 6
+    assert f"{kept} records to train on, 0 held out, {6 - kept} left out; 1 steps" in said
+    for n, length in enumerate(lengths):
+        assert (f"left out: sample 'stage1/{n}' has {length} tokens" in said) == (length > limit)
+    with pytest.raises(ValueError, match="which records fit optim.max_tokens changed since it beg"):
+        train(stage1, tmp_path, f"--optim.max_tokens={limit - 1}", resume="auto")
 
 
 def test_bad_photos_stop_or_are_left_out(stage1, tmp_path):

@@ -210,8 +210,10 @@ def test_a_server_killed_during_a_weight_update_is_restarted(policy, server, pho
     assert_same_as_local(policy, engine, make_requests(policy, photos, n=1))
 
 
-def test_a_server_killed_while_it_generates_is_restarted(policy, server, engine, photos):
-    """Every sample is yielded once, and the new server has the current weights."""
+def test_a_server_killed_while_it_generates_is_restarted(policy, server, photos, tmp_path):
+    """Every sample is yielded once, and the new server has the current weights. Two samples are in
+    flight, so that others are still to come when it is killed."""
+    engine = make_engine(policy, [server], tmp_path, concurrency=2)
     requests = make_requests(policy, photos, n=2)
     engine.update_weights(policy.model.named_parameters(), 4)
     long = Sampling(temperature=0.0, max_tokens=64)
@@ -299,7 +301,7 @@ def test_bad_configuration_is_named_at_once(policy, server, tmp_path):
         make_engine(policy, [nowhere, nowhere], tmp_path)
     with pytest.raises(ValueError, match="holds no config.json"):
         Server(tmp_path / "none", PYTHON, tmp_path)
-    with pytest.raises(ValueError, match="there is no"):
+    with pytest.raises(ValueError, match="is no program"):
         Server(server.model_path, tmp_path / "python", tmp_path)
     with pytest.raises(ServerError, match="is taken"):
         make_server(policy, tmp_path / "model", port=server.port).start()

@@ -1,7 +1,9 @@
 """Stage 1: supervised fine-tuning on chains of thought, on the packing that TAPO uses.
 
 The loss is the mean over the assistant's tokens of an optimiser step. Vision tower and merger stay
-as they are unless `--model.freeze_vision false --model.freeze_merger false`.
+as they are unless `--model.freeze_vision false --model.freeze_merger false`. `--data.held_out 0.1`
+also measures the loss on records that are not trained on: with their own photos, and with each
+other's, which tells what the photos are worth to the policy.
 
     torchrun train/sft.py --data.path stage1.json --model.path MODEL --run.out runs/stage1
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 from tercet.core.config import SftConfig
@@ -22,15 +24,22 @@ if __name__ == "__main__":
 
 import torch
 
-from tercet.core.data.records import SftSample, read_sft
+from tercet.core.data.records import read_sft
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.draws import EndlessOrder
-from tercet.core.packing import Encode, Prompts, plain_batch, prompts_of
-from tercet.core.prompts import chat_ids
-from tercet.core.types import MicroBatch, PolicyParts
+from tercet.core.packing import plain_batch, prompts_of
+from tercet.core.types import MicroBatch
 from tercet.train.learner.assemble import build_policy, open_parts, record_digests
 from tercet.train.learner.checkpoint import Checkpoints, load_state
+from tercet.train.learner.examples import (
+    Example,
+    held_out,
+    short_enough,
+    tokenize,
+    with_others_photos,
+)
 from tercet.train.learner.figures import draw_figures
+from tercet.train.learner.identity import digest
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
 from tercet.train.learner.optim import Schedule, build_optimizer
@@ -45,54 +54,6 @@ from tercet.train.learner.run import (
 from tercet.train.learner.run_folder import RunFolder, open_folder
 
 
-@dataclass(frozen=True)
-class Example:
-    """A tokenised sample."""
-
-    id: str
-    prompt_ids: tuple[int, ...]
-    images: tuple[str, ...]
-    target_ids: tuple[int, ...]
-
-    def prompts(self, photo: str, encode: Encode) -> Prompts:
-        """The prompt with its one target; the photos are always its own."""
-        return [(encode(self.prompt_ids, self.images), [self.target_ids])]
-
-    def halves(self) -> tuple:
-        """Samples are never cut."""
-        return ()
-
-    def __str__(self) -> str:
-        return f"sample {self.id!r}: prompt and target"
-
-
-def tokenize(sample: SftSample, parts: PolicyParts, system_prompt: str | None) -> Example:
-    """Prompt and target ids of a conversation; the target ends with the end-of-turn token, once.
-
-    Raises:
-        ValueError: another token that ends an answer, or one of an image, in the target.
-    """
-    messages = [{"role": role, "content": content} for role, content in sample.messages]
-    prompt = chat_ids(
-        parts.tokenizer, messages[:-1], len(sample.images), system_prompt=system_prompt
-    )
-    end = parts.tokenizer.convert_ids_to_tokens(parts.turn_end)
-    answer = _without(end, messages[-1]["content"])
-    target = parts.tokenizer.encode(answer, add_special_tokens=False)
-    refused = {*parts.stop_ids, *parts.banned_ids}.intersection(target)
-    if refused:
-        names = ", ".join(parts.tokenizer.convert_ids_to_tokens(sorted(refused)))
-        raise ValueError(f"sample {sample.id!r}: its answer must not hold {names}")
-    return Example(sample.id, tuple(prompt), sample.images, (*target, parts.turn_end))
-
-
-def _without(end: str, answer: str) -> str:
-    """An answer without the end-of-turn tokens that may stand at its end already."""
-    while (cut := answer.rstrip()).endswith(end):
-        answer = cut.removesuffix(end)
-    return answer
-
-
 class SftRun:
     """A stage-1 run's parts and its state; `step` is one optimiser step."""
 
@@ -101,16 +62,13 @@ class SftRun:
         self.out, resume = folder.path, folder.checkpoint
         self.parts = open_parts(config.model, self.ranks, resume)
         self.encoder = PromptEncoder(self.parts)
-        samples, skipped = read_sft(config.data.path, config.data.on_bad_image)
-        self.ranks.share(lambda: folder.note_data(record_digests(samples)))
-        self.examples = [tokenize(s, self.parts, config.model.system_prompt) for s in samples]
-        self.ranks.share(self._check_lengths)
-        self.order = EndlessOrder(len(samples), config.run.seed)
+        skipped = self._read_examples()
+        self.order = EndlessOrder(len(self.examples), config.run.seed)
         self.policy = build_policy(self.parts, config, self.ranks)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         self.checkpoints = Checkpoints(self, config.run, folder)
-        per_epoch = len(samples) / config.optim.samples_per_step
-        self.total_steps = config.run.steps or max(1, round(config.run.epochs * per_epoch))
+        self.per_epoch = ceil(len(self.examples) / config.optim.samples_per_step)
+        self.total_steps = config.run.steps or config.run.epochs * self.per_epoch
         self.schedule = Schedule(config.optim, self.total_steps)
         self.steps_done = self.skipped = 0
         self.working_on = ()  # a step that failed is taken again: its samples are the user's own
@@ -124,23 +82,27 @@ class SftRun:
         self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
         for reason in skipped:
             self.log.say(f"left out: {reason}")
+        self.log.say(
+            f"{len(self.examples)} records to train on, {len(self.held_out)} held out, "
+            f"{len(skipped)} left out; {self.total_steps} steps, {self.per_epoch} an epoch"
+        )
 
-    def _check_lengths(self) -> None:
-        limit = self.config.optim.max_tokens
-        for example in self.examples:
-            prompt = self.encoder.length(example.prompt_ids, example.images)
-            tokens = prompt + len(example.target_ids)
-            if tokens > limit:
-                raise ValueError(
-                    f"sample {example.id!r} has {tokens} tokens; optim.max_tokens is {limit} "
-                    "(samples are never cut: lower model.max_pixels or raise the limit)"
-                )
+    def _read_examples(self) -> list[str]:
+        """Set the examples that are trained on and held out; returns what was left out and why."""
+        config = self.config
+        samples, skipped = read_sft(config.data.path, config.data.on_bad_image)
+        every = [tokenize(s, self.parts, config.model.system_prompt) for s in samples]
+        kept, too_long = self.ranks.share(lambda: short_enough(every, self.encoder, config))
+        self.examples, self.held_out = held_out(kept, config.data.held_out, config.run.seed)
+        used = {"examples": digest([example.id for example in kept])}
+        self.ranks.share(lambda: self.folder.note_data(record_digests(samples) | used))
+        return skipped + too_long
 
     def step(self) -> dict[str, float]:
         """One optimiser step on the next samples of the epoch's order; returns its figures."""
-        size = self.config.optim.samples_per_step
-        chosen = [self.examples[self.order[self.steps_done * size + i]] for i in range(size)]
-        with self.log.phase("update", total=size, unit="samples") as phase:
+        chosen = self._chosen()
+        self.policy.train()
+        with self.log.phase("update", total=len(chosen), unit="samples") as phase:
             for attempt in self.budget.attempts(self.policy.zero_grad):
                 with attempt:
                     sums: dict[str, torch.Tensor] = {}
@@ -152,7 +114,31 @@ class SftRun:
                         phase.advance(len(examples) * self.ranks.size)
         figures = clip_and_step(self, self.schedule.rate(self.steps_done), sums)
         self.steps_done += 1
+        every = self.config.run.eval_every or self.total_steps
+        if self.held_out and (not self.steps_done % every or self.steps_done == self.total_steps):
+            figures["held_out_ce"] = self._loss(self.held_out)
+            figures["permuted_ce"] = self._loss(with_others_photos(self.held_out))
         return figures
+
+    def _chosen(self) -> list[Example]:
+        """The next step's examples; an epoch's last step takes what is left of it."""
+        size, count = self.config.optim.samples_per_step, len(self.examples)
+        epoch, step = divmod(self.steps_done, self.per_epoch)
+        places = range(step * size, min((step + 1) * size, count))
+        return [self.examples[self.order[epoch * count + place]] for place in places]
+
+    @torch.no_grad()
+    def _loss(self, examples: Sequence[Example]) -> float:
+        """Mean cross-entropy over the target tokens of examples, of which nothing is learnt."""
+        self.policy.eval()
+        for attempt in self.budget.attempts(lambda: None):
+            with attempt:
+                sums: dict[str, torch.Tensor] = {}
+                for _, micro in self._micro_batches(examples):
+                    logprobs = self.policy(micro.update, "logprobs", labels=micro.labels)
+                    weights = micro.loss_mask.to(logprobs) / micro.num_loss_tokens
+                    add_up(sums, {"loss": -(logprobs * weights).sum()})
+        return float(self.ranks.add(sums)["loss"])
 
     def _micro_batches(self, chosen: Sequence[Example]):
         """This rank's micro-batches of an optimiser step."""
@@ -161,7 +147,6 @@ class SftRun:
         def pack(examples: Sequence[Example]) -> MicroBatch:
             return plain_batch(prompts_of(examples, "own", self.encoder), num_loss_tokens)
 
-        self.policy.train()
         return micro_batches(
             chosen,
             ["own"],

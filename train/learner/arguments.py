@@ -62,12 +62,14 @@ def one_line(text: str) -> str:
 def split_arguments(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Words of a command line as (option without its dashes, values).
 
-    Words before the first option have the name "".
+    Words before the first option have the name "". A word with blanks after an option
+    without a value is its value, dashes or not: flags for another program, as "--tp 2 --ep 2".
     """
     found: list[tuple[str, list[str]]] = []
     for word in argv:
         name, equals, value = word.removeprefix("--").partition("=")
-        if name and word.startswith("--"):
+        is_flags = found and not found[-1][1] and " " in word and "." not in name.partition(" ")[0]
+        if name and word.startswith("--") and not is_flags:
             found.append((name, [value] if equals else []))
         elif found:
             found[-1][1].append(word)

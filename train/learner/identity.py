@@ -36,6 +36,7 @@ KINDS: dict[str, Kind] = {
     "data.path": Kind.CONTENT,
     "data.positive": Kind.LISTED,
     "data.on_bad_image": Kind.LISTED,
+    "data.on_long": Kind.LISTED,
     "model": Kind.LISTED,
     "model.path": Kind.CONTENT,
     "model.min_pixels": Kind.STEP,

@@ -33,13 +33,11 @@ GOLDEN = 0.6180339887498949
 def build_optimizer(
     named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig
 ) -> torch.optim.Optimizer:
-    """AdamW of all parameters that require a gradient; weight decay applies to every one of them.
-
-    Norms and biases decay too, as in the published code.
+    """AdamW of all parameters that require a gradient.
 
     Args:
         named_parameters: all of one dtype, float32 (or float64) or bfloat16; DTensors are fine.
-        config: lr, beta1, beta2, eps, weight_decay and states are used.
+        config: lr, beta1, beta2, eps, weight_decay, decay_norms_and_biases and states are used.
 
     Returns:
         torch.optim.AdamW, or KahanAdamW for bfloat16; its lr is set by `optimizer_step`.
@@ -60,7 +58,7 @@ def build_optimizer(
                 f"{name} is {param.dtype} but {first} is {dtype}: trained parameters must share "
                 "one dtype (model.dtype float32 or bfloat16)"
             )
-    params = [param for _, param in trained]
+    params = _groups([param for _, param in trained], config)
     options = dict(
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -69,8 +67,18 @@ def build_optimizer(
     )
     if dtype == torch.bfloat16:
         return KahanAdamW(params, states=getattr(torch, config.states), **options)
-    fused = all(param.device.type in ("cpu", "cuda") for param in params)
+    fused = all(param.device.type in ("cpu", "cuda") for _, param in trained)
     return torch.optim.AdamW(params, fused=fused, **options)
+
+
+def _groups(params: list[Parameter], config: OptimConfig) -> list[dict]:
+    """Parameter groups. Norms and biases are the vectors among a transformer's parameters."""
+    if config.decay_norms_and_biases:
+        return [{"params": params}]
+    plain = [param for param in params if param.ndim < 2]
+    groups = [{"params": [param for param in params if param.ndim >= 2]}]
+    groups.append({"params": plain, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
 
 
 def _check(config: OptimConfig) -> None:
@@ -106,12 +114,13 @@ def learning_rate(
     Args:
         step: optimiser step, from 0; a Schedule's may be a fraction.
         total_steps: optimiser steps of the whole run; later ones keep the last one's rate.
-        config: lr, schedule, warmup_steps and, of TAPO, skip_first_rollout_lr are used.
+        config: lr, schedule, warmup_steps, rates and, of TAPO, skip_first_rollout_lr are used.
         first_rollout: whether the step belongs to the run's first rollout step.
 
     Returns:
         The rate: (step + 1) / warmup_steps of config.lr in the warm-up, config.lr right after it,
         0 at the last step unless the schedule is constant or that step is the only one after it.
+        With rates "transformers" step / warmup_steps in the warm-up, and 0 only one step later.
 
     Raises:
         ValueError: A negative step.
@@ -120,9 +129,10 @@ def learning_rate(
         raise ValueError(f"step must be at least 0, got {step}")
     if first_rollout and isinstance(config, TapoOptimConfig) and config.skip_first_rollout_lr:
         return 0.0
+    early = config.rates == "transformers"
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    decay_steps = total_steps - 1 - config.warmup_steps
+        return config.lr * (step + (not early)) / config.warmup_steps
+    decay_steps = total_steps - (not early) - config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / decay_steps) if decay_steps > 0 else 0.0
     return config.lr * SCHEDULES[config.schedule](progress)
 

@@ -179,6 +179,7 @@ def _what(name: str, folder: RunFolder) -> str:
     return {
         "triplets": f"{folder.path}/triplets.json",
         "photo_contents": "photos that it trains on",
+        "examples": "which records fit optim.max_tokens",
         "source": f"what data.path {folder.identity.options['data.path']} holds",
     }[name]
 

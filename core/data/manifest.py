@@ -30,7 +30,8 @@ class Manifest:
     names: dict[str, list[str]]
     """All sub-categories, seen and unseen, of each super-category."""
     nearest: dict[str, dict[str, list[str]]]
-    """By super-category and seen sub-category: the most similar others, nearest first."""
+    """By super-category and sub-category: the most similar others, seen or unseen, nearest first.
+    Earlier versions knew those of seen sub-categories alone."""
     settings: dict[str, object]
     """The data options that these choices were made with."""
     skipped: list[str] = field(default_factory=list)

@@ -105,8 +105,8 @@ def eval_questions(
 ) -> list[EvalQuestion]:
     """Questions about held-out photos, each with the true name and up to three others as options.
 
-    The others come from the same super-category: first the most similar ones, where these are
-    known, then drawn ones.
+    The others come from the same super-category, seen and unseen alike: first the most similar
+    ones, where these are known, then drawn ones.
 
     Args:
         manifest: the questions are about its `test` photos.
@@ -219,18 +219,21 @@ def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
     partitions = photo_set.partitions or _draw(classes, splits, config)
     shots = _choose_shots(classes, partitions, splits, config)
     _check_shots(shots, config)
-    nearest = _rank_all(shots.tapo, lambda keys: embed([os.path.join(root, k) for k in keys]))
+    ranked = _rank_all(
+        shots.tapo | _first_unseen(shots, config.shots),
+        lambda keys: embed([os.path.join(root, key) for key in keys]),
+    )
     names = defaultdict(list)
     for super_category, sub_category in sorted(partitions):
         names[super_category].append(sub_category)
     manifest = Manifest(
-        anchors=_anchors(shots.tapo, nearest, config.seed),
+        anchors=_anchors(shots.tapo, ranked, config.seed),
         sft=shots.sft,
         test=shots.test,
         names=dict(names),
         nearest={
-            super_category: {name: near[: MAX_OPTIONS - 1] for name, near in ranked.items()}
-            for super_category, ranked in nearest.items()
+            super_category: {name: near[: MAX_OPTIONS - 1] for name, near in of_super.items()}
+            for super_category, of_super in ranked.items()
         },
         settings=asdict(config),
         skipped=photo_set.skipped,
@@ -326,29 +329,35 @@ def _check_shots(shots: _Shots, config: DataConfig) -> None:
         )
 
 
+def _first_unseen(shots: _Shots, most: int) -> dict[SubCategory, list[Photo]]:
+    """Some test photos of each unseen sub-category: they tell which names look alike, no more."""
+    return {labels: of[:most] for labels, of in _by_class(shots.test["unseen"]).items()}
+
+
 def _rank_all(
-    tapo: dict[SubCategory, list[Photo]], embed: Embed
+    shown: dict[SubCategory, list[Photo]], embed: Embed
 ) -> dict[str, dict[str, list[str]]]:
-    keys = [photo.image for photos in tapo.values() for photo in photos]
+    keys = [photo.image for photos in shown.values() for photo in photos]
     rows = embed(keys)
     if rows.ndim != 2 or len(rows) != len(keys) or not rows.isfinite().all():
         raise ValueError(
             f"the embedder must give {len(keys)} rows of finite numbers, got {tuple(rows.shape)} "
             f"with {int((~rows.isfinite()).sum())} that are not finite"
         )
-    of_class = rows.split([len(photos) for photos in tapo.values()])
+    of_class = rows.split([len(photos) for photos in shown.values()])
     by_super: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for (super_category, name), embedded in zip(tapo, of_class, strict=True):
+    for (super_category, name), embedded in zip(shown, of_class, strict=True):
         by_super[super_category][name] = embedded
     return {super_category: rank_similar(of) for super_category, of in by_super.items()}
 
 
 def _anchors(
-    tapo: dict[SubCategory, list[Photo]], nearest: dict[str, dict[str, list[str]]], seed: int
+    tapo: dict[SubCategory, list[Photo]], ranked: dict[str, dict[str, list[str]]], seed: int
 ) -> list[Anchor]:
     anchors = []
     for (super_category, name), photos in tapo.items():
-        neighbours = tapo[super_category, nearest[super_category][name][0]]
+        others = ranked[super_category][name]
+        neighbours = next(tapo[labels] for o in others if (labels := (super_category, o)) in tapo)
         for photo in photos:
             same = [other.image for other in photos if other is not photo]
             near = [other.image for other in neighbours]

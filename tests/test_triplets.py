@@ -451,7 +451,8 @@ def test_real_photos_become_triplets_of_similar_birds(real_photos):
         entry = listed[anchor.id]
         assert (entry["split"], entry["world"]) == ("train", "seen") and not entry["in_stage1"]
     # Even a grid of hues finds sea birds of one family.
-    near = {name: others[0].split()[-1] for name, others in manifest.nearest["bird"].items()}
+    birds = [anchor for anchor in manifest.anchors if anchor.super_category == "bird"]
+    near = {a.sub_category: Path(a.negatives[0]).parent.name.split("_")[-1] for a in birds}
     for name, family in near.items():
         if name != "Red Winged Blackbird":
             assert family == name.split()[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -39,6 +39,7 @@ def ask(
     names: Mapping[str, Sequence[str]],
     system_prompt: str | None = None,
     max_tokens: int = 2048,
+    on_answer: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """Greedy answers with their scores, in the order of the questions.
 
@@ -51,6 +52,7 @@ def ask(
         names: known names by super-category, for `exact`, which is left out without them.
         system_prompt: system message of every prompt.
         max_tokens: longest answer.
+        on_answer: called for each.
     """
     mode = "closed" if prompt == "closed_world" else "open"
     sampling = Sampling(temperature=0, max_tokens=max_tokens)
@@ -59,7 +61,11 @@ def ask(
     wanted = [Asked(replace(q, line=n), mode) for n, q in enumerate(questions)]
 
     async def collect() -> dict[int, str]:
-        return {answer.line: answer.output async for answer in asker.answers(wanted)}
+        found = {}
+        async for answer in asker.answers(wanted):
+            found[answer.line] = answer.output
+            on_answer()
+        return found
 
     outputs = asyncio.run(collect())
     return [

@@ -176,6 +176,29 @@ class PredictConfig:
 
 
 @dataclass
+class AnalyseConfig:
+    """Options of train/analyse.py."""
+
+    photos: PathText
+    """Folder of photos by sub-category, or JSON Lines, as for training."""
+    out: PathText = "analysis"
+    """Folder for figures and tables."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    other: PathText | None = None
+    """Folder or hub id of a second model, which the first is compared with."""
+    names: PathText | None = None
+    """JSON or YAML of names by folder; None: the folders'."""
+    genera: PathText | None = None
+    """CSV with the columns name and genus; None: the first word of names of several words."""
+    most_photos: PositiveInt = 200
+    """Photos of the plane of right and wrong names, drawn."""
+    seed: Seed = 0
+    """Of every draw."""
+    device: Device = "auto"
+    """auto: cuda where there is a GPU, else cpu."""
+
+
+@dataclass
 class PlanConfig:
     """Options of train/plan.py, beside those of train/tapo.py."""
 

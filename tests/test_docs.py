@@ -27,8 +27,9 @@ from test_clip_baseline import make_siglip
 from torch.distributed.run import get_args_parser
 
 from tercet.core.config import SftConfig, TapoConfig
+from tercet.core.data.eval_files import DATASETS
 from tercet.core.tool_config import EvalConfig
-from tercet.train import eval_fgvr, make_triplets, plan, predict
+from tercet.train import analyse, eval_fgvr, make_triplets, plan, predict
 from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import parse, read_options
 
@@ -66,6 +67,7 @@ TINY = {
     "sft": ["--run.steps=1", "--run.device=cpu", "--optim.samples_per_step=2"],
     "eval_fgvr": ["--max_tokens=8", "--per_class=1", "--device=cpu", "--text_encoder=null"],
     "predict": ["--max_tokens=8", "--device=cpu"],
+    "analyse": ["--device=cpu"],
     "make_triplets": ["--data.shots=3", "--data.sft_shots=0"],
     "plan": [],
 }
@@ -82,7 +84,8 @@ PARSED_ONLY = {
 }
 """Commands, by an option or by their first word, that are not run, and why."""
 FOREIGN = {"--dtype", "--enable-memory-saver", "--mem-fraction-static"}
-"""Options of SGLang's servers."""
+FOREIGN |= {"--model", "--model_args", "--tasks", "--batch_size"}
+"""Options of SGLang's servers and of lmms-eval."""
 COMMANDS = ("make", "pip", "pytest", "python", "torchrun", ".")
 
 
@@ -214,11 +217,11 @@ def workspace(tmp_path_factory) -> Path:
 def write_questions(root: Path) -> None:
     """Question files, and answers to them."""
     answers = []
-    for stem in ("bird_seen", "bird_unseen"):
+    for stem in (f"{name}_{end}" for name in DATASETS for end in ("seen", "unseen")):
         asked = {"question": "Which bird?", "options": ["red bird", "blue bird"]}
         asked |= {"image_path": "far/bird/red_bird/0.jpg", "ground_truth": "red bird"}
         (root / f"{stem}.jsonl").write_text(json.dumps(asked))
-        for mode in ("closed", "open"):
+        for mode in ("closed", "open") if stem.startswith("bird") else ():
             about = {"file": stem, "line": 1, "mode": mode, "trial": 0, "output": "a bird"}
             answers.append(json.dumps(about) + "\n")
     (root / "answers.jsonl").write_text("".join(answers))
@@ -323,7 +326,7 @@ def known_options() -> set[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", "--help"])
-        mains = (eval_fgvr.main, make_triplets.main, plan.main, predict.main)
+        mains = (analyse.main, eval_fgvr.main, make_triplets.main, plan.main, predict.main)
         texts = [helped(show) for show in mains]
     texts += [helped(lambda c=c: parse(c, ["--help"], "")) for c in (TapoConfig, SftConfig)]
     torchrun = {name for action in get_args_parser()._actions for name in action.option_strings}

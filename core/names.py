@@ -112,9 +112,11 @@ def names_in(text: str, names: Iterable[str]) -> list[str]:
 def _names_in(text: str, names: tuple[str, ...]) -> tuple[str, ...]:
     hay = normal_form(text)
     taken = bytearray(len(hay))
+    letters = set(hay)
     found: dict[str, int] = {}
     for needle, name in _by_length(names):
-        start = hay.find(needle)
+        # A search for 200 names in a long text of few letters would take a second.
+        start = hay.find(needle) if letters.issuperset(needle) else -1
         while start >= 0:
             end = start + len(needle)
             if taken.find(1, start, end) >= 0 or _in_word(hay, start) or _in_word(hay, end):

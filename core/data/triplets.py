@@ -170,6 +170,24 @@ def draw_partitions(
     return partitions
 
 
+def whitened(embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Embeddings in units of what varies within sub-categories, around the mean of all.
+
+    Half of the covariance within sub-categories is shrunk to its mean variance, as there are fewer
+    photos than features.
+
+    Args:
+        embeddings: [photos, D] float of each sub-category, all of one super-category.
+    """
+    rows = torch.cat([of.double() for of in embeddings.values()])
+    within = torch.cat([of.double() - of.double().mean(dim=0) for of in embeddings.values()])
+    covariance = within.T @ within / max(1, len(rows) - len(embeddings))
+    even = covariance.trace() / len(covariance) * torch.eye(len(covariance), dtype=torch.float64)
+    variances, axes = torch.linalg.eigh((covariance + even) / 2)
+    scale = axes / variances.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    return {name: (of.double() - rows.mean(dim=0)) @ scale for name, of in embeddings.items()}
+
+
 def rank_similar(embeddings: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Rank, for each sub-category, the others by the cosine of mean image embeddings.
 
@@ -219,21 +237,24 @@ def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
     partitions = photo_set.partitions or _draw(classes, splits, config)
     shots = _choose_shots(classes, partitions, splits, config)
     _check_shots(shots, config)
-    ranked = _rank_all(
-        shots.tapo | _first_unseen(shots, config.shots),
-        lambda keys: embed([os.path.join(root, key) for key in keys]),
-    )
+    # Some test photos of unseen sub-categories tell which names look alike, no more: negatives do
+    # not depend on them.
+    unseen = {labels: of[: config.shots] for labels, of in _by_class(shots.test["unseen"]).items()}
+    shown = shots.tapo | unseen
+    rows = _embed_all(shown, lambda keys: embed([os.path.join(root, key) for key in keys]))
+    nearest_seen = _rank_all({labels: rows[labels] for labels in shots.tapo}, config.similarity)
+    nearest = _rank_all(rows, config.similarity)
     names = defaultdict(list)
     for super_category, sub_category in sorted(partitions):
         names[super_category].append(sub_category)
     manifest = Manifest(
-        anchors=_anchors(shots.tapo, ranked, config.seed),
+        anchors=_anchors(shots.tapo, nearest_seen, config.seed),
         sft=shots.sft,
         test=shots.test,
         names=dict(names),
         nearest={
             super_category: {name: near[: MAX_OPTIONS - 1] for name, near in of_super.items()}
-            for super_category, of_super in ranked.items()
+            for super_category, of_super in nearest.items()
         },
         settings=asdict(config),
         skipped=photo_set.skipped,
@@ -329,14 +350,8 @@ def _check_shots(shots: _Shots, config: DataConfig) -> None:
         )
 
 
-def _first_unseen(shots: _Shots, most: int) -> dict[SubCategory, list[Photo]]:
-    """Some test photos of each unseen sub-category: they tell which names look alike, no more."""
-    return {labels: of[:most] for labels, of in _by_class(shots.test["unseen"]).items()}
-
-
-def _rank_all(
-    shown: dict[SubCategory, list[Photo]], embed: Embed
-) -> dict[str, dict[str, list[str]]]:
+def _embed_all(shown: dict[SubCategory, list[Photo]], embed: Embed) -> dict[SubCategory, Tensor]:
+    """[photos, D] of each sub-category."""
     keys = [photo.image for photos in shown.values() for photo in photos]
     rows = embed(keys)
     if rows.ndim != 2 or len(rows) != len(keys) or not rows.isfinite().all():
@@ -345,19 +360,25 @@ def _rank_all(
             f"with {int((~rows.isfinite()).sum())} that are not finite"
         )
     of_class = rows.split([len(photos) for photos in shown.values()])
+    return dict(zip(shown, of_class, strict=True))
+
+
+def _rank_all(
+    embedded: Mapping[SubCategory, Tensor], similarity: str
+) -> dict[str, dict[str, list[str]]]:
     by_super: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for (super_category, name), embedded in zip(shown, of_class, strict=True):
-        by_super[super_category][name] = embedded
-    return {super_category: rank_similar(of) for super_category, of in by_super.items()}
+    for (super_category, name), rows in embedded.items():
+        by_super[super_category][name] = rows
+    scaled = whitened if similarity == "whitened" else dict
+    return {super_category: rank_similar(scaled(of)) for super_category, of in by_super.items()}
 
 
 def _anchors(
-    tapo: dict[SubCategory, list[Photo]], ranked: dict[str, dict[str, list[str]]], seed: int
+    tapo: dict[SubCategory, list[Photo]], nearest: dict[str, dict[str, list[str]]], seed: int
 ) -> list[Anchor]:
     anchors = []
     for (super_category, name), photos in tapo.items():
-        others = ranked[super_category][name]
-        neighbours = next(tapo[labels] for o in others if (labels := (super_category, o)) in tapo)
+        neighbours = tapo[super_category, nearest[super_category][name][0]]
         for photo in photos:
             same = [other.image for other in photos if other is not photo]
             near = [other.image for other in neighbours]

@@ -79,11 +79,10 @@ def summary(manifest: Manifest) -> str:
             sum(photo.super_category == super_category for photo in manifest.test[partition])
             for partition in ("seen", "unseen")
         ]
-        seen = {a.sub_category for a in manifest.anchors if a.super_category == super_category}
         near = manifest.nearest.get(super_category, {})
-        examples = [f"{name} ~ {others[0]}" for name, others in near.items() if name in seen][:3]
+        examples = [f"{name} ~ {others[0]}" for name, others in list(near.items())[:3]]
         lines.append(
-            f"{super_category or 'all'}: {len(names)} sub-categories ({len(seen)} seen), "
+            f"{super_category or 'all'}: {len(names)} sub-categories ({len(near)} seen), "
             f"{anchors[super_category]} anchors, {sft[super_category]} stage-1 photos, "
             f"{tests[0]} + {tests[1]} test photos (seen + unseen); {'; '.join(examples)}"
         )

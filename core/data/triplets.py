@@ -126,7 +126,8 @@ def eval_questions(
     for (super_category, truth), photos in sorted(_by_class(manifest.test[partition]).items()):
         ids = {os.path.relpath(photo.image, root): photo for photo in photos}
         others = [name for name in manifest.names[super_category] if name != truth]
-        near = manifest.nearest.get(super_category, {}).get(truth, [])
+        known = manifest.look_alikes or manifest.nearest
+        near = known.get(super_category, {}).get(truth, [])
         for photo_id in seeded_order(ids, seed, "test")[:per_class]:
             drawn = seeded_order(others, seed, "others", photo_id)
             wrong = list(dict.fromkeys([*near, *drawn]))[: MAX_OPTIONS - 1]
@@ -242,20 +243,17 @@ def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
     unseen = {labels: of[: config.shots] for labels, of in _by_class(shots.test["unseen"]).items()}
     shown = shots.tapo | unseen
     rows = _embed_all(shown, lambda keys: embed([os.path.join(root, key) for key in keys]))
-    nearest_seen = _rank_all({labels: rows[labels] for labels in shots.tapo}, config.similarity)
-    nearest = _rank_all(rows, config.similarity)
+    nearest = _rank_all({labels: rows[labels] for labels in shots.tapo}, config.similarity)
     names = defaultdict(list)
     for super_category, sub_category in sorted(partitions):
         names[super_category].append(sub_category)
     manifest = Manifest(
-        anchors=_anchors(shots.tapo, nearest_seen, config.seed),
+        anchors=_anchors(shots.tapo, nearest, config.seed),
         sft=shots.sft,
         test=shots.test,
         names=dict(names),
-        nearest={
-            super_category: {name: near[: MAX_OPTIONS - 1] for name, near in of_super.items()}
-            for super_category, of_super in nearest.items()
-        },
+        nearest=nearest,
+        look_alikes=_rank_all(rows, config.similarity),
         settings=asdict(config),
         skipped=photo_set.skipped,
         notes=photo_set.notes,
@@ -366,11 +364,16 @@ def _embed_all(shown: dict[SubCategory, list[Photo]], embed: Embed) -> dict[SubC
 def _rank_all(
     embedded: Mapping[SubCategory, Tensor], similarity: str
 ) -> dict[str, dict[str, list[str]]]:
+    """The most similar others of each name, as many as a question has wrong options."""
     by_super: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for (super_category, name), rows in embedded.items():
         by_super[super_category][name] = rows
     scaled = whitened if similarity == "whitened" else dict
-    return {super_category: rank_similar(scaled(of)) for super_category, of in by_super.items()}
+    most = MAX_OPTIONS - 1
+    return {
+        super_category: {name: near[:most] for name, near in rank_similar(scaled(of)).items()}
+        for super_category, of in by_super.items()
+    }
 
 
 def _anchors(

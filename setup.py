@@ -28,7 +28,7 @@ setup(
     package_dir={f"tercet.{room.replace('/', '.')}": room for room in ROOMS},
     package_data={
         "tercet.train": ["recipes/*.yaml"],
-        "tercet.train.evaluation": ["published.csv"],
+        "tercet.train.evaluation": ["published.csv", "clip_templates.txt"],
     },
     install_requires=[
         "torch>=2.11",
@@ -40,8 +40,10 @@ setup(
         "sentencepiece>=0.2.1",
         "protobuf>=4.25",
         "numpy>=1.26",
+        "scipy>=1.12",
         "safetensors>=0.8",
         "pillow>=10.3",
+        "imagehash>=4.3",
         "pyarrow>=17",
         "httpx>=0.27",
         "pydantic>=2.9",

@@ -269,6 +269,9 @@ class RunConfig:
     keep_best: Word | None = None
     """Column of metrics.jsonl, for instance `accuracy`. Its mean over the steps since the last
     checkpoint rates a checkpoint; the one with the highest mean is kept as well."""
+    stop_after: PositiveInt | None = None
+    """End after so many values of `keep_best` in a row without a new best; steps that do not have
+    it do not count. None: never."""
     async_save: bool = False
     """Write checkpoints in the background, from a copy in CPU memory."""
     device: Device = "auto"
@@ -279,11 +282,21 @@ class RunConfig:
     """Weights & Biases project; None: not used."""
     seed: Seed = 0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for stop_after without the figure that it looks at."""
+        if self.stop_after and not self.keep_best:
+            raise ValueError("run.stop_after needs run.keep_best, the figure that it looks at")
+
 
 @dataclass
 class TapoRunConfig(RunConfig):
     preset: Literal["paper", "released"] = "paper"
     """Set of options that applies before YAML and command line."""
+    eval_every: NonNegativeInt = 0
+    """Steps between evaluations on held-out photos, greedy with stage 2's prompt; the last step has
+    one too. 0: none."""
+    eval_photos: PositiveInt = 64
+    """Held-out photos of seen and as many of unseen sub-categories for them, drawn once."""
 
 
 @dataclass
@@ -300,7 +313,9 @@ class TapoConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for combinations that have no meaning, naming the fields."""
-        rollout = self.rollout
+        rollout, run = self.rollout, self.run
+        if not run.eval_every and (run.keep_best or "").startswith("eval_"):
+            raise ValueError(f"run.keep_best {run.keep_best} needs run.eval_every")
         if rollout.n_anchor + rollout.n_positive < 2:
             raise ValueError("rollout.n_anchor + rollout.n_positive must be at least 2, got 1")
         if not 0 < rollout.top_p <= 1:

@@ -101,6 +101,7 @@ def _matches(pattern: str) -> Callable[[str], object]:
 PerStep = _whole("PerStep", 1, PER_STEP)
 Few = _whole("Few", 1, 10_000)
 FewOrNone = _whole("FewOrNone", 0, 10_000)
+Bits = _whole("Bits", 0, 64)
 Threads = _whole("Threads", 1, 1024)
 Seed = _whole("Seed", 0, 2**32 - 1)  # as far as numpy's seeds go
 Share = restricted_number_type(

@@ -9,6 +9,7 @@ from jsonargparse.typing import PositiveInt
 
 from tercet.core.config import DataConfig, ModelConfig
 from tercet.core.option_types import (
+    Bits,
     Device,
     Few,
     Flags,
@@ -18,6 +19,7 @@ from tercet.core.option_types import (
     PerStep,
     Seconds,
     Seed,
+    Temperature,
     TemperatureOrZero,
     Url,
     Word,
@@ -63,30 +65,71 @@ class EngineConfig:
 
 
 @dataclass
+class ChatConfig:
+    """An OpenAI-compatible chat endpoint that takes images."""
+
+    url: Url | None = None
+    """Its address, ending in /v1; None: there is none."""
+    model: Word = "default"
+    """Name of the model that it serves."""
+    api_key_file: PathOrEmpty = ""
+    """File with its key; without it the variable TERCET_API_KEY is read."""
+    concurrency: PerStep = 16
+    """Most questions in flight."""
+    timeout_s: Seconds = 300.0
+    """Longest that one answer may take."""
+    patience_s: Seconds = 600.0
+    """Longest wait for an endpoint that is down or refuses for now."""
+
+
+@dataclass
 class EvalConfig:
     """Options of train/eval_fgvr.py."""
 
-    questions: list[PathText]
+    questions: list[PathText] = field(default_factory=list)
     """JSON Lines of questions as published, or triplets.json of our own; several at once."""
     out: PathText = "eval"
     """Folder for answers, scores and tables; with the same options a killed run goes on there."""
     rescore: PathText | None = None
     """File of answers that are scored; no model is asked, and no photos are needed."""
+    compare: list[PathText] = field(default_factory=list)
+    """Two folders of evaluations of the same questions; their difference is all that is done."""
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: EngineConfig = field(default_factory=EngineConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    """A chat endpoint that is asked in place of `model`."""
+    judge: ChatConfig = field(default_factory=ChatConfig)
+    """A chat endpoint that judges the answers (the Reasoning-Answer protocol)."""
+    clip: PathText | None = None
+    """Folder or hub id of a CLIP or SigLIP that chooses among the options, in place of a model that
+    answers."""
+    clip_templates: Literal["one", "imagenet"] = "one"
+    """one: "a photo of a NAME", as in the paper. imagenet: the mean over CLIP's 80 templates."""
     name: Word | None = None
     """The model's name in the tables; None: the last part of its path."""
     modes: list[Literal["closed", "open"]] = field(default_factory=lambda: ["closed", "open"])
     """closed: the options are in the prompt. open: they are not."""
-    prompt: Literal["released", "stage2"] = "released"
-    """Wording of the prompt: that of the released evaluation, or stage 2's (open mode alone)."""
-    options: Literal["released"] = "released"
-    """Order of the options: as they stand in the file."""
+    prompt: Literal[
+        "released", "stage2", "appendix", "choice", "both", "cot", "step_by_step", "in_context"
+    ] = "released"
+    """Wording of the prompt (docs/evaluation.md): that of the released evaluation, stage 2's (open
+    mode alone), the paper's appendix, ReFine-RFT's three, or the two baselines of Fine-R1."""
+    demonstrations: PathText | None = None
+    """triplets.json whose training photos are shown with --prompt in_context."""
+    options: Literal["released", "shuffled", "rotated"] = "released"
+    """Order of the options in a prompt: as they stand in the file, drawn for each question, or
+    every question once with the true option at each place."""
     images: list[PathText] = field(default_factory=list)
     """Folders in which photos are found by the end of their path; none: paths are relative to the
     file of questions."""
     missing: Literal["error", "wrong", "skip"] = "error"
     """Questions whose photo is missing or damaged: an error, wrong answers, or left out."""
+    leaks: list[PathText] = field(default_factory=list)
+    """triplets.json files or stage-1 records whose photos are searched for in the questions."""
+    leak_distance: Bits = 8
+    """Most bits of 64 in which the perceptual hashes of two copies of a photo may differ."""
+    drop_leaks: bool = False
+    """Leave questions about such photos out."""
     per_class: PositiveInt | None = None
     """Questions about each sub-category of a file, drawn; None: all."""
     trials: Few = 1
@@ -102,6 +145,55 @@ class EvalConfig:
     domain_words: Literal["released", "super_category"] = "released"
     """Word for the super-category, and the rule for cars' names: from the photo's path as in the
     released script, or from the super-category."""
+    device: Device = "auto"
+    """auto: cuda where there is a GPU, else cpu."""
+
+
+@dataclass
+class PredictConfig:
+    """Options of train/predict.py."""
+
+    photos: list[PathText] = field(default_factory=list)
+    """The photos; they may stand before the options, without --photos."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: EngineConfig = field(default_factory=EngineConfig)
+    options: list[Word] = field(default_factory=list)
+    """Names to choose from; none: the model says what it sees."""
+    question: Word = "What is the name of the object in this photo?"
+    """What is asked about each photo; name the super-category where it is known."""
+    samples: Few = 1
+    """Answers to each photo; one is greedy."""
+    temperature: Temperature = 1.0
+    """Of several samples."""
+    seed: Seed = 0
+    """Of sampling."""
+    max_tokens: PositiveInt = 2048
+    """Longest answer."""
+    json: bool = False
+    """Print a JSON object a line instead of text."""
+    device: Device = "auto"
+    """auto: cuda where there is a GPU, else cpu."""
+
+
+@dataclass
+class AnalyseConfig:
+    """Options of train/analyse.py."""
+
+    photos: PathText
+    """Folder of photos by sub-category, or JSON Lines, as for training."""
+    out: PathText = "analysis"
+    """Folder for figures and tables."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    other: PathText | None = None
+    """Folder or hub id of a second model, which the first is compared with."""
+    names: PathText | None = None
+    """JSON or YAML of names by folder; None: the folders'."""
+    genera: PathText | None = None
+    """CSV with the columns name and genus; None: the first word of names of several words."""
+    most_photos: PositiveInt = 200
+    """Photos of the plane of right and wrong names, drawn."""
+    seed: Seed = 0
+    """Of every draw."""
     device: Device = "auto"
     """auto: cuda where there is a GPU, else cpu."""
 

@@ -64,7 +64,9 @@ def _same(digits: str, number: float) -> bool:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class ChatAnswer:
+    """What an endpoint said."""
+
     text: str
     reason: str | None
     """Why it ended; None: the endpoint does not say."""
@@ -134,23 +136,43 @@ class Judge:
         """Close the cache."""
         self._cache.close()
 
-    async def _ask(self, question: str, images: Sequence[str]) -> _Answer:
-        photos = [{"type": "image_url", "image_url": {"url": data_uri(i)}} for i in images]
-        content = [*photos, {"type": "text", "text": question}]
+    async def _ask(self, question: str, images: Sequence[str]) -> ChatAnswer:
+        content = [*map(photo_item, images), {"type": "text", "text": question}]
+        return await self.chat([{"role": "user", "content": content}])
+
+    async def chat(
+        self,
+        messages: Sequence[dict],
+        *,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        max_tokens: int | None = None,
+    ) -> ChatAnswer:
+        """The answer to a conversation.
+
+        Args:
+            messages: in the form of OpenAI's API.
+            temperature, seed: of sampling; the seed is sent where there is one.
+            max_tokens: longest answer; None: the judge's own, and more where that cuts it off.
+
+        Raises:
+            ServerError: as `ask`.
+        """
         body = {
             "model": self._model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0.0,
-            "max_tokens": self._max_tokens,
+            "messages": list(messages),
+            "temperature": temperature,
+            "max_tokens": max_tokens or self._max_tokens,
+            **({} if seed is None else {"seed": seed}),
         }
         # The last word tells them from answers that were kept before they were checked.
         text = json.dumps([self._url, body, "whole"])
         key = blake2b(text.encode(), digest_size=16).hexdigest()
         if kept := self._in_cache("SELECT text FROM answers WHERE key = ?", key):
-            return _Answer(kept[0][0], "stop")
+            return ChatAnswer(kept[0][0], "stop")
         async with self._shared.use() as session, session.places:
             answer = await self._answer(session.client, body)
-            if answer.reason == "length":
+            if answer.reason == "length" and max_tokens is None:
                 body["max_tokens"] = GROWTH * self._max_tokens
                 try:
                     answer = await self._answer(session.client, body)
@@ -162,7 +184,7 @@ class Judge:
             self._in_cache("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, answer.text)
         return answer
 
-    async def _answer(self, client: httpx.AsyncClient, body: dict) -> _Answer:
+    async def _answer(self, client: httpx.AsyncClient, body: dict) -> ChatAnswer:
         """One answer; waits for an endpoint that is down, and asks again for one that is bad."""
         url, deadline = f"{self._url}/chat/completions", time.monotonic() + self._patience_s
         attempt = bad = 0
@@ -196,10 +218,15 @@ class Judge:
         return ValueError(f"judge: the cache {self._cache_path} cannot be used: {error}")
 
 
-def _read_answer(content: bytes) -> _Answer:
+def photo_item(image: str) -> dict:
+    """A photo as an item of a message's content."""
+    return {"type": "image_url", "image_url": {"url": data_uri(image)}}
+
+
+def _read_answer(content: bytes) -> ChatAnswer:
     """The answer in a reply; raises Again where there is none."""
     choice = read(Chat, content).choices[0]
-    answer = _Answer(choice.message.content or "", choice.finish_reason)
+    answer = ChatAnswer(choice.message.content or "", choice.finish_reason)
     if answer.is_whole and choice.message.content is None:
         raise BadReply("an answer without text")
     return answer

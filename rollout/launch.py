@@ -64,7 +64,7 @@ def open_engine(
             "rollout.engine sglang needs rollout.sglang_python, to start servers, or rollout.urls"
         )
     addresses = [check_address(url, "rollout.urls") for url in config.urls]
-    api_key = read_api_key(config)
+    api_key = read_api_key(config.api_key_file)
     parts.save(work_dir / POLICY)
     sync = _open_sync(parts, config, work_dir)
     dtype = dtype or parts.model.dtype
@@ -98,17 +98,21 @@ def _open_sync(parts: PolicyParts, config: RolloutConfig, work_dir: Path) -> Wei
     )
 
 
-def read_api_key(config: RolloutConfig) -> str | None:
-    """The servers' key, from rollout.api_key_file or else from the variable TERCET_API_KEY.
+def read_api_key(file: str, option: str = "rollout.api_key_file") -> str | None:
+    """A server's key, from a file where one is named, else from the variable TERCET_API_KEY.
+
+    Args:
+        file: its path; empty: none.
+        option: that named it, for errors.
 
     Raises:
         ValueError: it cannot be read, or is no single word; the message does not hold it.
     """
     key, source = os.environ.get(API_KEY, ""), API_KEY
-    if config.api_key_file:
-        source = f"rollout.api_key_file: {config.api_key_file}"
+    if file:
+        source = f"{option}: {file}"
         try:
-            key = Path(config.api_key_file).expanduser().read_text(encoding="ascii").strip()
+            key = Path(file).expanduser().read_text(encoding="ascii").strip()
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not ASCII text"
             raise ValueError(f"{source}: {reason}") from None

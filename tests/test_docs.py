@@ -23,11 +23,13 @@ import pytest
 from eval_support import siglip
 from PIL import Image
 from support import tiny
+from test_clip_baseline import make_siglip
 from torch.distributed.run import get_args_parser
 
 from tercet.core.config import SftConfig, TapoConfig
+from tercet.core.data.eval_files import DATASETS
 from tercet.core.tool_config import EvalConfig
-from tercet.train import eval_fgvr, make_triplets, plan
+from tercet.train import analyse, eval_fgvr, make_triplets, plan, predict
 from tercet.train.demo import __main__ as demo
 from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import parse, read_options
@@ -53,6 +55,7 @@ PLACEHOLDERS = {
     "STAGE1": "policy",
     "CHECKPOINT": "policy",
     "ENCODER": "encoder",
+    "CLIP": "clip",
     "ENV/bin/python": sys.executable,
 }
 """Words of a command, and what stands for them; the other files that commands name lie in the
@@ -64,6 +67,8 @@ TINY = {
         --rollout.on_exhausted=keep_last_round""".split(),
     "sft": ["--run.steps=1", "--run.device=cpu", "--optim.samples_per_step=2"],
     "eval_fgvr": ["--max_tokens=8", "--per_class=1", "--device=cpu", "--text_encoder=null"],
+    "predict": ["--max_tokens=8", "--device=cpu"],
+    "analyse": ["--device=cpu"],
     "make_triplets": ["--data.shots=3", "--data.sft_shots=0"],
     "plan": [],
 }
@@ -71,6 +76,8 @@ TINY = {
 PARSED_ONLY = {
     "--nproc-per-node 4": "needs four GPUs",
     "--rollout.engine sglang": "needs a server",
+    "--chat.url": "needs an endpoint",
+    "--judge.url": "needs an endpoint",
     "pytest": "these tests themselves",
     "make": "makes an environment",
     "pip": "downloads",
@@ -78,7 +85,8 @@ PARSED_ONLY = {
 }
 """Commands, by an option or by their first word, that are not run, and why."""
 FOREIGN = {"--dtype", "--enable-memory-saver", "--mem-fraction-static"}
-"""Options of SGLang's servers."""
+FOREIGN |= {"--model", "--model_args", "--tasks", "--batch_size"}
+"""Options of SGLang's servers and of lmms-eval."""
 COMMANDS = ("make", "pip", "pytest", "python", "torchrun", ".")
 
 
@@ -168,6 +176,8 @@ def check_options(name: str, argv: list[str]) -> None:
         parse({"tapo": TapoConfig, "sft": SftConfig}[name], argv, "")
     elif name == "eval_fgvr":
         read_options(EvalConfig, argv, "")
+    elif name == "predict":
+        predict.read(argv)
     else:
         assert name == "plan", f"parse the options of {name} here, or run it"
         plan.read(argv)
@@ -193,6 +203,7 @@ def workspace(tmp_path_factory) -> Path:
     (root / "stage1.json").write_text(json.dumps([record] * 2))
     write_questions(root)
     siglip(root / "encoder")
+    make_siglip(root / "clip")
     python = [code for text in TEXTS.values() for name, code in blocks(text) if name == "python"]
     (root / "my_rewards.py").write_text("\n".join(python))
     (root / "train").symlink_to(ROOT / "train")
@@ -207,14 +218,19 @@ def workspace(tmp_path_factory) -> Path:
 def write_questions(root: Path) -> None:
     """Question files, and answers to them."""
     answers = []
-    for stem in ("bird_seen", "bird_unseen"):
+    for stem in (f"{name}_{end}" for name in DATASETS for end in ("seen", "unseen")):
         asked = {"question": "Which bird?", "options": ["red bird", "blue bird"]}
         asked |= {"image_path": "far/bird/red_bird/0.jpg", "ground_truth": "red bird"}
         (root / f"{stem}.jsonl").write_text(json.dumps(asked))
-        for mode in ("closed", "open"):
+        for mode in ("closed", "open") if stem.startswith("bird") else ():
             about = {"file": stem, "line": 1, "mode": mode, "trial": 0, "output": "a bird"}
             answers.append(json.dumps(about) + "\n")
     (root / "answers.jsonl").write_text("".join(answers))
+    scored = {"file": "bird_seen", "line": 1, "partition": "seen", "dataset": "bird"}
+    scored |= {"image": "0.jpg", "truth": "red bird", "closed": 1.0}
+    for name in ("base", "tuned"):
+        (root / "eval" / name).mkdir(parents=True)
+        (root / "eval" / name / "lines.jsonl").write_text(json.dumps(scored))
 
 
 def assert_explained(metrics_file: Path) -> None:
@@ -235,7 +251,9 @@ def test_commands_run_or_parse(line, workspace, monkeypatch, capsys):
     name, argv = ours
     if why_not_run(line):
         return check_options(name, argv)
-    monkeypatch.setattr(sys, "argv", [name, *overridden(TINY[name], argv)])
+    first = next(n for n, word in enumerate(argv) if word.startswith("-"))
+    words = [*argv[:first], *overridden(TINY[name], argv[first:])]
+    monkeypatch.setattr(sys, "argv", [name, *words])
     importlib.import_module(f"tercet.train.{name}").main()
     assert capsys.readouterr().out.strip()
     if name in ("tapo", "sft"):
@@ -309,8 +327,8 @@ def known_options() -> set[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", "--help"])
-        shown = (eval_fgvr.main, make_triplets.main, plan.main, lambda: demo.main(["--help"]))
-        texts = [helped(show) for show in shown]
+        mains = (analyse.main, eval_fgvr.main, make_triplets.main, plan.main, predict.main)
+        texts = [helped(show) for show in (*mains, lambda: demo.main(["--help"]))]
     texts += [helped(lambda c=c: parse(c, ["--help"], "")) for c in (TapoConfig, SftConfig)]
     torchrun = {name for action in get_args_parser()._actions for name in action.option_strings}
     return {*re.findall(r"--[\w.]+", "\n".join(texts)), *torchrun, *FOREIGN}

@@ -104,7 +104,7 @@ def test_averages_are_of_data_sets_and_never_of_lines(tmp_path):
     assert (seen["average"].low, seen["average"].high) == pytest.approx((low, high))
 
     own = measured_rows(lines, "mine|[red]")
-    text = markdown(own, ["2 photos missing: left out"])
+    text = markdown(own, dict.fromkeys(("closed", "open"), ["2 photos missing: left out"]))
     bird = f"50.00 [{bounds[0][0]:.1f}, {bounds[0][1]:.1f}]"
     car = f"90.00 [{bounds[1][0]:.1f}, {bounds[1][1]:.1f}]"
     average = f"70.00 [{low:.1f}, {high:.1f}]"
@@ -113,7 +113,8 @@ def test_averages_are_of_data_sets_and_never_of_lines(tmp_path):
     assert "| Fine-R1-3B | Fine-R1, Table 1 | seen | 86.79 | 92.14 |  |  |" in text
     assert text.count("- 2 photos missing: left out") == 1
     console = Console(file=StringIO(), markup=False, width=130)
-    print_tables(own, ["2 photos missing: left out"], console)
+    notes = dict.fromkeys(("closed", "open"), ["2 photos missing: left out"])
+    print_tables(own, notes, console)
     printed = console.file.getvalue()
     assert "mine|[red]" in printed and "2 photos missing" in printed and "(published)" in printed
     write_csv(own, tmp_path / "tables.csv")

@@ -29,7 +29,7 @@ ROOMS = (
 )
 """From the top down: a room imports from itself and from those below it."""
 FILES = sorted(file for room in ROOMS for file in (ROOT / room).glob("*.py"))
-COMMANDS = ("tapo", "sft", "plan", "make_triplets", "eval_fgvr")
+COMMANDS = ("tapo", "sft", "plan", "make_triplets", "eval_fgvr", "predict", "analyse")
 TRAINER = {f"tercet.train.learner.{name}" for name in ("policy", "ranks", "optim", "checkpoint")}
 
 
@@ -120,7 +120,7 @@ def test_commands_that_do_not_train_do_not_import_the_trainer():
             for below in imports(MODULES[name]):
                 follow(below, start)
 
-    for command in ("plan", "make_triplets", "eval_fgvr"):
+    for command in ("plan", "make_triplets", "eval_fgvr", "predict", "analyse"):
         follow(f"tercet.train.{command}", command)
         assert not reached[command] & TRAINER, command
 

@@ -189,11 +189,11 @@ def test_servers_compute_in_the_policys_dtype_unless_they_are_asked_otherwise(ma
 
 def test_a_key_is_read_from_a_file_or_a_variable(tmp_path, monkeypatch):
     monkeypatch.delenv("TERCET_API_KEY", raising=False)
-    assert read_api_key(config()) is None
+    assert read_api_key("") is None
     monkeypatch.setenv("TERCET_API_KEY", "from-variable")
-    assert read_api_key(config()) == "from-variable"
+    assert read_api_key("") == "from-variable"
     (tmp_path / "key").write_text("from-file\n")
-    assert read_api_key(config(api_key_file=str(tmp_path / "key"))) == "from-file"
+    assert read_api_key(str(tmp_path / "key")) == "from-file"
 
 
 @pytest.mark.parametrize("content", [None, "", " \n", "geheim zwei", "geheim\x07", "gehéim"])
@@ -201,7 +201,7 @@ def test_a_bad_key_is_an_error_that_does_not_show_it(tmp_path, content):
     if content is not None:
         (tmp_path / "key").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match="^rollout.api_key_file: ") as caught:
-        read_api_key(config(api_key_file=str(tmp_path / "key")))
+        read_api_key(str(tmp_path / "key"))
     assert "geh" not in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -171,7 +171,24 @@ def test_a_folder_becomes_disjoint_shots_of_the_right_numbers(tmp_path):
     assert len(used) == len(set(used)) == 8 * 7
     assert manifest.names == {"bird": list("abcde"), "car": list("xyz")}
     assert len(embed.calls) == 1
-    assert sorted(embed.calls[0]) == sorted(anchor.image for anchor in manifest.anchors)
+    embedded = by_class(embed.calls[0])
+    assert embedded == dict.fromkeys([*seen, *unseen], 4) and len(set(embed.calls[0])) == 8 * 4
+    assert {anchor.image for anchor in manifest.anchors} <= set(embed.calls[0])
+
+
+def test_options_look_alike_for_seen_and_unseen_and_negatives_are_seen(tmp_path):
+    """Both are the three nearest of all sub-categories of the super-category."""
+    manifest = prepare_manifest(DataConfig(path=draw_folder(tmp_path)), AngleEmbedder())
+    for partition in ("seen", "unseen"):
+        questions = eval_questions(manifest, partition)
+        assert {q.truth for q in questions} == {p.sub_category for p in manifest.test[partition]}
+        for q in questions:
+            assert set(q.options) == {q.truth, *NEAREST[q.super_category][q.truth][:3]}
+    seen = {(a.super_category, a.sub_category) for a in manifest.anchors}
+    for anchor in manifest.anchors:
+        order = NEAREST[anchor.super_category][anchor.sub_category]
+        expected = next(name for name in order if (anchor.super_category, name) in seen)
+        assert {Path(key).parent.name for key in anchor.negatives} == {expected}
 
 
 def test_positives_share_the_name_and_negatives_are_of_the_nearest_other(tmp_path):
@@ -325,9 +342,9 @@ def test_options_without_meaning_are_named(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (lambda n: torch.zeros(n), r"must give 20 rows of finite numbers, got \(20,\)"),
-        (lambda n: torch.zeros(n - 1, 2), r"got \(19, 2\) with 0 that are not finite"),
-        (lambda n: torch.full((n, 2), torch.nan), r"got \(20, 2\) with 40 that are not finite"),
+        (lambda n: torch.zeros(n), r"must give 32 rows of finite numbers, got \(32,\)"),
+        (lambda n: torch.zeros(n - 1, 2), r"got \(31, 2\) with 0 that are not finite"),
+        (lambda n: torch.full((n, 2), torch.nan), r"got \(32, 2\) with 64 that are not finite"),
     ],
 )
 def test_a_faulty_embedder_is_named(tmp_path, rows, message):
@@ -465,7 +482,8 @@ def test_real_photos_become_triplets_of_similar_birds(real_photos):
         entry = listed[anchor.id]
         assert (entry["split"], entry["world"]) == ("train", "seen") and not entry["in_stage1"]
     # Even a grid of hues finds sea birds of one family.
-    near = {name: others[0].split()[-1] for name, others in manifest.nearest["bird"].items()}
+    birds = [anchor for anchor in manifest.anchors if anchor.super_category == "bird"]
+    near = {a.sub_category: Path(a.negatives[0]).parent.name.split("_")[-1] for a in birds}
     for name, family in near.items():
         if name != "Red Winged Blackbird":
             assert family == name.split()[-1]

@@ -183,7 +183,7 @@ def train(config: SftConfig, resolved: str, resume: str | None = None) -> Path:
     with StopSignal() as stop, open_folder(config, resume) as folder:
         run, saved = SftRun(config, resolved, stop, folder), folder.checkpoint
         with closing(run), run.log, saved_on_error(run):
-            while run.steps_done < run.total_steps:
+            while run.steps_done < run.total_steps and not run.checkpoints.best.stale:
                 run.check_stop()
                 saved = finish_step(run, run.step()) or saved
             run.checkpoints.wait()

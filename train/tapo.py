@@ -54,6 +54,7 @@ from tercet.core.types import Group, MicroBatch, PolicyParts
 from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
 from tercet.rollout.sampler import GroupSampler
+from tercet.train.evaluation.held_out import HeldOut
 from tercet.train.learner.assemble import build_policy, open_manifest, open_parts, sampled_parts
 from tercet.train.learner.checkpoint import Checkpoints, load_state
 from tercet.train.learner.figures import draw_figures
@@ -106,9 +107,9 @@ class TapoRun:
         per_epoch = len(self.manifest.anchors) / config.rollout.groups_per_step
         self.total_steps = config.run.steps or max(1, int(config.run.epochs * per_epoch))
         self.schedule = Schedule(config.optim, self.total_steps)
+        self.held_out = HeldOut(self)
         self.steps_done = self.minibatches_done = self.skipped = 0
-        self.groups: list[Group] = []
-        """Groups of a step that has begun; empty between steps."""
+        self.groups: list[Group] = []  # of a step that has begun; empty between steps
         self.figures: dict[str, float] = {}  # of its sampling
         self.minibatch_figures: list[dict[str, float]] = []
         self.working_on: Sequence[Piece] = ()
@@ -136,8 +137,7 @@ class TapoRun:
             self.ranks.share(self.engine.sleep)
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
         batches = mini_batches(self.groups, size, config.optim.minibatch_by)
-        # The first mini-batch's old log-probs are those of its own update, at the same weights;
-        # importance weights need them before it.
+        # The first mini-batch's come from its update, unless importance weights need them first.
         self._score("old_logprobs", loss.update_on, batches[loss.is_cap is None :])
         if loss.needs_negative and not loss.negative_now:
             self._score("neg_logprobs", "negative", batches)
@@ -164,6 +164,7 @@ class TapoRun:
         figures |= mean_figures(self.minibatch_figures)
         with self.log.phase("sync", total=1, unit="update"):
             self._sync(self.steps_done + 1, wake=config.rollout.colocated)
+        figures |= self.held_out.figures()
         self.steps_done += 1
         self.shown, self.groups, self.minibatches_done = self.groups[:SAMPLES_SHOWN], [], 0
         self.figures, self.minibatch_figures = {}, []
@@ -221,8 +222,7 @@ class TapoRun:
     def _micro_batches(self, batch: Sequence[Piece]) -> Iterator[tuple[list[Piece], MicroBatch]]:
         """This rank's micro-batches of an update; none where no row of the mini-batch counts."""
         loss = self.config.loss
-        num_loss_tokens = weigh_rows(batch, loss, self.config.rollout.cut_off)
-        if not num_loss_tokens:
+        if not (num_loss_tokens := weigh_rows(batch, loss, self.config.rollout.cut_off)):
             return
 
         def pack(pieces: Sequence[Piece]) -> MicroBatch:
@@ -326,7 +326,7 @@ def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
     with StopSignal() as stop, open_folder(config, resume) as folder:
         run, saved = TapoRun(config, resolved, stop, folder), folder.checkpoint
         with closing(run), run.log, saved_on_error(run):
-            while run.steps_done < run.total_steps:
+            while run.steps_done < run.total_steps and not run.checkpoints.best.stale:
                 run.check_stop()
                 saved = finish_step(run, run.step()) or saved
             run.checkpoints.wait()

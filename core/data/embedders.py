@@ -80,7 +80,7 @@ def vision_tower_embedder(
     def embed(keys: list[str]) -> Tensor:
         rows = []
         for start in range(0, len(keys), TOWER_IMAGES_AT_ONCE):
-            inputs = _inputs(image_processor, keys[start : start + TOWER_IMAGES_AT_ONCE])
+            inputs = image_inputs(image_processor, keys[start : start + TOWER_IMAGES_AT_ONCE])
             tokens = model.get_image_features(**inputs.to(model.model.visual.device)).pooler_output
             rows.extend(pool(of_photo.float()).cpu() for of_photo in tokens)
         return torch.stack(rows)
@@ -112,7 +112,7 @@ def folder_embedder(path: str, device: str | torch.device = "cpu") -> Callable[[
     def embed(keys: list[str]) -> Tensor:
         rows = []
         for start in range(0, len(keys), FOLDER_IMAGES_AT_ONCE):
-            inputs = _inputs(image_processor, keys[start : start + FOLDER_IMAGES_AT_ONCE])
+            inputs = image_inputs(image_processor, keys[start : start + FOLDER_IMAGES_AT_ONCE])
             pooled = encode(**inputs.to(device)).pooler_output
             if pooled is None:
                 raise ValueError(f"data.embedder {path!r} gives no pooled image embedding")
@@ -122,7 +122,8 @@ def folder_embedder(path: str, device: str | torch.device = "cpu") -> Callable[[
     return embed
 
 
-def _inputs(image_processor, keys: list[str]):
+def image_inputs(image_processor, keys: list[str]):
+    """What a model takes for these photos, from its image processor."""
     # The layout is named, since a photo 1 or 3 pixels high would be taken for channels-first.
     photos = [np.asarray(load_image(key)) for key in keys]
     return image_processor(images=photos, return_tensors="pt", input_data_format="channels_last")

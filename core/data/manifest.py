@@ -30,13 +30,16 @@ class Manifest:
     names: dict[str, list[str]]
     """All sub-categories, seen and unseen, of each super-category."""
     nearest: dict[str, dict[str, list[str]]]
-    """By super-category and seen sub-category: the most similar others, nearest first."""
+    """By super-category and seen sub-category: the most similar seen others, nearest first."""
     settings: dict[str, object]
     """The data options that these choices were made with."""
     skipped: list[str] = field(default_factory=list)
     """Bad photos that were left out, with the reason."""
     notes: list[str] = field(default_factory=list)
     """What was made of the photos' folders, and which files are no photos, a line each."""
+    look_alikes: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """As `nearest`, of every sub-category among all, for the options of questions. Earlier versions
+    do not have it."""
 
     def remarks(self) -> list[str]:
         """Lines for the user: what was made of the data, and what was left out."""
@@ -56,8 +59,9 @@ class Manifest:
         root = self.common_folder()
         stored = asdict(self.with_keys(lambda key: os.path.relpath(key, root)))
         stored = {"root": os.path.relpath(root, folder)} | stored
-        if not self.notes:
-            del stored["notes"]
+        for name in ("notes", "look_alikes"):
+            if not stored[name]:
+                del stored[name]
         unfinished = folder / f".{MANIFEST_NAME}.unfinished"
         unfinished.write_text(json.dumps(stored, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(unfinished, folder / MANIFEST_NAME)
@@ -203,9 +207,10 @@ def _check_names(stored: dict, known: dict[str, set[str]], path: Path) -> None:
                 f"{path}: anchors[{index}]: {anchor.sub_category!r} is not among the names of "
                 f"{anchor.super_category!r}"
             )
-    for name, of_sub in stored["nearest"].items():
-        for sub_category in of_sub:
-            texts_of(of_sub, sub_category, f"{path}: nearest[{name!r}]")
+    for field_name in ("nearest", "look_alikes"):
+        for name, of_sub in stored.get(field_name, {}).items():
+            for sub_category in of_sub:
+                texts_of(of_sub, sub_category, f"{path}: {field_name}[{name!r}]")
     for field_name in ("skipped", "notes"):
         if not all(isinstance(line, str) for line in stored.get(field_name, [])):
             raise ValueError(f"{path}: {field_name!r} must be a list of texts")

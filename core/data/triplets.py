@@ -105,8 +105,8 @@ def eval_questions(
 ) -> list[EvalQuestion]:
     """Questions about held-out photos, each with the true name and up to three others as options.
 
-    The others come from the same super-category: first the most similar ones, where these are
-    known, then drawn ones.
+    The others come from the same super-category, seen and unseen alike: first the most similar
+    ones, where these are known, then drawn ones.
 
     Args:
         manifest: the questions are about its `test` photos.
@@ -126,7 +126,8 @@ def eval_questions(
     for (super_category, truth), photos in sorted(_by_class(manifest.test[partition]).items()):
         ids = {os.path.relpath(photo.image, root): photo for photo in photos}
         others = [name for name in manifest.names[super_category] if name != truth]
-        near = manifest.nearest.get(super_category, {}).get(truth, [])
+        known = manifest.look_alikes or manifest.nearest
+        near = known.get(super_category, {}).get(truth, [])
         for photo_id in seeded_order(ids, seed, "test")[:per_class]:
             drawn = seeded_order(others, seed, "others", photo_id)
             wrong = list(dict.fromkeys([*near, *drawn]))[: MAX_OPTIONS - 1]
@@ -237,9 +238,12 @@ def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
     partitions = photo_set.partitions or _draw(classes, splits, config)
     shots = _choose_shots(classes, partitions, splits, config)
     _check_shots(shots, config)
-    nearest = _rank_all(
-        shots.tapo, lambda keys: embed([os.path.join(root, k) for k in keys]), config.similarity
-    )
+    # Some test photos of unseen sub-categories tell which names look alike, no more: negatives do
+    # not depend on them.
+    unseen = {labels: of[: config.shots] for labels, of in _by_class(shots.test["unseen"]).items()}
+    shown = shots.tapo | unseen
+    rows = _embed_all(shown, lambda keys: embed([os.path.join(root, key) for key in keys]))
+    nearest = _rank_all({labels: rows[labels] for labels in shots.tapo}, config.similarity)
     names = defaultdict(list)
     for super_category, sub_category in sorted(partitions):
         names[super_category].append(sub_category)
@@ -248,10 +252,8 @@ def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
         sft=shots.sft,
         test=shots.test,
         names=dict(names),
-        nearest={
-            super_category: {name: near[: MAX_OPTIONS - 1] for name, near in ranked.items()}
-            for super_category, ranked in nearest.items()
-        },
+        nearest=nearest,
+        look_alikes=_rank_all(rows, config.similarity),
         settings=asdict(config),
         skipped=photo_set.skipped,
         notes=photo_set.notes,
@@ -346,22 +348,32 @@ def _check_shots(shots: _Shots, config: DataConfig) -> None:
         )
 
 
-def _rank_all(
-    tapo: dict[SubCategory, list[Photo]], embed: Embed, similarity: str
-) -> dict[str, dict[str, list[str]]]:
-    keys = [photo.image for photos in tapo.values() for photo in photos]
+def _embed_all(shown: dict[SubCategory, list[Photo]], embed: Embed) -> dict[SubCategory, Tensor]:
+    """[photos, D] of each sub-category."""
+    keys = [photo.image for photos in shown.values() for photo in photos]
     rows = embed(keys)
     if rows.ndim != 2 or len(rows) != len(keys) or not rows.isfinite().all():
         raise ValueError(
             f"the embedder must give {len(keys)} rows of finite numbers, got {tuple(rows.shape)} "
             f"with {int((~rows.isfinite()).sum())} that are not finite"
         )
-    of_class = rows.split([len(photos) for photos in tapo.values()])
+    of_class = rows.split([len(photos) for photos in shown.values()])
+    return dict(zip(shown, of_class, strict=True))
+
+
+def _rank_all(
+    embedded: Mapping[SubCategory, Tensor], similarity: str
+) -> dict[str, dict[str, list[str]]]:
+    """The most similar others of each name, as many as a question has wrong options."""
     by_super: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for (super_category, name), embedded in zip(tapo, of_class, strict=True):
-        by_super[super_category][name] = embedded
+    for (super_category, name), rows in embedded.items():
+        by_super[super_category][name] = rows
     scaled = whitened if similarity == "whitened" else dict
-    return {super_category: rank_similar(scaled(of)) for super_category, of in by_super.items()}
+    most = MAX_OPTIONS - 1
+    return {
+        super_category: {name: near[:most] for name, near in rank_similar(scaled(of)).items()}
+        for super_category, of in by_super.items()
+    }
 
 
 def _anchors(

@@ -19,6 +19,8 @@ ANSWERS, SETTINGS = "answers.jsonl", "run.json"
 Mode = Literal["closed", "open"]
 Place = tuple[str, int]
 """File and line of a question."""
+Key = tuple[str, int, Mode, int, tuple[int, ...]]
+"""File, line, mode, trial and order of the options: an answer is given once for each."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,12 @@ class Answer:
     """Path of the photo as the question gives it."""
     finish: str = ""
     """Why it ended: stop, or length where it was cut off."""
+    order: tuple[int, ...] = ()
+    """Which option of the question stood at each place of the prompt; empty: as in its file."""
 
     @property
-    def key(self) -> tuple[str, int, Mode, int]:
-        return self.file, self.line, self.mode, self.trial
+    def key(self) -> Key:
+        return self.file, self.line, self.mode, self.trial, self.order
 
 
 def read_answers(
@@ -99,8 +103,23 @@ def _answer(record: dict, where: str, questions: Mapping[Place, EvalQuestion]) -
     output = output.encode(errors="replace").decode()  # half characters cannot be written
     finish = record.get("finish", "")
     return Answer(
-        file, line, mode, trial, output, question.path, finish if isinstance(finish, str) else ""
+        file,
+        line,
+        mode,
+        trial,
+        output,
+        question.path,
+        finish if isinstance(finish, str) else "",
+        _order(record.get("order", []), question, where),
     )
+
+
+def _order(order: object, question: EvalQuestion, where: str) -> tuple[int, ...]:
+    places = list(range(len(question.options)))
+    whole = isinstance(order, list) and all(type(place) is int for place in order)
+    if not whole or order and sorted(order) != places:
+        raise ValueError(f"{where}: 'order' must hold each of {places} once, got {shown(order)}")
+    return tuple(order)
 
 
 class AnswerFile:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from tercet.core.types import EvalQuestion, PolicyParts
 from tercet.rollout.engine import Engine, Sampling
-from tercet.train.evaluation.asking import Asked, Asker, Prompt
+from tercet.train.evaluation.asking import Asked, Asker
 from tercet.train.evaluation.metrics import (
     closed_world_correct,
     open_world_exact,
     open_world_included,
 )
+from tercet.train.evaluation.styles import Wording
+
+Prompt = Literal["stage2", "open_world", "closed_world"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ def ask(
     names: Mapping[str, Sequence[str]],
     system_prompt: str | None = None,
     max_tokens: int = 2048,
+    on_answer: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """Greedy answers with their scores, in the order of the questions.
 
@@ -47,14 +52,20 @@ def ask(
         names: known names by super-category, for `exact`, which is left out without them.
         system_prompt: system message of every prompt.
         max_tokens: longest answer.
+        on_answer: called for each.
     """
     mode = "closed" if prompt == "closed_world" else "open"
     sampling = Sampling(temperature=0, max_tokens=max_tokens)
-    asker = Asker(engine, parts, {mode: prompt}, sampling, system_prompt)
+    wording = Wording("stage2" if prompt == "stage2" else "released")
+    asker = Asker(engine, parts, wording, sampling, system_prompt)
     wanted = [Asked(replace(q, line=n), mode) for n, q in enumerate(questions)]
 
     async def collect() -> dict[int, str]:
-        return {answer.line: answer.output async for answer in asker.answers(wanted)}
+        found = {}
+        async for answer in asker.answers(wanted):
+            found[answer.line] = answer.output
+            on_answer()
+        return found
 
     outputs = asyncio.run(collect())
     return [

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from tercet.core.prompts import chat_ids, closed_world_text, open_world_text, stage2_text
+from tercet.core.prompts import chat_ids
 from tercet.core.types import EvalQuestion, PolicyParts, Request
 from tercet.rollout.engine import Engine, Sampling
-from tercet.train.evaluation.answer_file import Answer, Mode
+from tercet.train.evaluation.answer_file import Answer, Key, Mode
+from tercet.train.evaluation.orders import OptionOrder, Order, orders_of, shown_in
+from tercet.train.evaluation.styles import Wording
 
 AT_ONCE = 2048
 """Requests that an engine is given at once: they and their random numbers are in memory."""
-
-PROMPTS: dict[str, Callable[[EvalQuestion], str]] = {
-    "stage2": lambda q: stage2_text(q.question),
-    "open_world": lambda q: open_world_text(q.question),
-    "closed_world": lambda q: closed_world_text(q.question, list(q.options)),
-}
-Prompt = Literal["stage2", "open_world", "closed_world"]
 
 
 @dataclass(frozen=True)
@@ -29,18 +23,29 @@ class Asked:
     question: EvalQuestion
     mode: Mode
     trial: int = 0
+    order: Order = ()
 
     @property
-    def key(self) -> tuple[str, int, Mode, int]:
+    def key(self) -> Key:
         """As that of its `Answer`."""
-        return self.question.file, self.question.line, self.mode, self.trial
+        return self.question.file, self.question.line, self.mode, self.trial, self.order
 
 
 def every_answer(
-    questions: Iterable[EvalQuestion], modes: Sequence[Mode], trials: int
+    questions: Iterable[EvalQuestion],
+    modes: Sequence[Mode],
+    trials: int,
+    options: OptionOrder = "released",
+    seed: int = 0,
 ) -> list[Asked]:
-    """All answers that are wanted, those about one photo in a row."""
-    return [Asked(q, mode, trial) for q in questions for mode in modes for trial in range(trials)]
+    """All answers that are wanted, those about one photo in a row (see `orders_of`)."""
+    return [
+        Asked(q, mode, trial, order)
+        for q in questions
+        for mode in modes
+        for trial in range(trials)
+        for order in (orders_of(q, options, seed) if mode == "closed" else [()])
+    ]
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,7 @@ class Asker:
 
     engine: Engine
     parts: PolicyParts
-    prompts: dict[Mode, Prompt]
-    """Wording in each mode."""
+    wording: Wording
     sampling: Sampling
     system_prompt: str | None = None
     seed: int = 0
@@ -59,28 +63,24 @@ class Asker:
         """Yield each answer as soon as it is there, in any order."""
         for start in range(0, len(wanted), AT_ONCE):
             part = wanted[start : start + AT_ONCE]
-            by_id = {_id(asked): asked for asked in part}
+            by_id = {request_id(asked): asked for asked in part}
             requests = [self._request(asked) for asked in part]
             async for completion in self.engine.generate(requests, self.sampling):
                 asked = by_id[completion.request_id]
                 text = self.parts.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-                yield Answer(*asked.key, text, asked.question.path, completion.finish_reason)
+                about = (asked.question.path, completion.finish_reason, asked.order)
+                yield Answer(*asked.key[:-1], text, *about)
 
     def _request(self, asked: Asked) -> Request:
-        question = asked.question
-        text = PROMPTS[self.prompts[asked.mode]](question)
-        ids = chat_ids(
-            self.parts.tokenizer,
-            [{"role": "user", "content": "<image>" + text}],
-            1,
-            system_prompt=self.system_prompt,
-        )
+        question = shown_in(asked.question, asked.order)
+        turns, photos = self.wording.turns(question, asked.mode)
+        ids = chat_ids(self.parts.tokenizer, turns, len(photos), system_prompt=self.system_prompt)
         # One group a question: a server computes its photo once for all prompts.
         group = f"{question.file}/{question.line}"
-        return Request(
-            _id(asked), group, tuple(ids), (question.image,), n=1, seed=self.seed, step=asked.trial
-        )
+        name = request_id(asked)
+        return Request(name, group, tuple(ids), photos, n=1, seed=self.seed, step=asked.trial)
 
 
-def _id(asked: Asked) -> str:
-    return "/".join(map(str, asked.key))
+def request_id(asked: Asked) -> str:
+    """Name of a request; seeds are drawn from it."""
+    return "/".join(map(str, (*asked.key[:-1], *asked.order)))

@@ -34,12 +34,22 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
         values: one a question, at least one.
         seed: of the draws.
     """
+    return percentiles(bootstrap_means(values, seed))
+
+
+def bootstrap_means(values: Sequence[float] | np.ndarray, seed: int = 0) -> np.ndarray:
+    """[DRAWS] float64: the means of samples of the values with replacement."""
     rng, values = np.random.default_rng(seed), np.asarray(values, np.float64)
     means = [
         values[rng.integers(0, len(values), (DRAWS_AT_ONCE, len(values)))].mean(axis=1)
         for _ in range(DRAWS // DRAWS_AT_ONCE)
     ]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return np.concatenate(means)
+
+
+def percentiles(draws: np.ndarray) -> Interval:
+    """The 2.5th and 97.5th percentile."""
+    low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
 
 

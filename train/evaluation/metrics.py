@@ -96,6 +96,11 @@ def open_world_included(output: str, truth: str, cars: bool) -> bool:
     return name in released_answer(output).lower()
 
 
+def spoken_name(truth: str) -> str:
+    """A car's name without body and year, as far as something is left of it."""
+    return " ".join(truth.split()[:-2]) or truth
+
+
 def open_world_exact(output: str, truth: str, names: Iterable[str]) -> bool:
     """Whether the true name is the only known name in the longest answer: strictly.
 

@@ -1,4 +1,4 @@
-"""What an evaluation writes: lines.jsonl, table.csv, tables.csv, tables.md, by_sub_category.csv."""
+"""What an evaluation writes: a line for each answer, tables, and accuracy by sub-category."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from rich.console import Console
 from tercet.core.names import normal_form
 from tercet.core.prompts import extract_answer
 from tercet.train.evaluation.confusion import draw_confusion
+from tercet.train.evaluation.error_kinds import KINDS
+from tercet.train.evaluation.error_report import print_shares, shares, write_examples
+from tercet.train.evaluation.option_bias import baseline_rows, meaning, write_places
 from tercet.train.evaluation.scoring import (
     SCORES,
     Cell,
@@ -50,14 +53,19 @@ def write_report(
     _write_lines(scored, folder / "lines.jsonl", words)
     _write_table(scored, folder / "table.csv")
     _write_sub_categories(scored, folder / "by_sub_category.csv")
-    rows = measured_rows(scored, model)
+    rows = [*baseline_rows(scored), *measured_rows(scored, model)]
+    notes = {"closed": [*meaning(scored), *remarks], "open": remarks}
     write_csv(rows, folder / "tables.csv")
-    (folder / "tables.md").write_text(markdown(rows, remarks), encoding="utf-8")
+    (folder / "tables.md").write_text(markdown(rows, notes), encoding="utf-8")
+    if any(s.answer.mode == "closed" for s in scored):
+        write_places(scored, folder / "by_place.csv")
     for mode in ("closed", "open"):
         of_mode = [s for s in scored if s.answer.mode == mode]
         if of_mode:
             draw_confusion(of_mode, folder / f"confusion_{mode}.png")
-    print_tables(rows, remarks, console)
+    write_examples(scored, folder / "errors.md")
+    print_tables(rows, notes, console)
+    print_shares(scored, console)
 
 
 def _write_lines(scored: Sequence[Scored], path: Path, words: DomainWords) -> None:
@@ -73,9 +81,11 @@ def _write_lines(scored: Sequence[Scored], path: Path, words: DomainWords) -> No
                 "partition": q.partition,
                 "image": q.path,
                 "truth": q.truth,
-                "answer": extract_answer(a.output, "longest"),
+                "order": a.order,
+                "answer": extract_answer(s.text, "longest"),
                 "named": s.named,
                 **s.scores,
+                "error": s.error,
                 "output": a.output,
                 "finish": a.finish,
                 "missing": s.missing,
@@ -90,14 +100,15 @@ def _write_table(scored: Sequence[Scored], path: Path) -> None:
     strict = [name for name in SCORES if name not in FIRST_COLUMNS]
     bounds = [f"{name}_{end}" for name in SCORES for end in ("low", "high", "error")]
     counts = ["trials", "no_answer", "cut_off", "missing"]
-    header = [*FIRST_COLUMNS, *strict, "dataset", "partition", *counts, *bounds]
+    errors = [f"error_{kind}" for kind in KINDS]
+    header = [*FIRST_COLUMNS, *strict, "dataset", "partition", *counts, *bounds, *errors]
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, header, restval="")
         writer.writeheader()
         for (stem, mode), group in grouped(
             scored, lambda s: (s.answer.file, s.answer.mode)
         ).items():
-            asked = [s.answer for s in group if not s.missing]
+            asked = [s for s in group if not s.missing]
             row = {
                 "questions": stem,
                 "mode": mode,
@@ -105,12 +116,13 @@ def _write_table(scored: Sequence[Scored], path: Path) -> None:
                 "dataset": _only(s.question.dataset for s in group),
                 "partition": _only(s.question.partition for s in group),
                 "trials": len({s.answer.trial for s in group}),
-                "no_answer": sum(not extract_answer(a.output, "longest") for a in asked),
-                "cut_off": sum(a.finish == "length" for a in asked),
+                "no_answer": sum(not extract_answer(s.text, "longest") for s in asked),
+                "cut_off": sum(s.answer.finish == "length" for s in asked),
                 "missing": sum(s.missing for s in group),
             }
             for name in SCORES:
                 row |= _columns(name, cell(group, name))
+            row |= {f"error_{kind}": f"{share:.6f}" for kind, share in shares(group).items()}
             writer.writerow(row)
 
 

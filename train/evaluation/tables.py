@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tercet.core.data.eval_files import DATASETS
+from tercet.train.evaluation.answer_file import Mode
 from tercet.train.evaluation.intervals import of_average
 from tercet.train.evaluation.scoring import SCORES, Cell, Scored, cell, grouped
 
@@ -35,7 +36,7 @@ class Row:
     score: str
     model: str
     source: str
-    """measured, or the paper's table."""
+    """measured, baseline, or the paper's table."""
     setting: str
     """seen, unseen or all."""
     cells: dict[str, Cell]
@@ -124,8 +125,8 @@ def _text(found: Cell | None, gap: str) -> str:
     return f"{found.value:.2f}{error}{gap}[{found.low:.1f}, {found.high:.1f}]"
 
 
-def markdown(rows: Sequence[Row], remarks: Sequence[str]) -> str:
-    """All tables in Markdown, each with the remarks below it."""
+def markdown(rows: Sequence[Row], notes: Mapping[Mode, Sequence[str]]) -> str:
+    """All tables in Markdown, each with the notes on its mode below it."""
     parts = []
     for score, title in TITLES.items():
         lines, datasets = shown_rows(rows, score)
@@ -139,24 +140,26 @@ def markdown(rows: Sequence[Row], remarks: Sequence[str]) -> str:
             cells = " | ".join(_text(row.cells.get(name), " ") for name in columns)
             model = row.model.replace("|", "\\|")
             parts.append(f"| {model} | {row.source} | {row.setting} | {cells} |")
-        parts += ["", *(f"- {remark}" for remark in remarks), ""]
+        parts += ["", *(f"- {note}" for note in notes[SCORES[score]]), ""]
     return "\n".join(parts)
 
 
-def print_tables(rows: Sequence[Row], remarks: Sequence[str], console: Console) -> None:
+def print_tables(
+    rows: Sequence[Row], notes: Mapping[Mode, Sequence[str]], console: Console
+) -> None:
     """The same tables in the terminal."""
     for score, title in TITLES.items():
         lines, datasets = shown_rows(rows, score)
         if not datasets:
             continue
-        caption = "\n".join(remarks) or None
+        caption = "\n".join(notes[SCORES[score]]) or None
         table = Table(title=title, caption=caption, title_justify="left", box=SIMPLE_HEAD)
         for name in ("model", "setting"):
             table.add_column(name, overflow="fold")
         for name in (*datasets, AVERAGE):
             table.add_column(name, justify="right", overflow="fold")
         for row in lines:
-            published = "" if row.source == "measured" else "\n(published)"
+            published = "" if row.source in ("measured", "baseline") else "\n(published)"
             cells = [_text(row.cells.get(name), "\n") for name in (*datasets, AVERAGE)]
             table.add_row(row.model + published, row.setting, *cells)
         console.print(table)

@@ -30,23 +30,25 @@ class TextEncoder:
     Args:
         path: folder or hub id of the model with its tokenizer.
         device: where it runs.
+        option: that named it, for errors.
 
     Raises:
         ValueError: naming the path, when it cannot be loaded.
     """
 
-    def __init__(self, path: str, device: str | torch.device = "cpu"):
-        self.path, self.device = path, device
+    def __init__(
+        self, path: str, device: str | torch.device = "cpu", option: str = "--text_encoder"
+    ):
+        self.path, self.device, self._option = path, device, option
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             model = AutoModel.from_pretrained(path, trust_remote_code=False, dtype=torch.float32)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"--text_encoder {path!r} cannot be loaded: {reason} (--text_encoder null leaves "
-                "the similarity out)"
-            ) from error
-        self._model = model.to(device).eval()
+            without = " (--text_encoder null leaves the similarity out)"
+            hint = without if option == "--text_encoder" else ""
+            raise ValueError(f"{option} {path!r} cannot be loaded: {reason}{hint}") from error
+        self.model = model.to(device).eval()
         self._encode = getattr(model, "get_text_features", model)
         self._small = sum(parameter.numel() for parameter in model.parameters()) <= SMALL
 
@@ -72,12 +74,12 @@ class TextEncoder:
             torch.set_num_threads(threads)
         features = found if isinstance(found, torch.Tensor) else found.pooler_output
         if features is None:
-            raise ValueError(f"--text_encoder {self.path!r} gives no pooled text embedding")
+            raise ValueError(f"{self._option} {self.path!r} gives no pooled text embedding")
         features = features / features.norm(dim=-1, keepdim=True)
         bad = (~features.isfinite().all(dim=-1)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
-                f"--text_encoder {self.path!r} gives no finite embedding of {texts[bad[0]][:80]!r}"
+                f"{self._option} {self.path!r} gives no finite embedding of {texts[bad[0]][:80]!r}"
             )
         return features.float().cpu().numpy()
 

@@ -35,6 +35,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from tercet.core.config import RunConfig
 from tercet.core.types import Group, PolicyParts, Response, Triplet
+from tercet.train.learner.best import BestSoFar
 from tercet.train.learner.complete import COMPLETE, problem_of, read_complete, sync, write_complete
 from tercet.train.learner.device import rng_state, set_rng_state
 from tercet.train.learner.identity import Identity
@@ -77,7 +78,7 @@ class Checkpoints:
 
     Args:
         trained: the run whose weights and optimiser are written.
-        config: out, keep_last, keep_best and async_save are used.
+        config: out, keep_last, keep_best, stop_after and async_save are used.
         folder: the run's; its identity is a part of every checkpoint.
 
     Raises:
@@ -94,8 +95,7 @@ class Checkpoints:
         self._among = {"no_dist": True} if group is None else {"process_group": group}
         self._pool = ThreadPoolExecutor(1, "checkpoint") if config.async_save else None
         self._pending: Callable[[], None] | None = None
-        self._values: list[float] = []
-        self._best: tuple[str, float] | None = None  # name of the folder, value
+        self.best = BestSoFar(config)
         self._latest: tuple[Path, dict] | None = None
         """The last checkpoint and the state that it holds."""
         self._ranks.share(lambda: _clear_leftovers(self._root))
@@ -106,12 +106,10 @@ class Checkpoints:
         Raises:
             ValueError: no step had it, and this one is whole (it may lack a reward or be skipped).
         """
-        name, whole = self._config.keep_best, figures.keys() & {"reward", "cross_entropy"}
-        if name in figures:
-            self._values.append(figures[name])
-        elif name and whole and not (figures.get("skipped_steps") or self._values or self._best):
-            known = ", ".join(sorted(figures))
-            self._ranks.raise_on_all(ValueError(f"run.keep_best is {name!r}; figures are {known}"))
+        try:
+            self.best.note(figures)
+        except ValueError as error:
+            self._ranks.raise_on_all(error)
 
     def save(self, step: int, state: dict, keep: int = 0) -> Path:
         """Write a checkpoint, then remove all but the newest ones and the best; a collective.
@@ -143,8 +141,8 @@ class Checkpoints:
         export = Export.take(self._trained.policy, self._ranks, copy=self._pool is not None)
         if self._pool:
             shards = {name: tensor.to("cpu", copy=True) for name, tensor in shards.items()}
-        self._update_best(folder.name)
-        state = state | {"updates": updates, "rng": rng_state(), "best": self._best}
+        self.best.rate(folder.name)
+        state = state | {"updates": updates, "rng": rng_state(), **self.best.state()}
         if self._pool:
             state = copy.deepcopy(state)
         identity = self._folder and asdict(self._folder.identity)
@@ -197,9 +195,7 @@ class Checkpoints:
             device = parameters[name].device if fused else "cpu"
             trained.optimizer.state[parameters[name]]["step"] = torch.tensor(updates, device=device)
         set_rng_state(state["rng"])
-        if state["best"]:
-            best, value = state["best"]  # earlier versions stored the step, not the name
-            self._best = (f"step_{best:06d}" if isinstance(best, int) else best, value)
+        self.best.restore(state)
 
     def _same(self, state: dict) -> Path | None:
         """This run's last checkpoint, where it is whole and the state is that between two steps."""
@@ -227,14 +223,6 @@ class Checkpoints:
             _clear_leftovers(self._root)
             _hidden(folder).mkdir(parents=True)
         return folder
-
-    def _update_best(self, name: str) -> None:
-        """Make a new checkpoint the best if the mean of its values is above the best so far."""
-        if self._values:
-            mean = sum(self._values) / len(self._values)
-            if self._best is None or mean > self._best[1]:
-                self._best = (name, mean)
-            self._values = []
 
     def _write(
         self,

@@ -80,6 +80,7 @@ KINDS: dict[str, Kind] = {
     "run.epochs": Kind.LISTED,
     "run.steps": Kind.LISTED,
     "run.preset": Kind.LISTED,
+    "run.stop_after": Kind.LISTED,
     "run.seed": Kind.FIXED,
     "run.overwrite": Kind.UNKEPT,
 }

@@ -64,6 +64,11 @@ METRICS = (
     Metric("redrawn", "responses drawn again because of what was drawn, as a share of all"),
     Metric("groups", "groups that the step trains on"),
     Metric("filled_up", "groups trained on although they did not pass dynamic sampling"),
+    # Of an evaluation during training.
+    Metric("eval_seen", "share of held-out photos of seen sub-categories that are named right",
+           2, "seen", "5.3f", "Reward", "held out, seen"),
+    Metric("eval_unseen", "share of held-out photos of unseen sub-categories that are named right",
+           2, "unseen", "5.3f", "Reward", "held out, unseen"),
     # Of the loss: sums over response tokens divided by num_loss_tokens, then means over updates.
     Metric("loss", "the loss that is minimised",
            1, "loss", "7.4f", "Loss", "total"),
@@ -129,6 +134,7 @@ PHASES = {
     "negative": "neg",
     "update": "upd",
     "sync": "sync",
+    "eval": "eval",
 }
 """The phases of a step in their order, with their labels on the terminal."""
 

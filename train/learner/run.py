@@ -112,9 +112,12 @@ def finish_step(run: Run, figures: dict[str, float]) -> Path | None:
     except Exception as error:  # what only reports does not end training, on one rank least of all
         run.log.say(f"step {run.steps_done} is not in the log: {error}")
     run.checkpoints.note(figures)
-    if run.steps_done % run.config.run.save_every and run.steps_done < run.total_steps:
-        return None
-    return run.save()
+    options, last = run.config.run, run.steps_done == run.total_steps
+    if run.checkpoints.best.stale and not last:
+        said = f"{options.stop_after} values of {options.keep_best} without a new best"
+        run.log.say(f"step {run.steps_done} is the last: {said} (run.stop_after)")
+        last = True
+    return run.save() if last or run.steps_done % options.save_every == 0 else None
 
 
 def add_up(sums: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:

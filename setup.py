@@ -38,6 +38,7 @@ setup(
         "safetensors>=0.8",
         "pillow>=10.3",
         "pyarrow>=17",
+        "scipy>=1.13,<2",
         "httpx>=0.27",
         "pydantic>=2.9",
         "jsonargparse[signatures]>=4.50",

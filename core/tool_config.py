@@ -8,7 +8,27 @@ from typing import Literal
 from jsonargparse.typing import PositiveInt
 
 from tercet.core.config import DataConfig, ModelConfig
-from tercet.core.option_types import Device, Few, PathText, PerStep, Seed, Word
+from tercet.core.option_types import Device, Few, PathText, PerStep, Seed, Share, Word
+
+
+@dataclass
+class PrepareConfig:
+    """Options of train/prepare.py."""
+
+    root: PathText
+    """Folder of the data sets; it may also be given first, without --root."""
+    out: PathText | None = None
+    """Folder that gets manifest.json and stage1.json; None: root."""
+    questions: PathText | None = None
+    """Folder of the released question files, which say what is seen; None: that is drawn."""
+    stage1: PathText | None = None
+    """The released stage-1 records; None: stage1.json is not written."""
+    on_missing: Literal["error", "skip"] = "error"
+    """A photo that is listed but not there ends it, or is left out and counted."""
+    seen_fraction: Share = 0.6
+    """Share of each data set's sub-categories that is seen, where it is drawn."""
+    seed: Seed = 0
+    """Seed of that draw."""
 
 
 @dataclass

@@ -58,7 +58,8 @@ def read_photos(
     A folder holds `<super_category>/<sub_category>/<photo>`, perhaps with train, valid and test
     folders on the way (see core.data.layouts). If it has a manifest.json with the
     lists `classes` (super_category, sub_category, partition) and `images` (path, super_category,
-    sub_category, split), exactly the images of those classes are read. A line of JSON Lines is
+    sub_category, split), exactly the images of those classes are read; their paths are relative to
+    its `root`, itself relative to the folder, or to the folder without one. A line of JSON Lines is
     {"image", "super_category", "sub_category", "question"?}; paths are relative to the file.
 
     Args:
@@ -78,7 +79,7 @@ def read_photos(
     if names is not None and (listing or not path.is_dir()):
         raise ValueError(f"data.names is for folders of photos by sub-category, not for {path}")
     if listing:
-        photos, partitions, splits = listing
+        root, photos, partitions, splits = listing
     elif path.is_dir():
         layout = read_layout(path, None if names is None else read_names(names))
         photos, splits, notes = layout.photos, layout.splits, layout.notes
@@ -137,8 +138,8 @@ def _fault(key: str) -> str | None:
 
 def _read_listing(
     path: Path,
-) -> tuple[list[Photo], dict[tuple[str, str], Partition], dict[str, Split]] | None:
-    """Photos, partitions and splits of a folder's manifest.json; None where it gives no split."""
+) -> tuple[Path, list[Photo], dict[tuple[str, str], Partition], dict[str, Split]] | None:
+    """Root, photos, partitions and splits of a manifest.json; None where it gives no split."""
     listing = load_json(path) if path.is_file() else None
     if not isinstance(listing, dict):
         return None
@@ -147,6 +148,9 @@ def _read_listing(
         return None
     if len(given) == 1 or not all(isinstance(listing[name], list) for name in given):
         raise ValueError(f"{path}: a split needs the two lists 'classes' and 'images'")
+    root = path.parent
+    if "root" in listing:
+        root = Path(os.path.normpath(root / text_of(listing, "root", str(path))))
     partitions: dict[tuple[str, str], Partition] = {}
     for index, entry in enumerate(listing["classes"]):
         where = f"{path}: classes[{index}]"
@@ -163,11 +167,11 @@ def _read_listing(
                 f"{where}: partition {partition_of(entry, where)!r} is not that of its class"
             )
         split = choice_of(entry, "split", ("train", "test"), where)
-        image = os.path.normpath(path.parent / text_of(entry, "path", where))
+        image = os.path.normpath(root / text_of(entry, "path", where))
         _refuse_duplicate(image, splits, where)
         splits[image] = "stage1" if entry.get("in_stage1") else split
         photos.append(Photo(image, *labels, _question(entry, where)))
-    return photos, partitions, splits
+    return root, photos, partitions, splits
 
 
 def _read_photo_lines(path: Path) -> Iterator[Photo]:

@@ -8,7 +8,7 @@ from typing import Literal
 from jsonargparse.typing import PositiveInt
 
 from tercet.core.config import DataConfig, ModelConfig
-from tercet.core.option_types import Device, Few, PathText, PerStep, Seed, Share, Word
+from tercet.core.option_types import Device, Few, PathText, PerStep, Seconds, Seed, Share, Url, Word
 
 
 @dataclass
@@ -41,6 +41,52 @@ class TripletsConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parquet: PathText | None = None
     """File for the released columns; None: it is not written."""
+
+
+@dataclass
+class CotConfig:
+    """Options of train/make_cot.py."""
+
+    data: PathText
+    """A triplets.json, whose stage-1 photos are taken, or any photo set."""
+    out: PathText
+    """Folder that gets stage1.json, the samples, and what the teacher said."""
+    direct: bool = False
+    """Records of the answer alone, without a teacher."""
+    review: bool = False
+    """Also write review.html, to look through the samples and correct them."""
+    reviewed: PathText | None = None
+    """The review.json that review.html saved: stage1.json is written anew; nothing is asked."""
+    url: Url | None = None
+    """Base address of the teacher's endpoint, ending in /v1; TERCET_API_KEY is its key."""
+    teacher: Word | None = None
+    """Name of the model that it serves."""
+    embedder: Word = "intfloat/e5-large-v2"
+    """Text encoder, a folder or hub id; endpoint: the teacher's own /v1/embeddings."""
+    concepts: Literal["photo", "label"] = "photo"
+    """Candidates come from a photo's descriptions, or are asked for once a sub-category."""
+    descriptions: Few = 2
+    """Descriptions of a photo under each of the five instructions."""
+    cots_per_class: Few = 1
+    """Records of a sub-category; with direct, its most photos."""
+    tries: Few = 16
+    """Most samples for each of them."""
+    description_tokens: PositiveInt = 256
+    """Longest description."""
+    concept_tokens: PositiveInt = 1024
+    """Longest list of concepts."""
+    cot_tokens: PositiveInt = 2048
+    """Longest chain of thought."""
+    concurrency: Few = 16
+    """Most requests in flight."""
+    timeout_s: Seconds = 300.0
+    """Longest that one answer may take."""
+    patience_s: Seconds = 600.0
+    """How long a teacher that is down is waited for."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """A missing or corrupt photo ends the run, or is left out and counted."""
+    seed: Seed = 0
+    """Seed of the choice of photos and questions."""
 
 
 @dataclass

@@ -18,6 +18,7 @@ ROOMS = (
     "bench",
     "train/demo",
     "train",
+    "train/cot",
     "train/evaluation",
     "train/fit",
     "train/learner",

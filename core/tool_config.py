@@ -8,7 +8,18 @@ from typing import Literal
 from jsonargparse.typing import PositiveInt
 
 from tercet.core.config import DataConfig, ModelConfig
-from tercet.core.option_types import Device, Few, PathText, PerStep, Seconds, Seed, Share, Url, Word
+from tercet.core.option_types import (
+    Device,
+    Few,
+    FewOrNone,
+    PathText,
+    PerStep,
+    Seconds,
+    Seed,
+    Share,
+    Url,
+    Word,
+)
 
 
 @dataclass
@@ -41,6 +52,8 @@ class TripletsConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parquet: PathText | None = None
     """File for the released columns; None: it is not written."""
+    sheet: FewOrNone = 24
+    """Most triplets on the contact sheet, triplets.png; 0: it is not drawn."""
 
 
 @dataclass

@@ -37,6 +37,8 @@ class Manifest:
     """Bad photos that were left out, with the reason."""
     notes: list[str] = field(default_factory=list)
     """What was made of the photos' folders, and which files are no photos, a line each."""
+    cosines: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By super-category and seen sub-category: of its mean embedding with the nearest one's."""
 
     def remarks(self) -> list[str]:
         """Lines for the user: what was made of the data, and what was left out."""
@@ -56,8 +58,7 @@ class Manifest:
         root = self.common_folder()
         stored = asdict(self.with_keys(lambda key: os.path.relpath(key, root)))
         stored = {"root": os.path.relpath(root, folder)} | stored
-        if not self.notes:
-            del stored["notes"]
+        stored = {k: v for k, v in stored.items() if v or k not in ("notes", "cosines")}
         unfinished = folder / f".{MANIFEST_NAME}.unfinished"
         unfinished.write_text(json.dumps(stored, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(unfinished, folder / MANIFEST_NAME)
@@ -206,6 +207,9 @@ def _check_names(stored: dict, known: dict[str, set[str]], path: Path) -> None:
     for name, of_sub in stored["nearest"].items():
         for sub_category in of_sub:
             texts_of(of_sub, sub_category, f"{path}: nearest[{name!r}]")
+    for name, of_sub in stored.get("cosines", {}).items():
+        if not all(isinstance(cosine, float) for cosine in of_sub.values()):
+            raise ValueError(f"{path}: cosines[{name!r}] must be numbers by sub-category")
     for field_name in ("skipped", "notes"):
         if not all(isinstance(line, str) for line in stored.get(field_name, [])):
             raise ValueError(f"{path}: {field_name!r} must be a list of texts")

@@ -51,7 +51,10 @@ class PhotoSet:
 
 
 def read_photos(
-    path: str | Path, on_bad_image: OnBadImage = "error", names: str | Path | None = None
+    path: str | Path,
+    on_bad_image: OnBadImage = "error",
+    names: str | Path | None = None,
+    super_category: str | None = None,
 ) -> PhotoSet:
     """Read labelled photos from a folder or a JSON Lines file.
 
@@ -66,6 +69,7 @@ def read_photos(
         path: the folder, or a file ending in .jsonl.
         on_bad_image: "error" raises for a bad photo, "skip" leaves it out and lists it.
         names: JSON or YAML of names by folder (see `read_names`); None: the folders' own.
+        super_category: what all photos show, for a folder `<sub_category>/<photo>`.
 
     Returns:
         The photos in an order that does not depend on the file system, `_` in names as a space.
@@ -76,12 +80,13 @@ def read_photos(
     path = Path(os.path.abspath(path))
     root, partitions, splits, notes = path, None, None, []
     listing = _read_listing(path / "manifest.json") if path.is_dir() else None
-    if names is not None and (listing or not path.is_dir()):
-        raise ValueError(f"data.names is for folders of photos by sub-category, not for {path}")
+    if (names or super_category) and (listing or not path.is_dir()):
+        option = "names" if names else "super_category"
+        raise ValueError(f"data.{option} is for folders of photos by sub-category, not for {path}")
     if listing:
         root, photos, partitions, splits = listing
     elif path.is_dir():
-        layout = read_layout(path, None if names is None else read_names(names))
+        layout = read_layout(path, None if names is None else read_names(names), super_category)
         photos, splits, notes = layout.photos, layout.splits, layout.notes
     elif path.suffix == ".jsonl":
         root, photos = path.parent, list(_read_photo_lines(path))

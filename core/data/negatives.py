@@ -1,0 +1,171 @@
+"""Which photos each anchor is set apart from: by sub-category, by photo, by genus, or at random.
+
+The paper takes the photos of the most similar other sub-category, by the mean of its photos.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tercet.core.config import DataConfig
+from tercet.core.data.fields import as_words
+from tercet.core.data.files import check_text, read_bytes
+from tercet.core.draws import seeded_order
+from tercet.core.names import normal_form
+from tercet.core.types import Photo
+
+MAX_CSV_BYTES = 2**24
+Embed = Callable[[list[str]], Tensor]
+"""Image keys to [N, D] embeddings."""
+SubCategory = tuple[str, str]
+"""(super-category, sub-category)."""
+
+
+@dataclass
+class Similar:
+    """What looks alike among the sub-categories that are trained on."""
+
+    nearest: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """By super-category and sub-category: the others, most similar first."""
+    cosines: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Alike: the cosine with the first of them."""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """[D] float64 of unit length by image key."""
+
+
+def rank_similar(embeddings: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Rank, for each sub-category, the others by the cosine of mean image embeddings.
+
+    Args:
+        embeddings: [photos, D] float of each sub-category, all of one super-category.
+
+    Returns:
+        For each name the other names, most similar first; ties are ordered by name.
+    """
+    return {name: [other for _, other in found] for name, found in _ranked(embeddings).items()}
+
+
+def _ranked(embeddings: Mapping[str, Tensor]) -> dict[str, list[tuple[float, str]]]:
+    names = sorted(embeddings)
+    means = torch.stack([embeddings[name].double().mean(dim=0) for name in names])
+    means = torch.nn.functional.normalize(means, dim=1)
+    ranked = {}
+    for name, cosines in zip(names, (means @ means.T).tolist(), strict=True):
+        others = [(-cosine, other) for cosine, other in zip(cosines, names, strict=True)]
+        ranked[name] = [(-cosine, other) for cosine, other in sorted(others) if other != name]
+    return ranked
+
+
+def find_similar(tapo: dict[SubCategory, list[Photo]], embed: Embed) -> Similar:
+    """Embed all training photos and rank each super-category's sub-categories.
+
+    Raises:
+        ValueError: the embedder gives something else than a row of finite numbers a photo.
+    """
+    keys = [photo.image for photos in tapo.values() for photo in photos]
+    rows = embed(keys)
+    if rows.ndim != 2 or len(rows) != len(keys) or not rows.isfinite().all():
+        raise ValueError(
+            f"the embedder must give {len(keys)} rows of finite numbers, got {tuple(rows.shape)} "
+            f"with {int((~rows.isfinite()).sum())} that are not finite"
+        )
+    unit = torch.nn.functional.normalize(rows.double(), dim=1)
+    found = Similar(rows=dict(zip(keys, unit, strict=True)))
+    of_class = rows.split([len(photos) for photos in tapo.values()])
+    by_super: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for (super_category, name), embedded in zip(tapo, of_class, strict=True):
+        by_super[super_category][name] = embedded
+    for super_category, embeddings in by_super.items():
+        ranked = _ranked(embeddings)
+        found.nearest[super_category] = {n: [other for _, other in r] for n, r in ranked.items()}
+        found.cosines[super_category] = {n: r[0][0] for n, r in ranked.items() if r}
+    return found
+
+
+def negatives_of(
+    photo: Photo,
+    tapo: dict[SubCategory, list[Photo]],
+    similar: Similar,
+    config: DataConfig,
+    genera: Mapping[str, str],
+) -> list[str]:
+    """Keys of the photos that an anchor is set apart from, the fixed one first.
+
+    Args:
+        photo: the anchor.
+        tapo: training photos by sub-category.
+        similar: of those photos; not needed where config.negatives is "random".
+        config: which rule, how many, the seed.
+        genera: of sub-categories, by their normal form; for "genus".
+    """
+    others = {
+        name: [other.image for other in photos]
+        for (super_category, name), photos in tapo.items()
+        if super_category == photo.super_category and name != photo.sub_category
+    }
+    if not others:
+        return []
+    if config.negatives == "random":
+        keys = [key for of_other in others.values() for key in of_other]
+        return seeded_order(keys, config.seed, "random", photo.image)[: config.shots]
+    if config.negatives == "nearest_image":
+        keys = sorted(key for of_other in others.values() for key in of_other)
+        cosines = torch.stack([similar.rows[key] for key in keys]) @ similar.rows[photo.image]
+        order = cosines.argsort(descending=True, stable=True)[: config.shots]
+        return [keys[index] for index in order.tolist()]
+    ranked = similar.nearest[photo.super_category][photo.sub_category]
+    chosen = ranked[0]
+    if config.negatives == "genus":
+        genus = genera.get(normal_form(photo.sub_category))
+        same = [name for name in ranked if genus and genera.get(normal_form(name)) == genus]
+        chosen = (same or ranked)[0]
+    return seeded_order(others[chosen], config.seed, "negative", photo.image)
+
+
+def read_genera(path: str | Path) -> dict[str, str]:
+    """Genus by sub-category's normal form, from a CSV with the columns sub_category and genus.
+
+    Raises:
+        ValueError: naming file and line at fault.
+    """
+    path, genera = Path(path), {}
+    try:
+        text = read_bytes(path, MAX_CSV_BYTES).decode("utf-8-sig")
+        rows = csv.DictReader(StringIO(text, newline=""), strict=True)
+        if not {"sub_category", "genus"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path} needs the columns sub_category and genus")
+        for row in rows:
+            where = f"{path}:{rows.line_num}"
+            name = as_words(check_text(row["sub_category"], f"{where}: sub_category"))
+            genus = as_words(check_text(row["genus"], f"{where}: genus"))
+            if genera.setdefault(normal_form(name), genus) != genus:
+                raise ValueError(f"{where}: {name!r} has two genera")
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not genera:
+        raise ValueError(f"{path} holds no sub-category")
+    return genera
+
+
+def neighbours_note(similar: Similar, genera: Mapping[str, str], embedder: str) -> str:
+    """How often the nearest sub-category is of the same genus, where one of it is trained on."""
+    right = total = 0
+    for ranked in similar.nearest.values():
+        for name, others in ranked.items():
+            genus = genera.get(normal_form(name))
+            same = [genus is not None and genera.get(normal_form(o)) == genus for o in others]
+            total += any(same)
+            right += bool(same and same[0])
+    share = f" ({right / total:.0%})" if total else ""
+    return (
+        f"the nearest sub-category is of the same genus for {right} of {total} sub-categories"
+        f"{share} that have one (embedder {embedder})"
+    )

@@ -25,7 +25,7 @@ from support import tiny
 from torch.distributed.run import get_args_parser
 
 from tercet.core.config import SftConfig, TapoConfig
-from tercet.train import eval_fgvr, make_triplets, plan
+from tercet.train import eval_fgvr, make_cot, make_triplets, plan, prepare
 from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import parse
 
@@ -60,13 +60,17 @@ TINY = {
         --rollout.on_exhausted=keep_last_round""".split(),
     "sft": ["--run.steps=1", "--run.device=cpu", "--optim.samples_per_step=2"],
     "eval_fgvr": ["--max_tokens=8", "--per_class=1", "--device=cpu"],
-    "make_triplets": ["--data.shots=3", "--data.sft_shots=0"],
+    "make_triplets": ["--data.shots=3", "--data.sft_shots=1"],
+    "make_cot": [],
     "plan": [],
 }
 """Options that come before those of a command, to make it quick."""
 PARSED_ONLY = {
     "--nproc-per-node 4": "needs four GPUs",
     "--rollout.engine sglang": "needs a server",
+    "--questions": "needs the six data sets",
+    "--teacher": "needs a teacher",
+    "--reviewed": "needs a page that a person corrected",
     "pytest": "these tests themselves",
     "make": "makes an environment",
     "pip": "downloads",
@@ -163,8 +167,7 @@ def check_options(name: str, argv: list[str]) -> None:
     if name in ("tapo", "sft"):
         parse({"tapo": TapoConfig, "sft": SftConfig}[name], argv, "")
     else:
-        assert name == "plan", f"parse the options of {name} here, or run it"
-        plan.read(argv)
+        {"plan": plan, "prepare": prepare, "make_cot": make_cot}[name].read(argv)
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +194,11 @@ def workspace(tmp_path_factory) -> Path:
     argv = [*TINY["make_triplets"], "--data.path=photos", "--model.path=policy"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(sys, "argv", ["make_triplets", *argv, "--out=runs/mine"])
-        make_triplets.main()
+        for out in ("runs/mine", "triplets"):
+            patch.setattr(sys, "argv", ["make_triplets", *argv, f"--out={out}"])
+            make_triplets.main()
+        patch.setattr(sys, "argv", ["make_cot", "--data=triplets", "--out=direct", "--direct"])
+        make_cot.main()
     return root
 
 
@@ -288,7 +294,8 @@ def known_options() -> set[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", "--help"])
-        texts = [helped(show) for show in (eval_fgvr.main, make_triplets.main, plan.main)]
+        commands = (eval_fgvr, make_cot, make_triplets, plan, prepare)
+        texts = [helped(command.main) for command in commands]
     texts += [helped(lambda c=c: parse(c, ["--help"], "")) for c in (TapoConfig, SftConfig)]
     torchrun = {name for action in get_args_parser()._actions for name in action.option_strings}
     return {*re.findall(r"--[\w.]+", "\n".join(texts)), *torchrun, *FOREIGN}

@@ -132,14 +132,18 @@ def _said(out: Path, count: int) -> int:
     return count
 
 
-def main() -> None:
-    words = sys.argv[1:]
+def read(words: Sequence[str]) -> CotConfig:
+    """The options; FLAGS may stand without a value."""
     after = [*words[1:], "--"]
     argv = [
         f"{word}=true" if word in FLAGS and then.startswith("--") else word
         for word, then in zip(words, after, strict=True)
     ]
-    make_cot(read_options(CotConfig, argv, __doc__.split("\n")[0]))
+    return read_options(CotConfig, argv, __doc__.split("\n")[0])
+
+
+def main() -> None:
+    make_cot(read(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,11 +120,15 @@ def _write(path: Path, content: object) -> Path:
     return path
 
 
-def main() -> None:
-    argv = sys.argv[1:]
+def read(argv: Sequence[str]) -> PrepareConfig:
+    """The options; a first word without dashes is the root."""
     if argv and not argv[0].startswith("-"):
         argv = [f"--root={argv[0]}", *argv[1:]]
-    prepare(read_options(PrepareConfig, argv, __doc__.split("\n")[0]))
+    return read_options(PrepareConfig, argv, __doc__.split("\n")[0])
+
+
+def main() -> None:
+    prepare(read(sys.argv[1:]))
 
 
 if __name__ == "__main__":

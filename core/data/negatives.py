@@ -18,7 +18,7 @@ from torch import Tensor
 from tercet.core.config import DataConfig
 from tercet.core.data.fields import as_words
 from tercet.core.data.files import check_text, read_bytes
-from tercet.core.draws import seeded_order
+from tercet.core.draws import seeded_int, seeded_order
 from tercet.core.names import normal_form
 from tercet.core.types import Photo
 
@@ -90,44 +90,70 @@ def find_similar(tapo: dict[SubCategory, list[Photo]], embed: Embed) -> Similar:
     return found
 
 
-def negatives_of(
-    photo: Photo,
+def choose_negatives(
     tapo: dict[SubCategory, list[Photo]],
     similar: Similar,
     config: DataConfig,
     genera: Mapping[str, str],
-) -> list[str]:
-    """Keys of the photos that an anchor is set apart from, the fixed one first.
+) -> dict[str, list[str]]:
+    """Keys of the photos that each anchor is set apart from, the fixed one first.
 
     Args:
-        photo: the anchor.
-        tapo: training photos by sub-category.
+        tapo: training photos by sub-category; each is an anchor.
         similar: of those photos; not needed where config.negatives is "random".
         config: which rule, how many, the seed.
         genera: of sub-categories, by their normal form; for "genus".
+
+    Returns:
+        By the anchor's key; empty where its super-category has no other sub-category.
     """
-    others = {
-        name: [other.image for other in photos]
-        for (super_category, name), photos in tapo.items()
-        if super_category == photo.super_category and name != photo.sub_category
+    by_super: dict[str, dict[str, list[str]]] = defaultdict(dict)
+    for (super_category, name), photos in tapo.items():
+        by_super[super_category][name] = [photo.image for photo in photos]
+    chosen: dict[str, list[str]] = {}
+    for super_category, of_name in by_super.items():
+        for name, anchors in of_name.items():
+            others = sorted(key for n, keys in of_name.items() if n != name for key in keys)
+            if not others:
+                chosen |= {anchor: [] for anchor in anchors}
+            elif config.negatives == "random":
+                chosen |= {anchor: _drawn(anchor, others, config) for anchor in anchors}
+            elif config.negatives == "nearest_image":
+                chosen |= _nearest_images(anchors, others, similar.rows, config.shots)
+            else:
+                ranked = similar.nearest[super_category][name]
+                kin = _of_genus(name, ranked, genera) if config.negatives == "genus" else []
+                near = of_name[(kin or ranked)[0]]
+                chosen |= {a: seeded_order(near, config.seed, "negative", a) for a in anchors}
+    return chosen
+
+
+def _drawn(anchor: str, others: list[str], config: DataConfig) -> list[str]:
+    """config.shots of the others, or all where they are fewer."""
+    left = dict(enumerate(others))  # what stands at each place, as places are emptied
+    drawn = []
+    for number in range(min(config.shots, len(others))):
+        place = seeded_int(config.seed, "random", anchor, number) % len(left)
+        drawn.append(left[place])
+        left[place] = left[len(left) - 1]
+        del left[len(left) - 1]
+    return drawn
+
+
+def _nearest_images(
+    anchors: list[str], others: list[str], rows: Mapping[str, Tensor], most: int
+) -> dict[str, list[str]]:
+    cosines = torch.stack([rows[key] for key in anchors]) @ torch.stack([rows[k] for k in others]).T
+    order = cosines.argsort(dim=1, descending=True, stable=True)[:, :most].tolist()
+    return {
+        anchor: [others[index] for index in found]
+        for anchor, found in zip(anchors, order, strict=True)
     }
-    if not others:
-        return []
-    if config.negatives == "random":
-        keys = [key for of_other in others.values() for key in of_other]
-        return seeded_order(keys, config.seed, "random", photo.image)[: config.shots]
-    if config.negatives == "nearest_image":
-        keys = sorted(key for of_other in others.values() for key in of_other)
-        cosines = torch.stack([similar.rows[key] for key in keys]) @ similar.rows[photo.image]
-        order = cosines.argsort(descending=True, stable=True)[: config.shots]
-        return [keys[index] for index in order.tolist()]
-    ranked = similar.nearest[photo.super_category][photo.sub_category]
-    chosen = ranked[0]
-    if config.negatives == "genus":
-        genus = genera.get(normal_form(photo.sub_category))
-        same = [name for name in ranked if genus and genera.get(normal_form(name)) == genus]
-        chosen = (same or ranked)[0]
-    return seeded_order(others[chosen], config.seed, "negative", photo.image)
+
+
+def _of_genus(name: str, others: list[str], genera: Mapping[str, str]) -> list[str]:
+    genus = genera.get(normal_form(name))
+    return [other for other in others if genus and genera.get(normal_form(other)) == genus]
 
 
 def read_genera(path: str | Path) -> dict[str, str]:
@@ -160,10 +186,9 @@ def neighbours_note(similar: Similar, genera: Mapping[str, str], embedder: str) 
     right = total = 0
     for ranked in similar.nearest.values():
         for name, others in ranked.items():
-            genus = genera.get(normal_form(name))
-            same = [genus is not None and genera.get(normal_form(o)) == genus for o in others]
-            total += any(same)
-            right += bool(same and same[0])
+            kin = _of_genus(name, others, genera)
+            total += bool(kin)
+            right += bool(kin and kin[0] == others[0])
     share = f" ({right / total:.0%})" if total else ""
     return (
         f"the nearest sub-category is of the same genus for {right} of {total} sub-categories"

@@ -23,8 +23,8 @@ from tercet.core.data.negatives import (
     Embed,
     Similar,
     SubCategory,
+    choose_negatives,
     find_similar,
-    negatives_of,
     neighbours_note,
     read_genera,
 )
@@ -338,18 +338,17 @@ def _anchors(
     genera: Mapping[str, str],
     config: DataConfig,
 ) -> list[Anchor]:
-    anchors = []
+    anchors, negatives = [], choose_negatives(tapo, similar, config, genera)
     for (super_category, name), photos in tapo.items():
         for photo in photos:
             same = [other.image for other in photos if other is not photo]
             same = seeded_order(same, config.seed, "positive", photo.image)
-            near = negatives_of(photo, tapo, similar, config, genera)
             anchors.append(
                 Anchor(
                     id=photo.image,
                     image=photo.image,
                     positives=tuple(same) or (photo.image,),
-                    negatives=tuple(near) or (photo.image,),
+                    negatives=tuple(negatives[photo.image]) or (photo.image,),
                     question=photo.question,
                     super_category=super_category,
                     sub_category=name,

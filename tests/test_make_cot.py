@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hostile import Hostile, as_json, plain
 from PIL import Image
+from sglang_support import PYTHON
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -469,3 +471,20 @@ def test_embeddings_that_do_not_fit_are_refused(rows, fault):
         client = ChatClient(f"{server.url}/v1", "m", what="teacher")
         with pytest.raises(ServerError, match=f"5 bad answers, the last one: .*{fault}"):
             asyncio.run(client.embed(["a", "b"]))
+
+
+@pytest.mark.sglang
+@pytest.mark.skipif(not PYTHON, reason="no SGLang server: run make test-sglang")
+def test_a_real_endpoint_is_asked_about_photos(server, bert, triplets, tmp_path):
+    """A tiny random policy as teacher: what it says is kept whole, and has no tags."""
+    out = tmp_path / "cot"
+    small = {"description_tokens": 8, "concept_tokens": 8, "cot_tokens": 8, "tries": 2}
+    config = options(triplets, out, server.url, embedder=bert, patience_s=60.0, **small)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="stage1.json: nothing was kept"):
+            make_cot(replace(config, teacher="default"))
+    rejected = read_samples(out / "rejected.jsonl")
+    assert len(rejected) == 6
+    reasons = {sample.reason.partition(":")[0] for sample in rejected}
+    assert reasons <= {"tags", "cut off", "empty"}
+    assert any(sample.said for sample in rejected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -15,11 +16,11 @@ from tercet.core.types import Anchor
 SHEET_NAME = "triplets.png"
 CELL = 224
 """Pixels of a photo's side."""
-TEXT = 40
+TEXT = 56
 """Pixels for the names below it."""
 GAP = 8
 MOST_CHARS = 34
-"""Of a line of text."""
+"""Of a line of a name, which may have two."""
 
 
 def draw_sheet(manifest: Manifest, path: Path, most: int) -> int:
@@ -74,9 +75,8 @@ def _draw(
         photo = load_image(key)
         photo.thumbnail((CELL, CELL), Image.Resampling.BICUBIC)
         sheet.paste(photo, (x + (CELL - photo.width) // 2, top + (CELL - photo.height) // 2))
-        name = labels.get(key, "")
-        short = name if len(name) <= MOST_CHARS else name[: MOST_CHARS - 3] + "..."
-        draw.text((x, top + CELL + 2), f"{kind}\n{short}", fill="black", font=_font())
+        name = "\n".join(textwrap.wrap(labels.get(key, ""), MOST_CHARS, max_lines=2))
+        draw.text((x, top + CELL + 2), f"{kind}\n{name}", fill="black", font=_font())
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

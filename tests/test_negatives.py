@@ -123,12 +123,13 @@ def test_genus_keeps_to_the_nearest_of_the_same_genus(folder, tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "needs the columns sub_category and genus"),
+        ("", "t.csv has no column 'sub_category'; needed: sub_category, genus"),
         ("sub_category,genus\n", "holds no sub-category"),
-        ("sub_category,genus\na,\n", r"t.csv:2: genus must be a text"),
-        ("sub_category,genus\na\n", r"t.csv:2: genus must be a text, got None"),
+        ("sub_category,genus\na,\n", r"t.csv:2: 'genus' must be a text"),
+        ("sub_category,genus\na\n", r"t.csv:2: 'genus' must be a text, got None"),
         ("sub_category,genus\na,X\nA,Y\n", "t.csv:3: 'A' has two genera"),
         ('sub_category,genus\na,"X\n', "t.csv cannot be read"),
+        ("sub_category,genus\na,X,b\n", "t.csv:2: more cells than 2 columns"),
         (b"sub_category,genus\na,\xff\n", "t.csv cannot be read"),
     ],
 )

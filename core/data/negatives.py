@@ -5,24 +5,20 @@ The paper takes the photos of the most similar other sub-category, by the mean o
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tercet.core.config import DataConfig
-from tercet.core.data.fields import as_words
-from tercet.core.data.files import check_text, read_bytes
+from tercet.core.data.fields import as_words, csv_rows, text_of
 from tercet.core.draws import seeded_int, seeded_order
 from tercet.core.names import normal_form
 from tercet.core.types import Photo
 
-MAX_CSV_BYTES = 2**24
 Embed = Callable[[list[str]], Tensor]
 """Image keys to [N, D] embeddings."""
 SubCategory = tuple[str, str]
@@ -162,20 +158,12 @@ def read_genera(path: str | Path) -> dict[str, str]:
     Raises:
         ValueError: naming file and line at fault.
     """
-    path, genera = Path(path), {}
-    try:
-        text = read_bytes(path, MAX_CSV_BYTES).decode("utf-8-sig")
-        rows = csv.DictReader(StringIO(text, newline=""), strict=True)
-        if not {"sub_category", "genus"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path} needs the columns sub_category and genus")
-        for row in rows:
-            where = f"{path}:{rows.line_num}"
-            name = as_words(check_text(row["sub_category"], f"{where}: sub_category"))
-            genus = as_words(check_text(row["genus"], f"{where}: genus"))
-            if genera.setdefault(normal_form(name), genus) != genus:
-                raise ValueError(f"{where}: {name!r} has two genera")
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    genera: dict[str, str] = {}
+    for where, row in csv_rows(Path(path), ("sub_category", "genus")):
+        name = as_words(text_of(row, "sub_category", where))
+        genus = as_words(text_of(row, "genus", where))
+        if genera.setdefault(normal_form(name), genus) != genus:
+            raise ValueError(f"{where}: {name!r} has two genera")
     if not genera:
         raise ValueError(f"{path} holds no sub-category")
     return genera

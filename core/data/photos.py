@@ -24,6 +24,7 @@ from tercet.core.data.fields import (
 )
 from tercet.core.data.folder_names import read_names
 from tercet.core.data.layouts import Split, read_layout
+from tercet.core.data.photo_table import read_photo_table
 from tercet.core.data.vision import check_image
 from tercet.core.names import refuse_alike
 from tercet.core.types import Partition, Photo
@@ -63,13 +64,14 @@ def read_photos(
     lists `classes` (super_category, sub_category, partition) and `images` (path, super_category,
     sub_category, split), exactly the images of those classes are read; their paths are relative to
     its `root`, itself relative to the folder, or to the folder without one. A line of JSON Lines is
-    {"image", "super_category", "sub_category", "question"?}; paths are relative to the file.
+    {"image", "super_category", "sub_category", "question"?}; paths are relative to the file. A CSV
+    table is read by core.data.photo_table.
 
     Args:
-        path: the folder, or a file ending in .jsonl.
+        path: the folder, or a file ending in .jsonl or .csv.
         on_bad_image: "error" raises for a bad photo, "skip" leaves it out and lists it.
         names: JSON or YAML of names by folder (see `read_names`); None: the folders' own.
-        super_category: what all photos show, for a folder `<sub_category>/<photo>`.
+        super_category: what all photos show, for a folder `<sub_category>/<photo>` or a CSV table.
 
     Returns:
         The photos in an order that does not depend on the file system, `_` in names as a space.
@@ -80,7 +82,8 @@ def read_photos(
     path = Path(os.path.abspath(path))
     root, partitions, splits, notes = path, None, None, []
     listing = _read_listing(path / "manifest.json") if path.is_dir() else None
-    if (names or super_category) and (listing or not path.is_dir()):
+    is_table = path.suffix == ".csv" and path.is_file()
+    if (names or super_category) and (listing or not (path.is_dir() or is_table and not names)):
         option = "names" if names else "super_category"
         raise ValueError(f"data.{option} is for folders of photos by sub-category, not for {path}")
     if listing:
@@ -90,8 +93,13 @@ def read_photos(
         photos, splits, notes = layout.photos, layout.splits, layout.notes
     elif path.suffix == ".jsonl":
         root, photos = path.parent, list(_read_photo_lines(path))
+    elif is_table:
+        root = path.parent
+        photos, splits = read_photo_table(path, super_category)
     else:
-        raise ValueError(f"{path}: no such folder, nor a .jsonl file of photos")
+        raise ValueError(
+            f"{path}: no such folder, nor a .jsonl file of photos, nor a .csv table of them"
+        )
     if not photos:
         raise ValueError(f"{path} holds no photos")
     refuse_alike({(p.super_category, p.sub_category) for p in photos}.union(partitions or ()), path)

@@ -81,7 +81,7 @@ class CotConfig:
     descriptions: Few = 2
     """Descriptions of a photo under each of the five instructions."""
     cots_per_class: Few = 1
-    """Records of a sub-category; with direct, its most photos."""
+    """Records of a sub-category; from a photo set, also the most photos of one."""
     tries: Few = 16
     """Most samples for each of them."""
     description_tokens: PositiveInt = 256

@@ -162,6 +162,20 @@ def test_concepts_of_a_label_are_asked_for_once(triplets, tmp_path):
     assert sorted(q.split(" of the ")[1].split(" that help")[0] for q in lists) == sorted(NAMES)
 
 
+@pytest.mark.parametrize("concepts", ["label", "photo"])
+def test_a_teacher_that_names_no_concept_is_asked_all_the_same(concepts, triplets, tmp_path):
+    def reply(question, number):
+        if question.startswith(("List distinctive", "These texts")):
+            return as_json({"choices": [{"message": {"content": " "}, "finish_reason": "stop"}]})
+        return None
+
+    teacher = Canned(reply=reply)
+    with Hostile(teacher) as server:
+        assert make_cot(options(triplets, tmp_path / "cot", server.url, concepts=concepts)) == 3
+    (kept, *_) = read_samples(tmp_path / "cot" / "kept.jsonl")
+    assert kept.concepts == ()
+
+
 def test_nothing_is_asked_twice(triplets, tmp_path):
     """Neither by a second run, at another address, nor where the first one was cut off."""
 

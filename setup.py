@@ -13,6 +13,7 @@ ROOMS = [
     "train/fit",
     "train/evaluation",
     "train/demo",
+    "train/cot",
     "bench",
 ]
 
@@ -45,6 +46,8 @@ setup(
         "pillow>=10.3",
         "imagehash>=4.3",
         "pyarrow>=17",
+        "scipy>=1.13,<2",
+        "py3langid>=0.3,<1",
         "httpx>=0.27",
         "pydantic>=2.9",
         "jsonargparse[signatures]>=4.50",

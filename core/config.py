@@ -59,10 +59,21 @@ class DataConfig:
     """A triplets.json, a folder of photos, JSON Lines, or a Parquet file or folder of them."""
     names: PathText | None = None
     """JSON or YAML of names by folder of a folder of photos, {folder: name}; None: the folders'."""
+    super_category: Word | None = None
+    """What all photos show, for a folder that holds sub-categories alone: bird, for instance."""
     questions: PathText | None = None
     """YAML of question templates, {super_category: [template, ...]}; None: the built-in ones."""
     positive: Literal["redraw", "fixed"] = "redraw"
     """Positive and negative of an anchor: drawn anew every epoch, or the first of each list."""
+    negatives: Literal["nearest", "nearest_image", "random", "genus"] = "nearest"
+    """Photos of the most similar other sub-category (the paper), the most similar photos of others,
+    photos of others drawn at random, or those of the most similar one of the same genus."""
+    genus: PathText | None = None
+    """CSV with the columns sub_category and genus; with it, how often the nearest is of the same
+    genus is reported."""
+    on_missing: Literal["error", "anchor"] = "error"
+    """Without a positive or a negative: an error, or the anchor stands for it (GRPO, DAPO, 1-shot;
+    without negatives, loss.kl_coef and loss.neg_entropy_coef must be 0)."""
     seen_fraction: Share = 0.6
     """Share of each super-category's sub-categories that training sees."""
     shots: PositiveInt = 4
@@ -77,6 +88,8 @@ class DataConfig:
     between photos of one sub-category."""
     on_bad_image: Literal["error", "skip"] = "error"
     """A missing or corrupt photo ends the run, or is left out and counted."""
+    duplicates: Literal["report", "error"] = "report"
+    """A photo under two labels, or both learnt and held out: left out of the tests, or an error."""
     seed: Seed = 0
     """Seed of the split, the shots and the triplets."""
 

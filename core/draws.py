@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from hashlib import blake2b
 
 import numpy as np
@@ -10,6 +12,16 @@ import numpy as np
 def digest_int(data: bytes) -> int:
     """First 63 bits of blake2b of some bytes. Python's own hash() is salted in every process."""
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big") >> 1
+
+
+def seeded_int(*parts: int | str) -> int:
+    """63-bit number drawn from the parts: the same on every machine and in every process."""
+    return digest_int(json.dumps(parts).encode())
+
+
+def seeded_order(items: Iterable[str], *parts: int | str) -> list[str]:
+    """The items in an order that depends on the parts, not on the order in which they come."""
+    return sorted(items, key=lambda item: (seeded_int(*parts, item), item))
 
 
 class EndlessOrder:

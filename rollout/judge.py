@@ -9,23 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import sqlite3
-import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
-
-import httpx
 
 from tercet.core.data.vision import data_uri
-from tercet.rollout.endpoint import BYTES_A_TOKEN, TRIES, SharedSession, bearer, pause
-from tercet.rollout.exchange import SMALL_BYTES, Again, BadReply, Refused, check_address, exchange
-from tercet.rollout.replies import Chat, read
+from tercet.rollout.chat import ANSWERED, Answer, ChatClient, content_of
 from tercet.rollout.server import ServerError
 
-MOST_DOUBLINGS = 6
-"""Of the first pause, 0.5 s: the longest one is 32 s."""
 GROWTH = 8
 """An answer that was cut off is asked for once more, with this many times the tokens."""
 RESPONSE_CHARS = 100_000
@@ -63,54 +53,19 @@ def _same(digits: str, number: float) -> bool:
     return len(digits) < 20 and float(digits) == number
 
 
-@dataclass(frozen=True)
-class ChatAnswer:
-    """What an endpoint said."""
-
-    text: str
-    reason: str | None
-    """Why it ended; None: the endpoint does not say."""
-
-    @property
-    def is_whole(self) -> bool:
-        return self.reason in (None, "stop")
-
-
-class Judge:
-    """Client of one endpoint.
+class Judge(ChatClient):
+    """Client of one endpoint whose most likely answers are scores.
 
     Args:
         url: base address, ending in /v1.
         model: name of the model that the endpoint serves.
-        api_key: sent when given.
-        concurrency: most questions in flight.
-        timeout_s: longest that one answer may take, from connecting to its last byte.
-        patience_s: how long to wait for an endpoint that is down.
         max_tokens: longest answer at the first attempt.
-        cache: file that keeps the answers; None: they are kept in memory.
+        options: of ChatClient.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        *,
-        api_key: str | None = None,
-        concurrency: int = 16,
-        timeout_s: float = 120.0,
-        patience_s: float = 600.0,
-        max_tokens: int = 16,
-        cache: str | Path | None = None,
-    ):
-        self._url, self._model = check_address(url, "judge"), model
-        self._timeout_s, self._patience_s, self._max_tokens = timeout_s, patience_s, max_tokens
-        self._shared = SharedSession(concurrency, bearer(api_key))
-        self._cache_path = cache or ":memory:"
-        try:
-            self._cache = sqlite3.connect(self._cache_path, timeout=30.0, isolation_level=None)
-        except sqlite3.Error as error:
-            raise self._cache_error(error) from None
-        self._in_cache("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT)")
+    def __init__(self, url: str, model: str, *, max_tokens: int = 16, **options):
+        super().__init__(url, model, what="judge", **options)
+        self._max_tokens = max_tokens
 
     async def ask(self, question: str, images: Sequence[str] = ()) -> str:
         """The most likely answer to a question about photos.
@@ -132,12 +87,8 @@ class Judge:
         answer = await self._ask(question, images)
         return read_number(answer.text, low, high) if answer.is_whole else None
 
-    def close(self) -> None:
-        """Close the cache."""
-        self._cache.close()
-
-    async def _ask(self, question: str, images: Sequence[str]) -> ChatAnswer:
-        content = [*map(photo_item, images), {"type": "text", "text": question}]
+    async def _ask(self, question: str, images: Sequence[str]) -> Answer:
+        content = content_of(question, [data_uri(image) for image in images])
         return await self.chat([{"role": "user", "content": content}])
 
     async def chat(
@@ -147,7 +98,7 @@ class Judge:
         temperature: float = 0.0,
         seed: int | None = None,
         max_tokens: int | None = None,
-    ) -> ChatAnswer:
+    ) -> Answer:
         """The answer to a conversation.
 
         Args:
@@ -169,7 +120,7 @@ class Judge:
         text = json.dumps([self._url, body, "whole"])
         key = blake2b(text.encode(), digest_size=16).hexdigest()
         if kept := self._in_cache("SELECT text FROM answers WHERE key = ?", key):
-            return ChatAnswer(kept[0][0], "stop")
+            return Answer(kept[0][0], "stop")
         async with self._shared.use() as session, session.places:
             answer = await self._answer(session.client, body)
             if answer.reason == "length" and max_tokens is None:
@@ -177,59 +128,12 @@ class Judge:
                 try:
                     answer = await self._answer(session.client, body)
                 except ServerError as error:
-                    if error.status is None:
+                    if error.status in (None, ANSWERED):
                         raise
                     # More tokens than the endpoint gives: the first answer stands.
         if answer.is_whole and answer.text:
             self._in_cache("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, answer.text)
         return answer
-
-    async def _answer(self, client: httpx.AsyncClient, body: dict) -> ChatAnswer:
-        """One answer; waits for an endpoint that is down, and asks again for one that is bad."""
-        url, deadline = f"{self._url}/chat/completions", time.monotonic() + self._patience_s
-        attempt = bad = 0
-        while True:
-            try:
-                seconds, most = self._timeout_s, SMALL_BYTES + BYTES_A_TOKEN * body["max_tokens"]
-                reply = await exchange(client, "POST", url, body, seconds=seconds, most_bytes=most)
-                return _read_answer(reply.content)
-            except BadReply as error:
-                bad, reason = bad + 1, str(error)
-            except (Again, httpx.TransportError) as error:
-                reason = f"{type(error).__name__}: {error}"
-            except Refused as error:
-                raise ServerError(f"judge: {error}", error.status) from None
-            if bad == TRIES:
-                raise ServerError(f"judge {self._url}: {TRIES} bad answers, the last one: {reason}")
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f"judge {self._url}: no answer in {self._patience_s:.0f} s: {reason}"
-                )
-            await pause(min(attempt, MOST_DOUBLINGS))
-            attempt += 1
-
-    def _in_cache(self, command: str, *values: str) -> list[tuple]:
-        try:
-            return self._cache.execute(command, values).fetchall()
-        except sqlite3.Error as error:
-            raise self._cache_error(error) from None
-
-    def _cache_error(self, error: sqlite3.Error) -> ValueError:
-        return ValueError(f"judge: the cache {self._cache_path} cannot be used: {error}")
-
-
-def photo_item(image: str) -> dict:
-    """A photo as an item of a message's content."""
-    return {"type": "image_url", "image_url": {"url": data_uri(image)}}
-
-
-def _read_answer(content: bytes) -> ChatAnswer:
-    """The answer in a reply; raises Again where there is none."""
-    choice = read(Chat, content).choices[0]
-    answer = ChatAnswer(choice.message.content or "", choice.finish_reason)
-    if answer.is_whole and choice.message.content is None:
-        raise BadReply("an answer without text")
-    return answer
 
 
 def judged(

@@ -89,10 +89,32 @@ class Choice(_Part):
     finish_reason: str | None = None
 
 
+class Usage(_Part):
+    """Tokens of a request and of its reply."""
+
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+
+
 class Chat(_Part):
     """Reply of /chat/completions."""
 
     choices: Annotated[list[Choice], Field(min_length=1)]
+    usage: Usage | None = None
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Embedding(_Part):
+    index: Count
+    embedding: Annotated[list[Number], Field(min_length=1)]
+
+
+class Embeddings(_Part):
+    """Reply of /embeddings."""
+
+    data: list[Embedding]
 
 
 def read(kind: type[Kind], content: bytes) -> Kind:

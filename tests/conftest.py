@@ -48,6 +48,15 @@ def real_photos() -> Path:
 
 
 @pytest.fixture(scope="session")
+def released() -> Path:
+    """Folder of the released question files and stage-1 records; skips where there is none."""
+    folder = Path(os.environ.get("TERCET_RELEASED", ROOT.parent / "shared" / "released"))
+    if not (folder / "eval").is_dir():
+        pytest.skip("no released question files: set TERCET_RELEASED")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def policy() -> PolicyParts:
     return tiny("qwen2_5_vl")
 

@@ -29,7 +29,7 @@ from torch.distributed.run import get_args_parser
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.data.eval_files import DATASETS
 from tercet.core.tool_config import EvalConfig
-from tercet.train import analyse, eval_fgvr, make_triplets, plan, predict
+from tercet.train import analyse, eval_fgvr, make_cot, make_triplets, plan, predict, prepare
 from tercet.train.demo import __main__ as demo
 from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import parse, read_options
@@ -69,7 +69,8 @@ TINY = {
     "eval_fgvr": ["--max_tokens=8", "--per_class=1", "--device=cpu", "--text_encoder=null"],
     "predict": ["--max_tokens=8", "--device=cpu"],
     "analyse": ["--device=cpu"],
-    "make_triplets": ["--data.shots=3", "--data.sft_shots=0"],
+    "make_triplets": ["--data.shots=3", "--data.sft_shots=1"],
+    "make_cot": [],
     "plan": [],
 }
 """Options that come before those of a command, to make it quick."""
@@ -78,6 +79,9 @@ PARSED_ONLY = {
     "--rollout.engine sglang": "needs a server",
     "--chat.url": "needs an endpoint",
     "--judge.url": "needs an endpoint",
+    "--questions": "needs the six data sets",
+    "--teacher": "needs a teacher",
+    "--reviewed": "needs a page that a person corrected",
     "pytest": "these tests themselves",
     "make": "makes an environment",
     "pip": "downloads",
@@ -179,8 +183,7 @@ def check_options(name: str, argv: list[str]) -> None:
     elif name == "predict":
         predict.read(argv)
     else:
-        assert name == "plan", f"parse the options of {name} here, or run it"
-        plan.read(argv)
+        {"plan": plan, "prepare": prepare, "make_cot": make_cot}[name].read(argv)
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +213,11 @@ def workspace(tmp_path_factory) -> Path:
     argv = [*TINY["make_triplets"], "--data.path=photos", "--model.path=policy"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(sys, "argv", ["make_triplets", *argv, "--out=runs/mine"])
-        make_triplets.main()
+        for out in ("runs/mine", "triplets"):
+            patch.setattr(sys, "argv", ["make_triplets", *argv, f"--out={out}"])
+            make_triplets.main()
+        patch.setattr(sys, "argv", ["make_cot", "--data=triplets", "--out=direct", "--direct"])
+        make_cot.main()
     return root
 
 
@@ -327,7 +333,8 @@ def known_options() -> set[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", "--help"])
-        mains = (analyse.main, eval_fgvr.main, make_triplets.main, plan.main, predict.main)
+        commands = (analyse, eval_fgvr, make_cot, make_triplets, plan, predict, prepare)
+        mains = [command.main for command in commands]
         texts = [helped(show) for show in (*mains, lambda: demo.main(["--help"]))]
     texts += [helped(lambda c=c: parse(c, ["--help"], "")) for c in (TapoConfig, SftConfig)]
     torchrun = {name for action in get_args_parser()._actions for name in action.option_strings}

@@ -1,6 +1,8 @@
 """Folder layouts that people have: what becomes of splits, indices, numbers and stray files."""
 
 import json
+import os
+from hashlib import blake2b
 
 import pytest
 from PIL import Image
@@ -17,7 +19,8 @@ pytestmark = pytest.mark.core
 def lay(root, *paths):
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(root / path)
+        shade = tuple(blake2b(os.fsencode(path), digest_size=3).digest())  # no two are the same
+        Image.new("RGB", (8, 8), shade).save(root / path)
 
 
 def named(tmp_path, names):

@@ -19,7 +19,14 @@ from operator import attrgetter
 import pytest
 
 from tercet.core.config import SftConfig, TapoConfig
-from tercet.core.tool_config import EvalConfig, PlanConfig, SeedsConfig, TripletsConfig
+from tercet.core.tool_config import (
+    CotConfig,
+    EvalConfig,
+    PlanConfig,
+    PrepareConfig,
+    SeedsConfig,
+    TripletsConfig,
+)
 from tercet.train.learner import command_line
 from tercet.train.learner.arguments import MOST, options_of, overridden, shown
 from tercet.train.learner.command_line import parse, read_options
@@ -27,7 +34,9 @@ from tercet.train.learner.command_line import parse, read_options
 pytestmark = pytest.mark.core
 
 COMMANDS = (TapoConfig, SftConfig, PlanConfig, EvalConfig, TripletsConfig, SeedsConfig)
-NEEDED = {EvalConfig: ["--questions=x"], TripletsConfig: ["--out=x"]}
+COMMANDS += (PrepareConfig, CotConfig)
+NEEDED = {EvalConfig: ["--questions=x"], TripletsConfig: ["--out=x"], PrepareConfig: ["--root=x"]}
+NEEDED |= {CotConfig: ["--data=x", "--out=x"]}
 FEW = ["nan", "-1", "0", "100000000000000000000", "", "null"]
 """Tried with every option of every command; these with every type of an option:"""
 WORDS = [

@@ -80,9 +80,9 @@ def test_folder_of_another_shape_is_refused(tmp_path, paths, message):
 def test_missing_path_and_unknown_kind_are_refused(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         read_photos(tmp_path / "nowhere")
-    (tmp_path / "photos.csv").write_text("a,b")
-    with pytest.raises(ValueError, match="photos.csv: no such folder, nor a .jsonl file"):
-        read_photos(tmp_path / "photos.csv")
+    (tmp_path / "photos.tsv").write_text("a,b")
+    with pytest.raises(ValueError, match="photos.tsv: no such folder, nor a .jsonl file"):
+        read_photos(tmp_path / "photos.tsv")
 
 
 def listed_folder(tmp_path, **changes):
@@ -557,3 +557,56 @@ def test_real_photos_records_and_questions(real_photos):
     assert (first.truth, first.partition, first.super_category) == ("hibiscus", "seen", "flower")
     assert first.options == ("hibiscus", "mallow", "tree mallow", "cape flower")
     load_image(first.image)
+
+
+def table(tmp_path, text):
+    path = tmp_path / "t.csv"
+    path.write_text(text, encoding="utf-8")
+    for number in range(3):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / f"{number},a.png")
+    return path
+
+
+def test_a_csv_table_of_photos(tmp_path):
+    path = table(
+        tmp_path,
+        '\ufeffimage,sub_category,super_category,split,question,x\n"0,a.png",tit_mouse,bird,Train,,1\n'
+        '"1,a.png",wren,bird,valid,"Which, then?",\n"2,a.png",wren,bird,test,,\n',
+    )
+    found = read_photos(path)
+    assert found.photos == [
+        Photo(str(tmp_path / "0,a.png"), "bird", "tit mouse", ""),
+        Photo(str(tmp_path / "1,a.png"), "bird", "wren", "Which, then?"),
+        Photo(str(tmp_path / "2,a.png"), "bird", "wren", ""),
+    ]
+    assert list(found.splits.values()) == ["train", "test", "test"]
+    path = table(tmp_path, 'image,sub_category\n"0,a.png",wren\n"1,a.png",tit\n')
+    found = read_photos(path, super_category="garden_bird")
+    assert {photo.super_category for photo in found.photos} == {"garden bird"}
+    assert found.splits is None and found.root == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no column 'image'; needed: image, sub_category, super_category"),
+        ("image,sub_category\n", "has no column 'super_category'"),
+        ("image,sub_category,super_category\n", "holds no photos"),
+        (
+            "image,sub_category,super_category\nx.png,,bird\n",
+            "t.csv:2: 'sub_category' must be a te",
+        ),
+        (
+            "image,sub_category,super_category\nx.png,a\n",
+            "t.csv:2: 'super_category' must be a text",
+        ),
+        ("image,sub_category,super_category\nx,a,b\ny/../x,a,b\n", "t.csv:3: .*x is listed before"),
+        ("image,sub_category,super_category,split\nx,a,b,all\n", "t.csv:2: 'split' must be train"),
+        ("image,sub_category,super_category\nx.png,a,b\n", "image '.*x.png': no such file"),
+        ("image,sub_category,super_category\nx,<image>,b\n", "must not hold <image>"),
+        ('image,sub_category,super_category\n"x,a,b\n', "t.csv cannot be read"),
+    ],
+)
+def test_a_faulty_table_is_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_photos(table(tmp_path, text))

@@ -13,12 +13,12 @@ from PIL import Image
 
 from tercet.core.config import DataConfig
 from tercet.core.data.manifest import Manifest
+from tercet.core.data.negatives import rank_similar
 from tercet.core.data.triplets import (
     draw_partitions,
     draw_triplet,
     eval_questions,
     prepare_manifest,
-    rank_similar,
     seeded_int,
     seeded_order,
     whitened,
@@ -41,7 +41,8 @@ def draw_folder(folder, photos=7, classes=None):
             for index in range(photos):
                 path = folder / super_category / name / f"{index}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (8, 8), (index, 0, 0)).save(path)
+                shade = (index, ord(name[0]), len(super_category))  # no two photos are the same
+                Image.new("RGB", (8, 8), shade).save(path)
     return str(folder)
 
 

@@ -4,8 +4,9 @@
 
 PHOTOS is a folder `<super_category>/<sub_category>/<photo>` or a JSON Lines file (their form is in
 core/data/photos.py); training takes DIR as its data.path. Similarity comes from MODEL's own vision
-tower, or from a SigLIP or CLIP folder: `--data.embedder FOLDER`. `--parquet FILE` also writes the
-rows in the released Parquet columns, photos resized to MODEL's pixel limits.
+tower, or from a SigLIP or CLIP folder: `--data.embedder FOLDER`. DIR also gets triplets.png, a
+contact sheet to judge the triplets by. `--parquet FILE` also writes the rows in the released
+Parquet columns, photos resized to MODEL's pixel limits.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def make_triplets(
-    data: DataConfig, model: ModelConfig, out: str, parquet: str | None = None
+    data: DataConfig, model: ModelConfig, out: str, parquet: str | None = None, sheet: int = 0
 ) -> Manifest:
     """Choose triplets and write them to a folder.
 
@@ -37,6 +38,7 @@ def make_triplets(
         model: policy whose vision tower embeds, and whose pixel limits the Parquet photos get.
         out: folder for triplets.json.
         parquet: file for the released Parquet columns; None: it is not written.
+        sheet: most anchors on triplets.png; 0: it is not drawn.
     """
     # Here, so that --help does not wait for torch and transformers.
     import torch
@@ -44,6 +46,7 @@ def make_triplets(
     from tercet.core.data.embedders import embedder
     from tercet.core.data.manifest import MANIFEST_NAME
     from tercet.core.data.parquet import write_parquet
+    from tercet.core.data.sheet import SHEET_NAME, draw_sheet
     from tercet.core.data.triplets import prepare_manifest
     from tercet.core.models import family_of, load_policy
 
@@ -61,6 +64,9 @@ def make_triplets(
     manifest = prepare_manifest(data, embedder(data.embedder, policy, device))
     print(f"wrote {manifest.write(out)}")
     print(summary(manifest))
+    if sheet:
+        path = Path(out) / SHEET_NAME
+        print(f"wrote {path}: {draw_sheet(manifest, path, sheet)} triplets to look at")
     if parquet is not None:
         rows = track(manifest.anchors, description="writing Parquet rows")
         resized = partial(family_of(policy().model.config).resized, policy().image_processor)
@@ -91,7 +97,7 @@ def summary(manifest: Manifest) -> str:
 
 def main() -> None:
     options = read_options(TripletsConfig, None, __doc__.split("\n")[0])
-    make_triplets(options.data, options.model, options.out, options.parquet)
+    make_triplets(options.data, options.model, options.out, options.parquet, options.sheet)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""JSON files and the fields of their records; errors name file, line and field.
+"""JSON and CSV files and the fields of their records; errors name file, line and field.
 
 `where` is everywhere the place that an error names, such as `photos.jsonl:3`.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -15,6 +17,7 @@ from tercet.core.types import Partition
 
 MAX_JSON_BYTES = 2**30
 """Of a file; a manifest takes about 1,000 bytes an anchor."""
+MAX_CSV_BYTES = 2**28
 
 
 def load_json(path: Path):
@@ -68,6 +71,30 @@ def _is_half(line: bytes) -> bool:
     except ValueError:
         return True
     return False
+
+
+def csv_rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file in UTF-8 with a line of column names, each with its `file:line`.
+
+    Args:
+        path: the file.
+        needed: columns that it must have.
+
+    Raises:
+        ValueError: naming the file, or file and line, at fault.
+    """
+    try:
+        text = read_bytes(path, MAX_CSV_BYTES).decode("utf-8-sig")
+        rows = csv.DictReader(StringIO(text, newline=""), strict=True)
+        columns = rows.fieldnames or []
+        if missing := [name for name in needed if name not in columns]:
+            raise ValueError(f"{path} has no column {missing[0]!r}; needed: {', '.join(needed)}")
+        for row in rows:
+            if None in row:
+                raise ValueError(f"{path}:{rows.line_num}: more cells than {len(columns)} columns")
+            yield f"{path}:{rows.line_num}", row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _parse(text: str):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from tercet.core.data.decoding import photo_suffixes
-from tercet.core.data.files import shown
+from tercet.core.data.fields import as_words
+from tercet.core.data.files import check_text, shown
 from tercet.core.data.folder_names import Parts, names_of
 from tercet.core.types import Photo
 
@@ -51,17 +52,22 @@ class _Folder:
     """Suffixes of files that are neither photos nor usual beside them."""
 
 
-def read_layout(root: Path, names: Mapping[str, str] | None = None) -> Layout:
+def read_layout(
+    root: Path, names: Mapping[str, str] | None = None, super_category: str | None = None
+) -> Layout:
     """Read the photos of a folder of folders.
 
     Args:
         root: the folder.
         names: as `read_names` gives them; folders without an entry keep their own.
+        super_category: what all photos show, where the folders are those of sub-categories.
 
     Raises:
         ValueError: naming the folder at fault and what to do about it.
     """
     names = dict(names or {})
+    if super_category is not None:
+        names["."] = as_words(check_text(super_category, "data.super_category"))
     folders = _scan(root)
     full = {parts: folder for parts, folder in folders.items() if folder.photos and parts}
     level = _split_level(root, full)
@@ -69,6 +75,11 @@ def read_layout(root: Path, names: Mapping[str, str] | None = None) -> Layout:
     notes = _left_out(root, folders, labels)
     if "." in names and all(len(labels[parts]) == 1 for parts in full):
         labels = {parts: (".", *label) for parts, label in labels.items()}
+    elif super_category is not None:
+        raise ValueError(
+            f"data.super_category is for folders of sub-categories alone; {root} holds folders of "
+            "super-categories"
+        )
     full = _right_depth(root, full, labels, notes)
     _refuse_empty(root, folders, labels, {labels[parts] for parts in full})
     words, renamed = names_of(root, sorted({labels[parts] for parts in full}), names)
@@ -168,7 +179,8 @@ def _right_depth(
         if len(labels[parts]) < 2:
             raise ValueError(
                 f"{root.joinpath(*parts)} holds photos; they must lie one folder deeper: {WANTED}; "
-                'or say what all of them show, in a file like {".": "bird"}: --data.names FILE'
+                "or say what all of them show, by --data.super_category bird or in a file like "
+                '{".": "bird"}: --data.names FILE'
             )
     kept = {parts: folder for parts, folder in full.items() if len(labels[parts]) == 2}
     classes = {labels[parts] for parts in kept}

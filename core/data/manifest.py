@@ -40,6 +40,8 @@ class Manifest:
     look_alikes: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """As `nearest`, of every sub-category among all, for the options of questions. Earlier versions
     do not have it."""
+    cosines: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By super-category and seen sub-category: of its mean embedding with the nearest one's."""
 
     def remarks(self) -> list[str]:
         """Lines for the user: what was made of the data, and what was left out."""
@@ -59,9 +61,8 @@ class Manifest:
         root = self.common_folder()
         stored = asdict(self.with_keys(lambda key: os.path.relpath(key, root)))
         stored = {"root": os.path.relpath(root, folder)} | stored
-        for name in ("notes", "look_alikes"):
-            if not stored[name]:
-                del stored[name]
+        rare = ("notes", "look_alikes", "cosines")
+        stored = {name: value for name, value in stored.items() if value or name not in rare}
         unfinished = folder / f".{MANIFEST_NAME}.unfinished"
         unfinished.write_text(json.dumps(stored, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(unfinished, folder / MANIFEST_NAME)
@@ -211,6 +212,9 @@ def _check_names(stored: dict, known: dict[str, set[str]], path: Path) -> None:
         for name, of_sub in stored.get(field_name, {}).items():
             for sub_category in of_sub:
                 texts_of(of_sub, sub_category, f"{path}: {field_name}[{name!r}]")
+    for name, of_sub in stored.get("cosines", {}).items():
+        if not all(isinstance(cosine, float) for cosine in of_sub.values()):
+            raise ValueError(f"{path}: cosines[{name!r}] must be numbers by sub-category")
     for field_name in ("skipped", "notes"):
         if not all(isinstance(line, str) for line in stored.get(field_name, [])):
             raise ValueError(f"{path}: {field_name!r} must be a list of texts")

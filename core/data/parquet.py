@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,7 +43,9 @@ _SCHEMA = pa.schema(
 )
 
 
-def read_parquet(path: str | Path) -> list[Anchor]:
+def read_parquet(
+    path: str | Path, on_missing: Literal["error", "anchor"] = "error"
+) -> list[Anchor]:
     """Read triplets from Parquet, one anchor a row; the photos themselves are not checked.
 
     A photo cell holds one photo or a list of them; a photo is its bytes, its path, or a struct of
@@ -51,6 +54,8 @@ def read_parquet(path: str | Path) -> list[Anchor]:
 
     Args:
         path: a Parquet file, a folder of them, or the clone of a data set (see `parquet_files`).
+        on_missing: without a positive or a negative, "error" raises, with "anchor" the anchor
+            stands for it.
 
     Returns:
         Anchors with image keys `file.parquet#row/column/index`, in the order of the rows.
@@ -59,7 +64,7 @@ def read_parquet(path: str | Path) -> list[Anchor]:
         ValueError: naming file and column, or file, row and column, at fault.
     """
     path = Path(os.path.abspath(path))
-    anchors = [anchor for file in parquet_files(path)[0] for anchor in _read_file(file)]
+    anchors = [anchor for file in parquet_files(path)[0] for anchor in _read_file(file, on_missing)]
     if not anchors:
         raise ValueError(f"{path} holds no Parquet rows")
     refuse_alike(((a.super_category, a.sub_category) for a in anchors), path)
@@ -129,11 +134,11 @@ def _jpeg(photo: Image.Image, size: tuple[int, int]) -> bytes:
     return stored.getvalue()
 
 
-def _read_file(path: Path) -> Iterator[Anchor]:
+def _read_file(path: Path, on_missing: str) -> Iterator[Anchor]:
     try:
         regular(path)
         with pq.ParquetFile(path) as file:
-            yield from _read_rows(file, path)
+            yield from _read_rows(file, path, on_missing)
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as Parquet: {reason}{_hint(path)}") from error
@@ -145,8 +150,11 @@ def _hint(path: Path) -> str:
     return ""
 
 
-def _read_rows(file: pq.ParquetFile, path: Path) -> Iterator[Anchor]:
+def _read_rows(file: pq.ParquetFile, path: Path, on_missing: str) -> Iterator[Anchor]:
     needed = [*TEXT_COLUMNS, *IMAGE_COLUMNS]
+    if on_missing == "anchor":
+        has = file.schema_arrow.names
+        needed = [name for name in needed if name in has or name not in IMAGE_COLUMNS[1:]]
     for column in needed:
         if file.schema_arrow.names.count(column) != 1:
             has = "several columns" if column in file.schema_arrow.names else "no column"
@@ -155,18 +163,21 @@ def _read_rows(file: pq.ParquetFile, path: Path) -> Iterator[Anchor]:
     for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=needed):
         for index in range(batch.num_rows):
             cells = {name: batch.column(name)[index] for name in needed}
-            yield _anchor(cells, path, row)
+            yield _anchor(cells, path, row, on_missing)
             row += 1
 
 
-def _anchor(cells: dict[str, pa.Scalar], path: Path, row: int) -> Anchor:
+def _anchor(cells: dict[str, pa.Scalar], path: Path, row: int, on_missing: str) -> Anchor:
     where = f"{path}#{row}"
     texts = {name: cells[name].as_py() for name in TEXT_COLUMNS}
     for name, text in texts.items():
         check_text(text, f"{where}: column {name!r}", markers=name == "problem")
     keys = {}
     for name in IMAGE_COLUMNS:
-        keys[name] = tuple(f"{where}/{name}/{i}" for i in range(_num_photos(cells[name])))
+        count = _num_photos(cells[name]) if name in cells else 0
+        keys[name] = tuple(f"{where}/{name}/{i}" for i in range(count))
+        if not keys[name] and on_missing == "anchor" and name != "images":
+            keys[name] = keys["images"][:1]
         if not keys[name]:
             raise ValueError(f"{where}: column {name!r} holds no photo")
     problem = texts["problem"]

@@ -24,6 +24,7 @@ from tercet.core.data.fields import (
 )
 from tercet.core.data.folder_names import read_names
 from tercet.core.data.layouts import Split, read_layout
+from tercet.core.data.photo_table import read_photo_table
 from tercet.core.data.vision import check_image
 from tercet.core.names import refuse_alike
 from tercet.core.types import Partition, Photo
@@ -51,20 +52,26 @@ class PhotoSet:
 
 
 def read_photos(
-    path: str | Path, on_bad_image: OnBadImage = "error", names: str | Path | None = None
+    path: str | Path,
+    on_bad_image: OnBadImage = "error",
+    names: str | Path | None = None,
+    super_category: str | None = None,
 ) -> PhotoSet:
     """Read labelled photos from a folder or a JSON Lines file.
 
     A folder holds `<super_category>/<sub_category>/<photo>`, perhaps with train, valid and test
     folders on the way (see core.data.layouts). If it has a manifest.json with the
     lists `classes` (super_category, sub_category, partition) and `images` (path, super_category,
-    sub_category, split), exactly the images of those classes are read. A line of JSON Lines is
-    {"image", "super_category", "sub_category", "question"?}; paths are relative to the file.
+    sub_category, split), exactly the images of those classes are read; their paths are relative to
+    its `root`, itself relative to the folder, or to the folder without one. A line of JSON Lines is
+    {"image", "super_category", "sub_category", "question"?}; paths are relative to the file. A CSV
+    table is read by core.data.photo_table.
 
     Args:
-        path: the folder, or a file ending in .jsonl.
+        path: the folder, or a file ending in .jsonl or .csv.
         on_bad_image: "error" raises for a bad photo, "skip" leaves it out and lists it.
         names: JSON or YAML of names by folder (see `read_names`); None: the folders' own.
+        super_category: what all photos show, for a folder `<sub_category>/<photo>` or a CSV table.
 
     Returns:
         The photos in an order that does not depend on the file system, `_` in names as a space.
@@ -75,17 +82,24 @@ def read_photos(
     path = Path(os.path.abspath(path))
     root, partitions, splits, notes = path, None, None, []
     listing = _read_listing(path / "manifest.json") if path.is_dir() else None
-    if names is not None and (listing or not path.is_dir()):
-        raise ValueError(f"data.names is for folders of photos by sub-category, not for {path}")
+    is_table = path.suffix == ".csv" and path.is_file()
+    if (names or super_category) and (listing or not (path.is_dir() or is_table and not names)):
+        option = "names" if names else "super_category"
+        raise ValueError(f"data.{option} is for folders of photos by sub-category, not for {path}")
     if listing:
-        photos, partitions, splits = listing
+        root, photos, partitions, splits = listing
     elif path.is_dir():
-        layout = read_layout(path, None if names is None else read_names(names))
+        layout = read_layout(path, None if names is None else read_names(names), super_category)
         photos, splits, notes = layout.photos, layout.splits, layout.notes
     elif path.suffix == ".jsonl":
         root, photos = path.parent, list(_read_photo_lines(path))
+    elif is_table:
+        root = path.parent
+        photos, splits = read_photo_table(path, super_category)
     else:
-        raise ValueError(f"{path}: no such folder, nor a .jsonl file of photos")
+        raise ValueError(
+            f"{path}: no such folder, nor a .jsonl file of photos, nor a .csv table of them"
+        )
     if not photos:
         raise ValueError(f"{path} holds no photos")
     refuse_alike({(p.super_category, p.sub_category) for p in photos}.union(partitions or ()), path)
@@ -137,8 +151,8 @@ def _fault(key: str) -> str | None:
 
 def _read_listing(
     path: Path,
-) -> tuple[list[Photo], dict[tuple[str, str], Partition], dict[str, Split]] | None:
-    """Photos, partitions and splits of a folder's manifest.json; None where it gives no split."""
+) -> tuple[Path, list[Photo], dict[tuple[str, str], Partition], dict[str, Split]] | None:
+    """Root, photos, partitions and splits of a manifest.json; None where it gives no split."""
     listing = load_json(path) if path.is_file() else None
     if not isinstance(listing, dict):
         return None
@@ -147,6 +161,9 @@ def _read_listing(
         return None
     if len(given) == 1 or not all(isinstance(listing[name], list) for name in given):
         raise ValueError(f"{path}: a split needs the two lists 'classes' and 'images'")
+    root = path.parent
+    if "root" in listing:
+        root = Path(os.path.normpath(root / text_of(listing, "root", str(path))))
     partitions: dict[tuple[str, str], Partition] = {}
     for index, entry in enumerate(listing["classes"]):
         where = f"{path}: classes[{index}]"
@@ -163,11 +180,11 @@ def _read_listing(
                 f"{where}: partition {partition_of(entry, where)!r} is not that of its class"
             )
         split = choice_of(entry, "split", ("train", "test"), where)
-        image = os.path.normpath(path.parent / text_of(entry, "path", where))
+        image = os.path.normpath(root / text_of(entry, "path", where))
         _refuse_duplicate(image, splits, where)
         splits[image] = "stage1" if entry.get("in_stage1") else split
         photos.append(Photo(image, *labels, _question(entry, where)))
-    return photos, partitions, splits
+    return root, photos, partitions, splits
 
 
 def _read_photo_lines(path: Path) -> Iterator[Photo]:

@@ -14,23 +14,35 @@ MAX_BYTES = 2**20
 _COMMON = (
     "What kind of {super_category} is this?",
     "What type of {super_category} is shown in the image?",
-    "Can you identify the {super_category} in this image?",
+    "What is the {super_category} featured in this picture?",
+    "What is the {super_category} shown in the photo?",
     "What is the name of the {super_category} in the photo?",
     "Do you know what {super_category} this is?",
+    "Can you identify the {super_category} in this image?",
+    "Can you help me recognize the {super_category} in this photo?",
 )
-_MODEL = (*_COMMON, "What model is the {super_category} in this picture?")
-_SPECIES = (*_COMMON, "What species is the {super_category} in this picture?")
-_BREED = (*_COMMON, "What breed is the {super_category} in this picture?")
+_MODEL = (
+    *_COMMON,
+    "What model is the {super_category} in this picture?",
+    "Could you tell me the model of this {super_category}?",
+)
+_SPECIES = (
+    *_COMMON,
+    "What species is the {super_category} in this picture?",
+    "Could you tell me the species of this {super_category}?",
+)
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "default": _COMMON,
     "aircraft": _MODEL,
     "bird": _SPECIES,
     "car": _MODEL,
-    "dog": _BREED,
+    "dog": _SPECIES,
     "flower": _SPECIES,
-    "pet": _BREED,
+    "pet": _SPECIES,
 }
-"""Question templates by super-category (lower case, singular); "default" serves all others."""
+"""Question templates by super-category (lower case, singular); "default" serves all others.
+
+They are those of the released question files, each about a tenth of them."""
 
 
 def read_questions(path: str | Path | None = None) -> dict[str, tuple[str, ...]]:

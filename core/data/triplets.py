@@ -6,32 +6,37 @@ on names alone, not on the order of the files or the folder that they are in.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from tercet.core.config import DataConfig
+from tercet.core.data.copies import spoilt_tests
 from tercet.core.data.manifest import MANIFEST_NAME, Manifest
+from tercet.core.data.negatives import (
+    Embed,
+    Similar,
+    SubCategory,
+    choose_negatives,
+    find_similar,
+    neighbours_note,
+    read_genera,
+)
 from tercet.core.data.parquet import parquet_files, read_parquet
 from tercet.core.data.photos import PhotoSet, read_photos
 from tercet.core.data.questions import questions_for, read_questions
-from tercet.core.draws import digest_int
+from tercet.core.draws import seeded_int, seeded_order
 from tercet.core.types import Anchor, EvalQuestion, Partition, Photo, Triplet
 
 MAX_OPTIONS = 4
-
-Embed = Callable[[list[str]], Tensor]
-"""Image keys to [N, D] embeddings."""
-SubCategory = tuple[str, str]
-"""(super-category, sub-category)."""
+MOST_LINES = 20
+"""Of copies that are listed one by one."""
 
 
 def prepare_manifest(config: DataConfig, embed: Embed) -> Manifest:
@@ -58,12 +63,16 @@ def prepare_manifest(config: DataConfig, embed: Embed) -> Manifest:
         return _from_rows(path, [file.name for file in others], config)
     if not 0 < config.seen_fraction <= 1:
         raise ValueError(f"data.seen_fraction must lie in (0, 1], got {config.seen_fraction}")
-    if config.shots < 2 or config.sft_shots < 0:
+    least = 1 if config.on_missing == "anchor" else 2
+    if config.shots < least or config.sft_shots < 0:
         raise ValueError(
-            "data.shots must be at least 2 (a photo and its positive) and data.sft_shots at "
+            f"data.shots must be at least {least} (a photo and its positive) and data.sft_shots at "
             f"least 0, got {config.shots} and {config.sft_shots}"
         )
-    return _choose(read_photos(path, config.on_bad_image, config.names), config, embed)
+    if config.negatives == "genus" and config.genus is None:
+        raise ValueError("data.negatives=genus needs data.genus, a CSV of sub_category,genus")
+    photos = read_photos(path, config.on_bad_image, config.names, config.super_category)
+    return _choose(photos, config, embed)
 
 
 def draw_triplet(
@@ -139,16 +148,6 @@ def eval_questions(
     return questions
 
 
-def seeded_int(*parts: int | str) -> int:
-    """63-bit number drawn from the parts: the same on every machine and in every process."""
-    return digest_int(json.dumps(parts).encode())
-
-
-def seeded_order(items: Iterable[str], *parts: int | str) -> list[str]:
-    """The items in an order that depends on the parts, not on the order in which they come."""
-    return sorted(items, key=lambda item: (seeded_int(*parts, item), item))
-
-
 def draw_partitions(
     classes: Iterable[SubCategory], seen_fraction: float, seed: int
 ) -> dict[SubCategory, Partition]:
@@ -171,43 +170,6 @@ def draw_partitions(
     return partitions
 
 
-def whitened(embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Embeddings in units of what varies within sub-categories, around the mean of all.
-
-    Half of the covariance within sub-categories is shrunk to its mean variance, as there are fewer
-    photos than features.
-
-    Args:
-        embeddings: [photos, D] float of each sub-category, all of one super-category.
-    """
-    rows = torch.cat([of.double() for of in embeddings.values()])
-    within = torch.cat([of.double() - of.double().mean(dim=0) for of in embeddings.values()])
-    covariance = within.T @ within / max(1, len(rows) - len(embeddings))
-    even = covariance.trace() / len(covariance) * torch.eye(len(covariance), dtype=torch.float64)
-    variances, axes = torch.linalg.eigh((covariance + even) / 2)
-    scale = axes / variances.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    return {name: (of.double() - rows.mean(dim=0)) @ scale for name, of in embeddings.items()}
-
-
-def rank_similar(embeddings: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Rank, for each sub-category, the others by the cosine of mean image embeddings.
-
-    Args:
-        embeddings: [photos, D] float of each sub-category, all of one super-category.
-
-    Returns:
-        For each name the other names, most similar first; ties are ordered by name.
-    """
-    names = sorted(embeddings)
-    means = torch.stack([embeddings[name].double().mean(dim=0) for name in names])
-    means = torch.nn.functional.normalize(means, dim=1)
-    ranked = {}
-    for name, cosines in zip(names, (means @ means.T).tolist(), strict=True):
-        others = [(-cosine, other) for cosine, other in zip(cosines, names, strict=True)]
-        ranked[name] = [other for _, other in sorted(others) if other != name]
-    return ranked
-
-
 @dataclass(frozen=True)
 class _Shots:
     """The photos chosen for TAPO, for stage 1 and for the tests."""
@@ -220,7 +182,7 @@ class _Shots:
 def _from_rows(path: Path, left_out: list[str], config: DataConfig) -> Manifest:
     if config.names is not None:
         raise ValueError(f"data.names is for folders of photos by sub-category, not for {path}")
-    anchors = read_parquet(path)
+    anchors = read_parquet(path, config.on_missing)
     names = {"": sorted({anchor.sub_category for anchor in anchors})}
     notes = [f"Parquet files of other splits left out: {', '.join(left_out)}"] if left_out else []
     test = {"seen": [], "unseen": []}
@@ -238,25 +200,33 @@ def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
     partitions = photo_set.partitions or _draw(classes, splits, config)
     shots = _choose_shots(classes, partitions, splits, config)
     _check_shots(shots, config)
-    # Some test photos of unseen sub-categories tell which names look alike, no more: negatives do
-    # not depend on them.
-    unseen = {labels: of[: config.shots] for labels, of in _by_class(shots.test["unseen"]).items()}
-    shown = shots.tapo | unseen
-    rows = _embed_all(shown, lambda keys: embed([os.path.join(root, key) for key in keys]))
-    nearest = _rank_all({labels: rows[labels] for labels in shots.tapo}, config.similarity)
+    shots, notes = _without_copies(shots, root, config)
+    similar, genera = Similar(), {}
+    if config.negatives != "random":
+
+        def embed_below(keys: list[str]) -> Tensor:
+            return embed([os.path.join(root, key) for key in keys])
+
+        unseen = {n: of[: config.shots] for n, of in _by_class(shots.test["unseen"]).items()}
+        similar = find_similar(shots.tapo, unseen, embed_below, config.similarity)
+    if config.genus is not None:
+        genera = read_genera(config.genus)
+        if similar.nearest:
+            notes.append(neighbours_note(similar, genera, config.embedder))
     names = defaultdict(list)
     for super_category, sub_category in sorted(partitions):
         names[super_category].append(sub_category)
     manifest = Manifest(
-        anchors=_anchors(shots.tapo, nearest, config.seed),
+        anchors=_anchors(shots.tapo, similar, genera, config),
         sft=shots.sft,
         test=shots.test,
         names=dict(names),
-        nearest=nearest,
-        look_alikes=_rank_all(rows, config.similarity),
+        nearest=_most_similar(similar.nearest),
+        look_alikes=_most_similar(similar.look_alikes),
         settings=asdict(config),
         skipped=photo_set.skipped,
-        notes=photo_set.notes,
+        notes=[*photo_set.notes, *notes],
+        cosines=similar.cosines,
     )
     return manifest.with_keys(lambda key: os.path.normpath(os.path.join(root, key)))
 
@@ -316,17 +286,31 @@ def _choose_shots(
     return shots
 
 
+def _without_copies(shots: _Shots, root: str, config: DataConfig) -> tuple[_Shots, list[str]]:
+    """The shots without test photos that training spoils, and lines about them."""
+    learnt = [photo for photos in shots.tapo.values() for photo in photos] + shots.sft
+    tests = [*shots.test["seen"], *shots.test["unseen"]]
+    paths = {photo.image: os.path.join(root, photo.image) for photo in learnt + tests}
+    spoilt, lines = spoilt_tests(learnt, tests, paths)
+    if lines and config.duplicates == "error":
+        raise ValueError(f"{root}: {lines[0]} ({len(lines)} such groups); data.duplicates=report")
+    test = {p: [photo for photo in of if photo.image not in spoilt] for p, of in shots.test.items()}
+    more = [f"{len(lines) - MOST_LINES} more such photos"] if len(lines) > MOST_LINES else []
+    return replace(shots, test=test), lines[:MOST_LINES] + more
+
+
 def _check_shots(shots: _Shots, config: DataConfig) -> None:
+    may_lack = config.on_missing == "anchor"
     seen = defaultdict(list)
     for (super_category, name), photos in shots.tapo.items():
         seen[super_category].append(name)
-        if len(photos) < 2:
+        if len(photos) < (1 if may_lack else 2):
             raise ValueError(
                 f"sub-category {name!r} of {super_category!r} has {len(photos)} training photo(s), "
                 "so no positive can be drawn: add photos or leave it out"
             )
     for super_category, names in seen.items():
-        if len(names) < 2:
+        if len(names) < 2 and not may_lack:
             raise ValueError(
                 f"super-category {super_category!r} has one seen sub-category, {names[0]!r}, so no "
                 "negative can be drawn: add sub-categories (or mark more as seen) or leave it out"
@@ -348,49 +332,31 @@ def _check_shots(shots: _Shots, config: DataConfig) -> None:
         )
 
 
-def _embed_all(shown: dict[SubCategory, list[Photo]], embed: Embed) -> dict[SubCategory, Tensor]:
-    """[photos, D] of each sub-category."""
-    keys = [photo.image for photos in shown.values() for photo in photos]
-    rows = embed(keys)
-    if rows.ndim != 2 or len(rows) != len(keys) or not rows.isfinite().all():
-        raise ValueError(
-            f"the embedder must give {len(keys)} rows of finite numbers, got {tuple(rows.shape)} "
-            f"with {int((~rows.isfinite()).sum())} that are not finite"
-        )
-    of_class = rows.split([len(photos) for photos in shown.values()])
-    return dict(zip(shown, of_class, strict=True))
-
-
-def _rank_all(
-    embedded: Mapping[SubCategory, Tensor], similarity: str
-) -> dict[str, dict[str, list[str]]]:
+def _most_similar(ranked: Mapping[str, dict[str, list[str]]]) -> dict[str, dict[str, list[str]]]:
     """The most similar others of each name, as many as a question has wrong options."""
-    by_super: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for (super_category, name), rows in embedded.items():
-        by_super[super_category][name] = rows
-    scaled = whitened if similarity == "whitened" else dict
-    most = MAX_OPTIONS - 1
     return {
-        super_category: {name: near[:most] for name, near in rank_similar(scaled(of)).items()}
-        for super_category, of in by_super.items()
+        super_category: {name: near[: MAX_OPTIONS - 1] for name, near in of_super.items()}
+        for super_category, of_super in ranked.items()
     }
 
 
 def _anchors(
-    tapo: dict[SubCategory, list[Photo]], nearest: dict[str, dict[str, list[str]]], seed: int
+    tapo: dict[SubCategory, list[Photo]],
+    similar: Similar,
+    genera: Mapping[str, str],
+    config: DataConfig,
 ) -> list[Anchor]:
-    anchors = []
+    anchors, negatives = [], choose_negatives(tapo, similar, config, genera)
     for (super_category, name), photos in tapo.items():
-        neighbours = tapo[super_category, nearest[super_category][name][0]]
         for photo in photos:
             same = [other.image for other in photos if other is not photo]
-            near = [other.image for other in neighbours]
+            same = seeded_order(same, config.seed, "positive", photo.image)
             anchors.append(
                 Anchor(
                     id=photo.image,
                     image=photo.image,
-                    positives=tuple(seeded_order(same, seed, "positive", photo.image)),
-                    negatives=tuple(seeded_order(near, seed, "negative", photo.image)),
+                    positives=tuple(same) or (photo.image,),
+                    negatives=tuple(negatives[photo.image]) or (photo.image,),
                     question=photo.question,
                     super_category=super_category,
                     sub_category=name,

@@ -6,12 +6,14 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tercet.core.data.vision import data_uri
 from tercet.core.prompts import IMAGE_MARKER
 from tercet.core.tool_config import ChatConfig
 from tercet.rollout.at_once import at_once
+from tercet.rollout.chat import photo_item
 from tercet.rollout.engine import Sampling, sample_seed
 from tercet.rollout.exchange import check_address
-from tercet.rollout.judge import Judge, photo_item
+from tercet.rollout.judge import Judge
 from tercet.rollout.launch import read_api_key
 from tercet.rollout.server import ServerError
 from tercet.train.evaluation.answer_file import Answer
@@ -106,7 +108,7 @@ def chat_messages(turns: Sequence[dict[str, str]], photos: Sequence[str]) -> lis
         first, *others = turn["content"].split(IMAGE_MARKER)
         content: list[dict] = [{"type": "text", "text": first}] if first else []
         for text in others:
-            content.append(photo_item(next(left)))
+            content.append(photo_item(data_uri(next(left))))
             content += [{"type": "text", "text": text}] if text else []
         messages.append({"role": turn["role"], "content": content if others else first})
     return messages

@@ -19,8 +19,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from tercet.core.data.vision import data_uri
 from tercet.rollout.at_once import at_once
-from tercet.rollout.judge import RESPONSE_CHARS, Judge, photo_item
+from tercet.rollout.chat import photo_item
+from tercet.rollout.judge import RESPONSE_CHARS, Judge
 from tercet.train.evaluation.intervals import bootstrap
 from tercet.train.evaluation.scoring import Scored, grouped
 
@@ -123,7 +125,7 @@ async def _judge(judge: Judge, s: Scored) -> Judged:
         truth=s.question.truth,
         response=s.answer.output[:RESPONSE_CHARS],
     )
-    photos = [photo_item(s.question.image)] if photo else []
+    photos = [photo_item(data_uri(s.question.image))] if photo else []
     for attempt in range(1, ATTEMPTS + 1):
         asked = text + (AGAIN.format(attempt=attempt) if attempt > 1 else "")
         content = [*photos, {"type": "text", "text": asked}]

@@ -47,7 +47,11 @@ def open_parts(config: ModelConfig, ranks: Ranks, resume: Path | None) -> Policy
 
 
 def open_manifest(
-    config: DataConfig, parts: PolicyParts, ranks: Ranks, folder: RunFolder
+    config: DataConfig,
+    parts: PolicyParts,
+    ranks: Ranks,
+    folder: RunFolder,
+    loss: LossConfig | None = None,
 ) -> Manifest:
     """A run's triplets on all ranks: its own when it goes on, else new ones, written there.
 
@@ -55,7 +59,8 @@ def open_manifest(
 
     Raises:
         ValueError: on all ranks: as `prepare_manifest`; for a run that goes on, its triplets or
-            their photos are missing or are not what it began with.
+            their photos are missing or are not what it began with; an anchor without a negative,
+            which this loss needs.
     """
 
     stored = folder.path / MANIFEST_NAME
@@ -82,9 +87,21 @@ def open_manifest(
         folder.note_data(triplet_digests(manifest, Path(config.path), stored))
         if is_new:
             manifest.write(folder.path)
+        if loss is not None and loss.needs_negative:
+            _check_negatives(manifest)
         return manifest
 
     return ranks.share(read_or_make)
+
+
+def _check_negatives(manifest: Manifest) -> None:
+    """Raises ValueError for an anchor that stands for its own negative."""
+    lone = [anchor.id for anchor in manifest.anchors if anchor.negatives == (anchor.image,)]
+    if lone:
+        raise ValueError(
+            f"{len(lone)} anchor(s) have no negative, {lone[0]!r} for instance: the coefficients "
+            "of the loss's terms on the negative must be 0 with them"
+        )
 
 
 def triplet_digests(manifest: Manifest, path: Path, own: Path) -> dict[str, str]:

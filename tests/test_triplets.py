@@ -13,16 +13,14 @@ from PIL import Image
 
 from tercet.core.config import DataConfig
 from tercet.core.data.manifest import Manifest
-from tercet.core.data.negatives import rank_similar
+from tercet.core.data.negatives import rank_similar, whitened
 from tercet.core.data.triplets import (
     draw_partitions,
     draw_triplet,
     eval_questions,
     prepare_manifest,
-    seeded_int,
-    seeded_order,
-    whitened,
 )
+from tercet.core.draws import seeded_int, seeded_order
 from tercet.core.types import Anchor, Photo
 
 pytestmark = pytest.mark.core

@@ -55,7 +55,7 @@ def analyse(options: AnalyseConfig) -> None:
 
 def halves(photo_set, seed: int) -> tuple[list, list]:
     """Photos for training a probe and for testing it: the folder's splits, else seeded halves."""
-    from tercet.core.data.triplets import seeded_order
+    from tercet.core.draws import seeded_order
 
     if photo_set.splits is not None:
         train = [p for p in photo_set.photos if photo_set.splits[p.image] != "test"]
@@ -133,7 +133,7 @@ def plane(states, path: str, test: list, options: AnalyseConfig, file: Path) -> 
     """The question with the right and with a wrong name, in the plane of the largest variance."""
     import torch
 
-    from tercet.core.data.triplets import seeded_int, seeded_order
+    from tercet.core.draws import seeded_int, seeded_order
     from tercet.train.evaluation.analysis import principal_components
     from tercet.train.evaluation.plane import draw_plane
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tercet.core.data.manifest import MANIFEST_NAME, Manifest
 from tercet.core.data.photos import OnBadImage, check_images, read_photos
 from tercet.core.data.questions import QUESTIONS, questions_for
-from tercet.core.data.triplets import seeded_int, seeded_order
+from tercet.core.draws import seeded_int, seeded_order
 from tercet.core.types import Photo
 
 

@@ -13,7 +13,7 @@ from scipy.stats import ttest_rel
 from torch import Tensor
 
 from tercet.core.data.files import read_bytes
-from tercet.core.data.triplets import seeded_order
+from tercet.core.draws import seeded_order
 from tercet.core.names import normal_form
 
 EPOCHS, BATCH, LR = 500, 512, 1e-4

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from tercet.core.config import TapoConfig
 from tercet.core.data.manifest import Manifest
-from tercet.core.data.triplets import eval_questions, seeded_order
+from tercet.core.data.triplets import eval_questions
+from tercet.core.draws import seeded_order
 from tercet.core.types import EvalQuestion, Partition, PolicyParts
 from tercet.rollout.engine import Engine
 from tercet.train.evaluation.answers import ask, table

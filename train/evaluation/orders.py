@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from tercet.core.data.triplets import seeded_int
+from tercet.core.draws import seeded_int
 from tercet.core.types import EvalQuestion
 
 OptionOrder = Literal["released", "shuffled", "rotated"]

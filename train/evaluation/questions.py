@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tercet.core.data.eval_files import read_eval
 from tercet.core.data.manifest import Manifest
-from tercet.core.data.triplets import eval_questions, seeded_order
+from tercet.core.data.triplets import eval_questions
+from tercet.core.draws import seeded_order
 from tercet.core.names import normal_form
 from tercet.core.types import EvalQuestion
 

@@ -31,7 +31,7 @@ from tercet.core.data.eval_files import DATASETS
 from tercet.core.tool_config import EvalConfig
 from tercet.train import analyse, eval_fgvr, make_cot, make_triplets, plan, predict, prepare
 from tercet.train.demo import __main__ as demo
-from tercet.train.learner.arguments import overridden
+from tercet.train.learner.arguments import options_of, overridden
 from tercet.train.learner.command_line import parse, read_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -357,14 +357,16 @@ def test_options_exist(known_options):
 
 
 def test_values_of_options_are_allowed():
-    """Inline code such as `--optim.states float32`, as train/tapo.py reads it."""
+    """Inline code such as `--optim.states float32`, as train/tapo.py or train/sft.py reads it."""
     found = {code for text in TEXTS.values() for code in inline(text) if code.startswith("--")}
     checked = 0
     for code in sorted(found):
         words = shlex.split(code)
         names = [word for word in words if word.startswith("--")]
         if len(words) > len(names) and all("." in name for name in names):
-            parse(TapoConfig, words, "")
+            known = options_of(TapoConfig)
+            of_tapo = all(name.removeprefix("--").partition("=")[0] in known for name in names)
+            parse(TapoConfig if of_tapo else SftConfig, words, "")
             checked += 1
     assert checked > 15
 

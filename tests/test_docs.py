@@ -79,7 +79,8 @@ PARSED_ONLY = {
     "--rollout.engine sglang": "needs a server",
     "--chat.url": "needs an endpoint",
     "--judge.url": "needs an endpoint",
-    "--questions": "needs the six data sets",
+    "tercet.train.prepare": "needs the six data sets",
+    "lmms_eval": "is another project's",
     "--teacher": "needs a teacher",
     "--reviewed": "needs a page that a person corrected",
     "pytest": "these tests themselves",
@@ -143,7 +144,8 @@ def our_command(words: list[str]) -> tuple[str, list[str]] | None:
 def why_not_run(line: str) -> str | None:
     """The reason in PARSED_ONLY; None for a command that is to be run."""
     for part, reason in PARSED_ONLY.items():
-        if part == split(line)[0] or part.startswith("--") and part in line:
+        words = split(line)
+        if part in (words[0], *words[1:3]) or part.startswith("--") and part in line:
             return reason
     return None
 
@@ -169,7 +171,7 @@ def check_foreign(words: list[str]) -> None:
         quick = ["--noconftest", "--markers", "-p", "no:cacheprovider"]
         subprocess.run([pytest_, *rest, *quick], cwd=ROOT, check=True, capture_output=True)
     elif command == "python":
-        assert rest[0] == "-m" and find_spec(rest[1])
+        assert rest[0] == "-m" and (rest[1] == "lmms_eval" or find_spec(rest[1]))
     else:
         assert words == [".", ".venv/bin/activate"]
 
@@ -226,7 +228,9 @@ def write_questions(root: Path) -> None:
     answers = []
     for stem in (f"{name}_{end}" for name in DATASETS for end in ("seen", "unseen")):
         asked = {"question": "Which bird?", "options": ["red bird", "blue bird"]}
-        asked |= {"image_path": "far/bird/red_bird/0.jpg", "ground_truth": "red bird"}
+        # Photo 0 is trained on; blue birds are unseen.
+        photo = "red_bird/0.jpg" if stem.endswith("_seen") else "blue_bird/1.jpg"
+        asked |= {"image_path": f"far/bird/{photo}", "ground_truth": "red bird"}
         (root / f"{stem}.jsonl").write_text(json.dumps(asked))
         for mode in ("closed", "open") if stem.startswith("bird") else ():
             about = {"file": stem, "line": 1, "mode": mode, "trial": 0, "output": "a bird"}
@@ -316,7 +320,7 @@ def test_rewards_in_the_docs_are_rewards(workspace, monkeypatch):
 def test_commands_stand_in_shell_blocks():
     for name, text in TEXTS.items():
         for language, content in blocks(text):
-            assert language in ("sh", "text", "python", "math", ""), f"{name}: {language}"
+            assert language in ("sh", "text", "python", "py", "math", ""), f"{name}: {language}"
             found = re.findall(rf"^(?:{'|'.join(COMMANDS[:-1])}) .*", content, re.MULTILINE)
             assert language == "sh" or not found, f"{name}: {found}"
         assert text.count("```") == 2 * len(blocks(text)), f"{name}: a block is not closed"

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -41,11 +42,15 @@ class Family(Protocol):
     """Class of its image processor, one that works without torchvision."""
     CHECKPOINT_PREFIXES: tuple[tuple[str, str], ...]
     """Beginnings of parameter names: (in memory, in published checkpoints)."""
+    MERGERS: tuple[str, ...]
+    """Beginnings of the names that a merger's parameters have in the vision tower."""
     SPECIAL_TOKENS: dict[str, str]
     """Of a tiny model's tokenizer, in the order of their ids: `end_of_text`, `turn_end`,
     `vision_start`, `vision_end`, `image`, `video`, and those that only CHAT_TEMPLATE needs."""
     CHAT_TEMPLATE: str
     """Of a tiny model's tokenizer; renders image items."""
+    TINY_PROCESSOR: dict
+    """Options of a tiny model's image processor, where its class has other defaults."""
 
     def published(self) -> dict[str, PretrainedConfig]:
         """Configurations of the published models, by hub id; only the sizes in them are right."""
@@ -68,7 +73,16 @@ class Family(Protocol):
 
         Returns:
             inputs_embeds [1, T, D], the photos' features in place; position_ids [3, 1, T];
-            attention_mask, which holds no mask: shared-prefix attention needs none.
+            attention_mask, which holds no mask: shared-prefix attention needs none; what else the
+            family's language model takes of the photos.
+        """
+        ...
+
+    def attention_mask(self, mask: Tensor | None) -> dict[str, Tensor | None] | Tensor | None:
+        """What the language model takes as attention_mask, so that it builds none of its own.
+
+        Args:
+            mask: [B, 1, queries, keys] bool, True where a query sees a key; None: no mask.
         """
         ...
 
@@ -83,7 +97,11 @@ class Family(Protocol):
         ...
 
     def tiny_text(self, hidden_size: int) -> dict:
-        """Heads (32 wide) and rotary positions of a tiny model's text configuration."""
+        """Heads (32 wide) and rotary positions of a tiny model's text configuration.
+
+        Args:
+            hidden_size: D of the language model.
+        """
         ...
 
 
@@ -96,7 +114,7 @@ def family_of(config: PretrainedConfig, path: str = "") -> Family:
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model.path {path!r} is a {config.model_type!r} model; "
-            f"supported: {', '.join(FAMILIES)}"
+            f"supported: {', '.join(FAMILIES)}; docs/models.md tells how to add a family"
         )
     return _family(config.model_type)
 
@@ -114,8 +132,8 @@ def published() -> dict[str, PretrainedConfig]:
 
 
 def checkpoint_names(
-    config: PretrainedConfig, named_weights: Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+    config: PretrainedConfig, named_weights: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
     """Weights, detached, under the names that published checkpoints give them.
 
     Args:
@@ -200,7 +218,7 @@ def _settle_ends(parts: PolicyParts, path: str) -> str:
 def _load_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
     config = _read(path, AutoConfig)
     family = family_of(config, path)
-    if "sliding_attention" in config.text_config.layer_types:
+    if "sliding_attention" in getattr(config.text_config, "layer_types", ()):
         raise ValueError(f"model.path {path!r} uses sliding-window attention")
     options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
     if device.type == "meta":
@@ -239,9 +257,10 @@ def _pixel_limits(config: ModelConfig, size) -> dict[str, int]:
 
 
 def freeze(model: PreTrainedModel, *, vision: bool, merger: bool) -> None:
-    """Set whether vision tower and merger are trained; the language model always is."""
+    """Set whether vision tower and mergers are trained; the language model always is."""
+    mergers = family_of(model.config).MERGERS
     for name, parameter in model.model.visual.named_parameters():
-        parameter.requires_grad_(not (merger if name.startswith("merger.") else vision))
+        parameter.requires_grad_(not (merger if name.startswith(mergers) else vision))
 
 
 def build_tiny(
@@ -253,7 +272,7 @@ def build_tiny(
     vision_size: int = 96,
     vision_layers: int = 3,
     vocabulary_size: int = 1024,
-    image_size: int = 112,
+    image_size: int | None = None,
     initializer_range: float = 0.08,
     tie_word_embeddings: bool = True,
     seed: int = 0,
@@ -266,7 +285,8 @@ def build_tiny(
         hidden_size: D of the language model; heads are 32 wide, two query heads a key head.
         vision_size: width of the vision tower; heads are 32 wide.
         vocabulary_size: most tokens that the tokenizer may have, special tokens included.
-        image_size: pixels a side, about, that the image processor resizes to.
+        image_size: pixels a side, about, that the image processor resizes to; None: four tokens a
+            side.
 
     Returns:
         A float32 policy on the CPU.
@@ -296,9 +316,10 @@ def build_tiny(
         initializer_range=initializer_range,
         **{f"{name}_token_id": ids[name] for name in IMAGE_TOKENS},
     )
-    limits = {"shortest_edge": image_size**2 // 2, "longest_edge": image_size**2}
-    model = _random_model(family, config, seed)
-    return PolicyParts(model, tokenizer, family.IMAGE_PROCESSOR(size=limits))
+    processor = family.IMAGE_PROCESSOR(**family.TINY_PROCESSOR)
+    side = image_size or 4 * processor.patch_size * processor.merge_size
+    processor.size = {"shortest_edge": side**2 // 2, "longest_edge": side**2}
+    return PolicyParts(_random_model(family, config, seed), tokenizer, processor)
 
 
 def _random_model(family: Family, config: PretrainedConfig, seed: int) -> PreTrainedModel:

@@ -11,7 +11,7 @@ import torch
 from support import tiny
 
 from tercet.core.config import ModelConfig, TapoConfig
-from tercet.core.models import published
+from tercet.core.models import FAMILIES, published
 from tercet.train import plan as command
 from tercet.train.fit.estimate import GIB, Plan, changed, remedies
 from tercet.train.fit.memory import Breakdown
@@ -25,6 +25,9 @@ TOTALS = {  # of the published checkpoints
     "Qwen/Qwen2-VL-7B-Instruct": 8_291_375_616,
     "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
     "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+    "Qwen/Qwen3-VL-2B-Instruct": 2_127_532_032,
+    "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
+    "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
 }
 
 
@@ -40,7 +43,7 @@ def test_published_sizes(path):
     assert (sizes.element_bytes.weight, sizes.element_bytes.states) == (2, 6)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_local_folder_is_counted_as_the_model_is(architecture, tmp_path):
     parts = tiny(architecture)
     parts.save(tmp_path)
@@ -53,7 +56,7 @@ def test_a_local_folder_is_counted_as_the_model_is(architecture, tmp_path):
     frozen = sum(p.numel() for n, p in model.model.visual.named_parameters() if "merger" not in n)
     found = sizes.parameters
     assert found.total == total
-    assert found.root == total - 2 * layer - sum(in_blocks)
+    assert found.root == total - sizes.shape.layers * layer - sum(in_blocks)
     assert found.block == max(layer, *in_blocks)
     assert found.trained == total - frozen
     assert not found.trains_vision

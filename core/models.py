@@ -29,6 +29,13 @@ from tercet.core.types import PackedBatch, PolicyParts
 FAMILIES = sorted(file.stem for file in Path(__file__).with_name("families").glob("*.py"))
 """Supported model types: each is the name of a file in core/families."""
 
+CELL_SIZES = {
+    "patch_size": "patch_size",
+    "merge_size": "spatial_merge_size",
+    "temporal_patch_size": "temporal_patch_size",
+}
+"""What an image processor and a vision configuration call the sides of patches and tokens."""
+
 IMAGE_TOKENS = ("image", "video", "vision_start", "vision_end")
 """Special tokens that a model's configuration names, as `image_token_id` and so on."""
 
@@ -49,6 +56,10 @@ class Family(Protocol):
     `vision_start`, `vision_end`, `image`, `video`, and those that only CHAT_TEMPLATE needs."""
     CHAT_TEMPLATE: str
     """Of a tiny model's tokenizer; renders image items."""
+    SERVER_ARGUMENTS: tuple[str, ...]
+    """What an SGLang server needs besides, so that it computes what transformers does."""
+    SERVER_HASHES: bool
+    """Whether SGLang takes hashes of photos; else it knows photos by their bytes."""
     TINY_PROCESSOR: dict
     """Options of a tiny model's image processor, where its class has other defaults."""
 
@@ -178,7 +189,8 @@ def load_policy(config: ModelConfig, device: str | torch.device = "cpu") -> Poli
             f"of the tokenizer, got {pad_id}"
         )
     processor = _read(config.path, family_of(model.config).IMAGE_PROCESSOR)
-    processor.size = _pixel_limits(config, processor.size)
+    _check_cells(model.config, processor, config.path)
+    processor.size = _pixel_limits(config, processor)
     freeze(model, vision=config.freeze_vision, merger=config.freeze_merger)
     parts = PolicyParts(model, tokenizer, processor)
     said = _settle_ends(parts, config.path)
@@ -241,9 +253,22 @@ def _read(path: str, kind, **options):
         raise ValueError(f"model.path {path!r} cannot be loaded: {absent}{said}") from error
 
 
-def _pixel_limits(config: ModelConfig, size) -> dict[str, int]:
+def _check_cells(config: PretrainedConfig, processor: BaseImageProcessor, path: str) -> None:
+    """The image processor cuts photos as the vision tower takes them."""
+    vision = config.vision_config
+    for ours, theirs in CELL_SIZES.items():
+        found, wanted = getattr(processor, ours), getattr(vision, theirs)
+        if found != wanted:
+            raise ValueError(
+                f"model.path {path!r}: the image processor's {ours} is {found}, vision_config's "
+                f"{theirs} is {wanted}"
+            )
+
+
+def _pixel_limits(config: ModelConfig, processor: BaseImageProcessor) -> dict[str, int]:
     """Fewest and most pixels of a photo, from the options or else from preprocessor_config.json."""
     # transformers 4.4x wrote the second name of each.
+    size, side = processor.size, processor.patch_size * processor.merge_size
     names = ("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")
     stored = (next(filter(None, (getattr(size, n, None) for n in pair)), None) for pair in names)
     given = (config.min_pixels, config.max_pixels)
@@ -253,6 +278,11 @@ def _pixel_limits(config: ModelConfig, size) -> dict[str, int]:
         if given == (None, None):
             where = f"model.path {config.path!r}: min_pixels and max_pixels in its image processor"
         raise ValueError(f"{where} must be 0 < min <= max, got {fewest}, {most}")
+    if most < side**2:
+        raise ValueError(
+            f"model.max_pixels must be at least {side**2}, one token of {side} x {side} pixels, "
+            f"got {most}"
+        )
     return {"shortest_edge": fewest, "longest_edge": most}
 
 

@@ -18,14 +18,17 @@ from support import TEXTS, tiny
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
+    InternVLConfig,
     LlamaConfig,
     Qwen2Config,
+    Qwen3_5Config,
+    Qwen3VLMoeConfig,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tercet.core.config import ModelConfig
 from tercet.core.data.vision import PromptEncoder
-from tercet.core.models import build_tiny, freeze, load_policy
+from tercet.core.models import build_tiny, checkpoint_names, freeze, load_policy
 from tercet.core.types import PolicyParts
 
 pytestmark = pytest.mark.core
@@ -517,6 +520,95 @@ def test_other_architecture_is_named(tmp_path, kind, config):
         load(tmp_path)
     with pytest.raises(ValueError, match=rf"architecture must be .* got '{kind}'"):
         build_tiny(TEXTS, architecture=kind)
+
+
+TEXT_SIZES = {"hidden_size": 32, "num_hidden_layers": 1}
+OTHERS = {
+    "qwen3_vl_moe": Qwen3VLMoeConfig(text_config=TEXT_SIZES),
+    "qwen3_5": Qwen3_5Config(text_config=TEXT_SIZES),
+    "internvl": InternVLConfig(),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_relatives_that_are_no_family_are_refused_by_name(tmp_path, kind):
+    OTHERS[kind].save_pretrained(tmp_path)
+    match = (
+        rf"^model.path '{tmp_path}' is a '{kind}' model; supported: "
+        "qwen2_5_vl, qwen2_vl, qwen3_vl; docs/models.md tells how to add a family$"
+    )
+    with pytest.raises(ValueError, match=match):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("patch_size", 14, "patch_size is 14, vision_config's patch_size is 16"),
+        ("merge_size", 4, "merge_size is 4, vision_config's spatial_merge_size is 2"),
+        ("temporal_patch_size", 1, "size is 1, vision_config's temporal_patch_size is 2"),
+    ],
+)
+def test_a_processor_of_other_cells_is_named(tmp_path, field, value, named):
+    tiny("qwen3_vl").save(tmp_path)
+    set_field(tmp_path, "preprocessor_config.json", **{field: value})
+    with pytest.raises(ValueError, match=rf"^model.path '{tmp_path}': the image .*{named}$"):
+        load(tmp_path)
+
+
+def test_pixel_limits_below_one_token_are_named(tmp_path):
+    tiny("qwen3_vl").save(tmp_path)
+    assert (
+        load(tmp_path, min_pixels=1, max_pixels=1024).image_processor.size["longest_edge"] == 1024
+    )
+    match = "^model.max_pixels must be at least 1024, one token of 32 x 32 pixels, got 1023$"
+    with pytest.raises(ValueError, match=match):
+        load(tmp_path, min_pixels=1, max_pixels=1023)
+
+
+def test_missing_mergers_of_deepstack_are_named(tmp_path):
+    tiny("qwen3_vl").save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if "deepstack_merger_list" not in name}
+    assert len(weights) - len(kept) == 2 * 6
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    match = (
+        rf"^model.path '{tmp_path}' lacks .* model\.visual\.deepstack_merger_list\.1\.norm\.weight$"
+    )
+    with pytest.raises(ValueError, match=match):
+        load(tmp_path)
+
+
+def test_a_checkpoint_with_parts_for_video_loads(tmp_path):
+    """As the published ones: a processor_config.json and a video_preprocessor_config.json."""
+    parts = tiny("qwen3_vl")
+    parts.save(tmp_path)
+    image = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    video = image | {"video_processor_type": "Qwen3VLVideoProcessor", "fps": 2, "num_frames": None}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(video))
+    both = {"processor_class": "Qwen3VLProcessor", "video_processor": video}
+    (tmp_path / "processor_config.json").write_text(json.dumps(both | {"image_processor": image}))
+    set_field(
+        tmp_path, "preprocessor_config.json", image_processor_type="Qwen2VLImageProcessorFast"
+    )
+    loaded = load(tmp_path)
+    assert_equal_weights(loaded.model, parts.model)
+    assert loaded.image_processor.patch_size == 16
+    assert set(loaded.image_processor.image_mean) == {0.5}
+
+
+def test_weights_have_the_names_of_published_checkpoints(parts, folder):
+    """In exports and in what servers get."""
+    stored = load_file(folder / "model.safetensors").keys()
+    heads = {name.partition("layers.")[0].partition("blocks.")[0] for name in stored}
+    published = {"model.language_model.", "model.visual."}
+    if parts.model.config.model_type == "qwen3_vl":
+        assert {name for name in heads if name in published} == published
+        assert all(name.startswith(("model.visual.", "model.language_model.")) for name in stored)
+    sent = [
+        name for name, _ in checkpoint_names(parts.model.config, parts.model.named_parameters())
+    ]
+    assert set(sent) == set(stored)
 
 
 @pytest.mark.parametrize("parts", ["qwen2_5_vl", "qwen2_vl"], indirect=True)

@@ -6,7 +6,13 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tercet.core.prompts import chat_ids, closed_world_text, open_world_text, stage2_text
+from tercet.core.prompts import (
+    answer_opening,
+    chat_ids,
+    closed_world_text,
+    open_world_text,
+    stage2_text,
+)
 from tercet.core.types import EvalQuestion, PolicyParts, Request
 from tercet.rollout.engine import Engine, Sampling
 from tercet.train.evaluation.answer_file import Answer, Mode
@@ -61,9 +67,12 @@ class Asker:
             part = wanted[start : start + AT_ONCE]
             by_id = {_id(asked): asked for asked in part}
             requests = [self._request(asked) for asked in part]
+            tokenizer = self.parts.tokenizer
+            openings = {r.id: answer_opening(tokenizer, r.prompt_ids) for r in requests}
             async for completion in self.engine.generate(requests, self.sampling):
                 asked = by_id[completion.request_id]
-                text = self.parts.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+                text = openings[completion.request_id]
+                text += tokenizer.decode(completion.token_ids, skip_special_tokens=True)
                 yield Answer(*asked.key, text, asked.question.path, completion.finish_reason)
 
     def _request(self, asked: Asked) -> Request:

@@ -85,9 +85,9 @@ def test_recipes_fit_four_gpus_of_48_gb(name):
     assert all(part.total < 44.2 * GIB for part in plan.memory().values())
     assert plan.kv_tokens > 20 * (4096 + 2048)
     # Photos of the largest size fit as well.
-    assert (
-        planned("--recipe", name, "--photo_tokens", "1280", "--prompt_tokens", "1340").lacks == []
-    )
+    photo = 1_003_520 // (32 if name in QWEN3_VL else 28) ** 2
+    largest = ["--photo_tokens", f"{photo}", "--prompt_tokens", f"{photo + 60}"]
+    assert planned("--recipe", name, *largest).lacks == []
     words = plan.config.rollout.sglang_args.split()
     assert "--enable-memory-saver" in words
     assert float(words[words.index("--mem-fraction-static") + 1]) <= plan.server_share
@@ -108,7 +108,8 @@ def test_recipes_are_the_released_settings(name, groups, minibatch, epochs):
     assert (rollout.max_prompt_tokens, rollout.max_response_tokens) == (4096, 2048)
     assert (model.min_pixels, model.max_pixels) == (200_704, 1_003_520)
     assert (model.dtype, model.gradient_checkpointing, config.optim.lr) == ("bfloat16", True, 1e-6)
-    assert (rollout.engine, rollout.colocated, len(rollout.server_gpus)) == ("sglang", True, 4)
+    gpus = ",".join(rollout.server_gpus)
+    assert (rollout.engine, rollout.colocated, gpus) == ("sglang", True, "0,1,2,3")
     assert (config.data.path, config.run.out, rollout.temperature) == ("D", "O", 1.0)
 
 

@@ -20,7 +20,7 @@ ROOMS = [
 setup(
     name="tercet",
     version="0.1.0",
-    description="TAPO (Fine-R1) training of Qwen2-VL and Qwen2.5-VL for fine-grained recognition",
+    description="TAPO (Fine-R1) training of Qwen-VL models for fine-grained recognition",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="MIT",

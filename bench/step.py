@@ -41,12 +41,26 @@ import torch
 from torch import Tensor
 
 from tercet.bench import measure
-from tercet.bench.step_case import CPU_MODEL, Micro, Workload, build_policy, make_micros, qwen_3b
+from tercet.bench.step_case import (
+    CPU_MODEL,
+    QWEN3_CPU_MODEL,
+    Micro,
+    Workload,
+    build_policy,
+    make_micros,
+    qwen3_4b,
+    qwen_3b,
+)
 from tercet.bench.step_peers import METHODS, Method, RunStep, accumulate, flat, padded
 from tercet.core.costs import Shape, forward_flops
 from tercet.train.learner.policy import Policy
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
+MODELS = {
+    "qwen2_5_vl_3b": ("qwen2.5-vl-3b", qwen_3b, CPU_MODEL),
+    "qwen3_vl_4b": ("qwen3-vl-4b", qwen3_4b, QWEN3_CPU_MODEL),
+}
+"""Name in the ledger, configuration, and sizes of the small model that a CPU measures."""
 SWEEPS = {
     "groups": [Workload(groups=n, in_flight=n) for n in (1, 2, 3, 4)],
     "responses": [Workload(n_anchor=n, n_positive=n) for n in (1, 2, 5, 8)],
@@ -283,6 +297,7 @@ def show(row: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", choices=MODELS, default="qwen2_5_vl_3b")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--rounds", type=int, default=3)
     parts = ("anchor", "own", *SWEEPS)
@@ -292,14 +307,14 @@ def main() -> None:
     parser.add_argument("--commit", default=measure.commit())
     options = parser.parse_args()
     on_gpu, device = options.device == "cuda", options.device
-    name, config, dtype = "2 layers of 192 as in qwen2.5-vl-3b", qwen_3b(**CPU_MODEL), torch.float32
-    gate = None
+    (published, make_config, small), dtype, gate = MODELS[options.model], torch.float32, None
+    name, config = f"2 layers of {small['hidden']} as in {published}", make_config(**small)
     if on_gpu:
-        name, config, dtype = "qwen2.5-vl-3b", qwen_3b(), torch.bfloat16
+        name, config, dtype = published, make_config(), torch.bfloat16
     checkpointing = on_gpu if options.checkpointing is None else bool(options.checkpointing)
     measure.keep_memory()
     if on_gpu:
-        gate = build_policy(qwen_3b(layers=2, vision_layers=2), dtype, device, checkpointing)
+        gate = build_policy(make_config(layers=2, vision_layers=2), dtype, device, checkpointing)
     policy = build_policy(config, dtype, device, checkpointing)
     peak = measure.peak_flops(device, dtype, options.clock)
     bench = Bench(policy, options.rounds, peak, gate, options.clock, name)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PretrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig
 
 from tercet.core.config import LossConfig
 from tercet.core.costs import Grid
 from tercet.core.data.vision import PromptEncoder
+from tercet.core.models import family_of
 from tercet.core.packing import Piece, Prompts, micro_batch, prompts_of, weigh_rows
 from tercet.core.types import Group, MicroBatch, PolicyParts, Response, Triplet
 from tercet.train.learner.policy import Policy
@@ -92,13 +93,62 @@ def qwen_3b(
     )
 
 
+QWEN3_CPU_MODEL = dict(
+    hidden=160, layers=2, vision_layers=2, heads=8, vision_heads=2, vocabulary=800
+)
+"""Small, with the 4B model's ratios of widths."""
+
+
+def qwen3_4b(
+    *,
+    hidden: int = 2560,
+    layers: int = 36,
+    vision_layers: int = 24,
+    heads: int = 32,
+    vision_heads: int = 16,
+    vocabulary: int = 151_936,
+) -> Qwen3VLConfig:
+    """Qwen3-VL-4B's sizes, or a smaller model whose other widths scale with `hidden`."""
+    deviation = 0.02 * (2560 / hidden) ** 0.5  # activations have the same scale at any width
+    head_dim = 4096 * hidden // 2560 // heads
+    section = [part * head_dim // 128 for part in (24, 20, 20)]
+    rotations = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": section}
+    deepstack = [5, 11, 17] if vision_layers > 17 else [0]
+    return Qwen3VLConfig(
+        text_config={
+            "vocab_size": vocabulary,
+            "hidden_size": hidden,
+            "intermediate_size": 9_728 * hidden // 2560,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 4,
+            "head_dim": head_dim,
+            "rope_parameters": rotations,
+            "initializer_range": deviation,
+        },
+        vision_config={
+            "depth": vision_layers,
+            "hidden_size": 1024 * hidden // 2560,
+            "intermediate_size": 4096 * hidden // 2560,
+            "num_heads": vision_heads,
+            "out_hidden_size": hidden,
+            "deepstack_visual_indexes": deepstack,
+            "initializer_range": deviation,
+        },
+        image_token_id=vocabulary - 1,
+        video_token_id=vocabulary - 2,
+        vision_start_token_id=vocabulary - 3,
+        tie_word_embeddings=True,
+    )
+
+
 def build_policy(
-    config: Qwen2_5_VLConfig, dtype: torch.dtype, device: str, checkpointing: bool = False
+    config: PretrainedConfig, dtype: torch.dtype, device: str, checkpointing: bool = False
 ) -> Policy:
     """A policy with random weights."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+        model = family_of(config).MODEL._from_config(config, dtype=dtype)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(PolicyParts(model.train(), None, None), LossConfig())

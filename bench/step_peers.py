@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tercet.bench.step_case import Micro
 from tercet.core.costs import PromptLoad
+from tercet.core.models import family_of
 from tercet.core.packing import Prompts, pack, prompt_loads
 from tercet.core.types import EncodedPrompt, MicroBatch, PackedBatch, PolicyParts, to_device
 from tercet.kernels.prefix_attention import ATTENTION_NAME
@@ -30,8 +31,12 @@ Forward = Callable[[torch.nn.Module], Tensor]
 """A forward pass of one branch: takes the model, returns log-probs [R]."""
 RunStep = Callable[[], Tensor]
 """Adds the gradient of the mini-batch to the parameters; returns its loss, 0-d."""
-NO_MASK = {"full_attention": None}
 GROUPER_NAME = "bench_prefix_grouper"
+
+
+def no_mask(model: torch.nn.Module):
+    """What keeps transformers from building a mask."""
+    return family_of(model.config).attention_mask(None)
 
 
 def sequence(prompt: EncodedPrompt, tokens: tuple[int, ...]) -> EncodedPrompt:
@@ -124,7 +129,7 @@ def one_by_one(prompts: Prompts, device: torch.device) -> Forward:
         logits = model(
             input_ids=packed.input_ids[None],
             position_ids=packed.position_ids[:, None],
-            attention_mask=NO_MASK,
+            attention_mask=no_mask(model),
             pixel_values=packed.pixel_values,
             image_grid_thw=packed.image_grid_thw,
             segments=packed.segments,
@@ -239,7 +244,7 @@ def prefix_grouper(prompts: Prompts, device: torch.device) -> Forward:
     def forward(model) -> Tensor:
         model.set_attn_implementation({"text_config": GROUPER_NAME})
         logits = model(
-            **inputs, attention_mask=NO_MASK, use_cache=False, prefix_grouper=grouper
+            **inputs, attention_mask=no_mask(model), use_cache=False, prefix_grouper=grouper
         ).logits
         _, _, logits, valid = grouper.split_output(logits, include_prefix_last=1)
         return logprobs(logits, labels)[valid]

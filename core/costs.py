@@ -29,6 +29,8 @@ class Shape:
     heads: int
     key_heads: int
     head_dim: int
+    head_norms: bool
+    """Whether queries and keys are normalised head by head."""
     vocabulary: int
     vision_layers: int
     vision_hidden: int
@@ -36,6 +38,10 @@ class Shape:
     vision_intermediate: int
     vision_matrices: int
     """Matrices of a vision block's MLP: 3 when it is gated, else 2."""
+    vision_kept: int
+    """Tensors of its MLP's width that autograd keeps of a vision block."""
+    deepstack: int
+    """Vision blocks whose outputs have mergers of their own."""
     full_layers: int
     """Vision blocks that attend to the whole photo; the others see one window."""
     window: int
@@ -81,14 +87,15 @@ class Flops(NamedTuple):
 
 
 def vision_flops(shape: Shape, grids: Iterable[Grid]) -> float:
-    """Forward pass of the vision tower with its merger."""
+    """Forward pass of the vision tower with its mergers."""
     width, total = shape.vision_hidden, 0.0
     for time, height, across in grids:
         patches = time * height * across
         merged = width * shape.merge**2
         matrices = shape.vision_layers * shape.vision_block_matrices + shape.patch * width
         total += 2 * patches * matrices
-        total += 2 * patches / shape.merge**2 * merged * (merged + shape.hidden)
+        merger = 2 * patches / shape.merge**2 * merged * (merged + shape.hidden)
+        total += (1 + shape.deepstack) * merger
         full, windows = time * (height * across) ** 2, 0
         if shape.window:
             sides = [_cut(side // shape.merge, shape.window) for side in (height, across)]

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -28,6 +29,13 @@ from tercet.core.types import PackedBatch, PolicyParts
 FAMILIES = sorted(file.stem for file in Path(__file__).with_name("families").glob("*.py"))
 """Supported model types: each is the name of a file in core/families."""
 
+CELL_SIZES = {
+    "patch_size": "patch_size",
+    "merge_size": "spatial_merge_size",
+    "temporal_patch_size": "temporal_patch_size",
+}
+"""What an image processor and a vision configuration call the sides of patches and tokens."""
+
 IMAGE_TOKENS = ("image", "video", "vision_start", "vision_end")
 """Special tokens that a model's configuration names, as `image_token_id` and so on."""
 
@@ -41,11 +49,19 @@ class Family(Protocol):
     """Class of its image processor, one that works without torchvision."""
     CHECKPOINT_PREFIXES: tuple[tuple[str, str], ...]
     """Beginnings of parameter names: (in memory, in published checkpoints)."""
+    MERGERS: tuple[str, ...]
+    """Beginnings of the names that a merger's parameters have in the vision tower."""
     SPECIAL_TOKENS: dict[str, str]
     """Of a tiny model's tokenizer, in the order of their ids: `end_of_text`, `turn_end`,
     `vision_start`, `vision_end`, `image`, `video`, and those that only CHAT_TEMPLATE needs."""
     CHAT_TEMPLATE: str
     """Of a tiny model's tokenizer; renders image items."""
+    SERVER_ARGUMENTS: tuple[str, ...]
+    """What an SGLang server needs besides, so that it computes what transformers does."""
+    SERVER_HASHES: bool
+    """Whether SGLang takes hashes of photos; else it knows photos by their bytes."""
+    TINY_PROCESSOR: dict
+    """Options of a tiny model's image processor, where its class has other defaults."""
 
     def published(self) -> dict[str, PretrainedConfig]:
         """Configurations of the published models, by hub id; only the sizes in them are right."""
@@ -68,7 +84,16 @@ class Family(Protocol):
 
         Returns:
             inputs_embeds [1, T, D], the photos' features in place; position_ids [3, 1, T];
-            attention_mask, which holds no mask: shared-prefix attention needs none.
+            attention_mask, which holds no mask: shared-prefix attention needs none; what else the
+            family's language model takes of the photos.
+        """
+        ...
+
+    def attention_mask(self, mask: Tensor | None) -> dict[str, Tensor | None] | Tensor | None:
+        """What the language model takes as attention_mask, so that it builds none of its own.
+
+        Args:
+            mask: [B, 1, queries, keys] bool, True where a query sees a key; None: no mask.
         """
         ...
 
@@ -83,7 +108,11 @@ class Family(Protocol):
         ...
 
     def tiny_text(self, hidden_size: int) -> dict:
-        """Heads (32 wide) and rotary positions of a tiny model's text configuration."""
+        """Heads (32 wide) and rotary positions of a tiny model's text configuration.
+
+        Args:
+            hidden_size: D of the language model.
+        """
         ...
 
 
@@ -96,7 +125,7 @@ def family_of(config: PretrainedConfig, path: str = "") -> Family:
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model.path {path!r} is a {config.model_type!r} model; "
-            f"supported: {', '.join(FAMILIES)}"
+            f"supported: {', '.join(FAMILIES)}; docs/models.md tells how to add a family"
         )
     return _family(config.model_type)
 
@@ -114,8 +143,8 @@ def published() -> dict[str, PretrainedConfig]:
 
 
 def checkpoint_names(
-    config: PretrainedConfig, named_weights: Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+    config: PretrainedConfig, named_weights: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
     """Weights, detached, under the names that published checkpoints give them.
 
     Args:
@@ -160,7 +189,8 @@ def load_policy(config: ModelConfig, device: str | torch.device = "cpu") -> Poli
             f"of the tokenizer, got {pad_id}"
         )
     processor = _read(config.path, family_of(model.config).IMAGE_PROCESSOR)
-    processor.size = _pixel_limits(config, processor.size)
+    _check_cells(model.config, processor, config.path)
+    processor.size = _pixel_limits(config, processor)
     freeze(model, vision=config.freeze_vision, merger=config.freeze_merger)
     parts = PolicyParts(model, tokenizer, processor)
     said = _settle_ends(parts, config.path)
@@ -200,7 +230,7 @@ def _settle_ends(parts: PolicyParts, path: str) -> str:
 def _load_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
     config = _read(path, AutoConfig)
     family = family_of(config, path)
-    if "sliding_attention" in config.text_config.layer_types:
+    if "sliding_attention" in getattr(config.text_config, "layer_types", ()):
         raise ValueError(f"model.path {path!r} uses sliding-window attention")
     options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
     if device.type == "meta":
@@ -223,9 +253,22 @@ def _read(path: str, kind, **options):
         raise ValueError(f"model.path {path!r} cannot be loaded: {absent}{said}") from error
 
 
-def _pixel_limits(config: ModelConfig, size) -> dict[str, int]:
+def _check_cells(config: PretrainedConfig, processor: BaseImageProcessor, path: str) -> None:
+    """The image processor cuts photos as the vision tower takes them."""
+    vision = config.vision_config
+    for ours, theirs in CELL_SIZES.items():
+        found, wanted = getattr(processor, ours), getattr(vision, theirs)
+        if found != wanted:
+            raise ValueError(
+                f"model.path {path!r}: the image processor's {ours} is {found}, vision_config's "
+                f"{theirs} is {wanted}"
+            )
+
+
+def _pixel_limits(config: ModelConfig, processor: BaseImageProcessor) -> dict[str, int]:
     """Fewest and most pixels of a photo, from the options or else from preprocessor_config.json."""
     # transformers 4.4x wrote the second name of each.
+    size, side = processor.size, processor.patch_size * processor.merge_size
     names = ("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")
     stored = (next(filter(None, (getattr(size, n, None) for n in pair)), None) for pair in names)
     given = (config.min_pixels, config.max_pixels)
@@ -235,13 +278,19 @@ def _pixel_limits(config: ModelConfig, size) -> dict[str, int]:
         if given == (None, None):
             where = f"model.path {config.path!r}: min_pixels and max_pixels in its image processor"
         raise ValueError(f"{where} must be 0 < min <= max, got {fewest}, {most}")
+    if most < side**2:
+        raise ValueError(
+            f"model.max_pixels must be at least {side**2}, one token of {side} x {side} pixels, "
+            f"got {most}"
+        )
     return {"shortest_edge": fewest, "longest_edge": most}
 
 
 def freeze(model: PreTrainedModel, *, vision: bool, merger: bool) -> None:
-    """Set whether vision tower and merger are trained; the language model always is."""
+    """Set whether vision tower and mergers are trained; the language model always is."""
+    mergers = family_of(model.config).MERGERS
     for name, parameter in model.model.visual.named_parameters():
-        parameter.requires_grad_(not (merger if name.startswith("merger.") else vision))
+        parameter.requires_grad_(not (merger if name.startswith(mergers) else vision))
 
 
 def build_tiny(
@@ -253,7 +302,7 @@ def build_tiny(
     vision_size: int = 96,
     vision_layers: int = 3,
     vocabulary_size: int = 1024,
-    image_size: int = 112,
+    image_size: int | None = None,
     initializer_range: float = 0.08,
     tie_word_embeddings: bool = True,
     seed: int = 0,
@@ -266,7 +315,8 @@ def build_tiny(
         hidden_size: D of the language model; heads are 32 wide, two query heads a key head.
         vision_size: width of the vision tower; heads are 32 wide.
         vocabulary_size: most tokens that the tokenizer may have, special tokens included.
-        image_size: pixels a side, about, that the image processor resizes to.
+        image_size: pixels a side, about, that the image processor resizes to; None: four tokens a
+            side.
 
     Returns:
         A float32 policy on the CPU.
@@ -296,9 +346,10 @@ def build_tiny(
         initializer_range=initializer_range,
         **{f"{name}_token_id": ids[name] for name in IMAGE_TOKENS},
     )
-    limits = {"shortest_edge": image_size**2 // 2, "longest_edge": image_size**2}
-    model = _random_model(family, config, seed)
-    return PolicyParts(model, tokenizer, family.IMAGE_PROCESSOR(size=limits))
+    processor = family.IMAGE_PROCESSOR(**family.TINY_PROCESSOR)
+    side = image_size or 4 * processor.patch_size * processor.merge_size
+    processor.size = {"shortest_edge": side**2 // 2, "longest_edge": side**2}
+    return PolicyParts(_random_model(family, config, seed), tokenizer, processor)
 
 
 def _random_model(family: Family, config: PretrainedConfig, seed: int) -> PreTrainedModel:

@@ -18,6 +18,8 @@ STAGE2_INSTRUCTION = (
     "tags."
 )
 
+THINK = "<think>"
+OPENING_TOKENS = 16  # hold it even where its characters are tokens of their own
 _OPENING, _CLOSING = "<answer>", "</answer>"
 # White space after a mark, or before one: each run of it is looked at once.
 _SPACE_AT_MARKS = re.compile(r"(?<=[<>/])\s+|(?<!\s)\s++(?=[<>/])")
@@ -116,6 +118,22 @@ def chat_ids(
             f"messages: {turns}"
         )
     return ids
+
+
+def answer_opening(tokenizer, prompt_ids: Sequence[int]) -> str:
+    """What the chat template has begun the answer with: `<think>` of a model that always thinks.
+
+    It is not among the tokens that the model samples, but belongs to its answer.
+
+    Args:
+        tokenizer: of transformers.
+        prompt_ids: of a whole prompt.
+
+    Returns:
+        `<think>` and the white space behind it; empty for other templates.
+    """
+    text = tokenizer.decode(prompt_ids[-OPENING_TOKENS:])
+    return text[text.rfind(THINK) :] if text.rstrip().endswith(THINK) else ""
 
 
 def _turns(messages: Sequence[Mapping[str, str]], images: int) -> list[dict]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tercet.core.data.vision import PromptEncoder
+from tercet.core.models import family_of
 from tercet.core.types import Completion, EncodedPrompt, PolicyParts, Request
 from tercet.rollout.engine import Sampling, sample_seed
 
@@ -156,6 +157,7 @@ class LocalEngine:
         self.weight_version = 0
         self.full_vocabulary = True
         self._model = parts.model
+        self._family = family_of(parts.model.config)
         self._encoder = encoder
         self._max_rows = max_rows
         self._check_stop = check_stop
@@ -288,7 +290,7 @@ class LocalEngine:
         output = self._model(
             input_ids=ids.to(device),
             position_ids=positions.to(device),
-            attention_mask={"full_attention": mask[:, None].to(device)},
+            attention_mask=self._family.attention_mask(mask[:, None].to(device)),
             past_key_values=cache,
             pixel_values=pixels,
             image_grid_thw=grids,
@@ -303,7 +305,7 @@ class LocalEngine:
         output = self._model(
             input_ids=tokens[:, None],
             position_ids=positions[None, :, None].expand(3, -1, -1),
-            attention_mask={"full_attention": valid[:, None, None, :]},
+            attention_mask=self._family.attention_mask(valid[:, None, None, :]),
             past_key_values=cache,
             use_cache=True,
         )

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
-from tercet.core.prompts import chat_ids, stage2_text
+from tercet.core.prompts import answer_opening, chat_ids, stage2_text
 from tercet.core.reward_process import RewardProcess
 from tercet.core.rewards import call_reward, keep_group
 from tercet.core.rollout_config import RolloutConfig
@@ -329,7 +329,9 @@ class GroupSampler:
 
     def _fill(self, group: Group, completions: list[Completion]) -> None:
         """Add completions to their group: those on the anchor first, each half by index."""
+        opening = answer_opening(self._tokenizer, group.prompt_ids)
         for completion in sorted(completions, key=lambda c: (c.request_id, c.index)):
+            said = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             group.responses.append(
                 Response(
                     role=completion.request_id.rpartition(".")[2],
@@ -337,7 +339,7 @@ class GroupSampler:
                     rollout_logprobs=completion.rollout_logprobs,
                     finish_reason=completion.finish_reason,
                     weight_version=completion.weight_version,
-                    text=self._tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+                    text=opening + said,
                 )
             )
 

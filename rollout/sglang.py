@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tercet.core.data.vision import PromptEncoder, data_uri
-from tercet.core.models import checkpoint_names
+from tercet.core.models import checkpoint_names, family_of
 from tercet.core.types import Completion, PolicyParts, Request
 from tercet.rollout.endpoint import TRIES, Endpoint, Session, SharedSession, pause
 from tercet.rollout.engine import Sampling, sample_seed, together
@@ -97,6 +97,7 @@ class SglangEngine:
         if not addresses or len(set(addresses)) < len(addresses):
             raise ValueError(f"rollout.urls: no server, or one address twice: {addresses}")
         self._shared = SharedSession(concurrency, endpoints[0].headers)
+        self._hashes = family_of(parts.model.config).SERVER_HASHES
         vocabulary = parts.model.get_output_embeddings().weight.shape[0]
         self._expected = Expected(vocabulary, parts.stop_ids, parts.banned_ids)
         self._version_name = "default"  # SGLang's name for the weights that a server starts with
@@ -201,9 +202,7 @@ class SglangEngine:
         """The part of the body that is the same for all samples of a request."""
         return {
             "input_ids": list(request.prompt_ids),
-            "image_data": [data_uri(image) for image in request.images] or None,
-            # With the server's own hashes it would reuse features of an earlier vision tower.
-            "mm_hashes": [self._photo_hash(image) for image in request.images] or None,
+            **self._photos(request.images),
             "sampling_params": {
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
@@ -216,6 +215,15 @@ class SglangEngine:
                 "stream_interval": sampling.max_tokens,
             },
             "return_logprob": True,
+        }
+
+    def _photos(self, images: Sequence[str]) -> dict:
+        """Photos under names of these weights: a server reuses features of photos that it knows."""
+        if not self._hashes:
+            return {"image_data": [data_uri(i, f"{self.weight_version}") for i in images] or None}
+        return {
+            "image_data": [data_uri(image) for image in images] or None,
+            "mm_hashes": [self._photo_hash(image) for image in images] or None,
         }
 
     def _photo_hash(self, image: str) -> str:

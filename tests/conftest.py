@@ -12,6 +12,7 @@ from PIL import Image
 from sglang_support import make_engine, make_server
 from support import tiny
 
+from tercet.core.models import FAMILIES
 from tercet.core.types import PolicyParts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +23,7 @@ def threads():
     torch.set_num_threads(1)  # two spin against each other on a busy machine
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen2_vl"])
+@pytest.fixture(params=FAMILIES)
 def parts(request) -> PolicyParts:
     return tiny(request.param)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from support import tiny
 
 from tercet.core.data.vision import PromptEncoder
+from tercet.core.models import family_of
 from tercet.core.types import Request
 from tercet.rollout.endpoint import Endpoint
 from tercet.rollout.engine import Sampling
@@ -37,7 +38,8 @@ QUESTION = "<|vision_start|><|image_pad|><|vision_end|>What bird is this?"
 def make_server(parts, folder: Path, **options) -> Server:
     if not (folder / "config.json").exists():
         parts.save(folder)
-    options = {"arguments": FLAGS, "start_timeout_s": 180.0} | options
+    more = family_of(parts.model.config).SERVER_ARGUMENTS
+    options = {"arguments": [*FLAGS, *more], "start_timeout_s": 180.0} | options
     return Server(folder, PYTHON, folder.parent / "server", **options)
 
 
@@ -76,8 +78,8 @@ def avoid_image_tokens(parts) -> None:
     """Give image tokens less than 1e-6 of probability: an engine draws responses with one again,
     and ends the run where that is not rare. The first feature of every text token, and so of the
     last hidden states, becomes large; the head's rows of image tokens are far below 0 there."""
-    parts.model.get_input_embeddings().weight[:, 0] = 1.0
-    parts.model.lm_head.weight[:, 0] = 1.0
+    parts.model.get_input_embeddings().weight[:, 0] = 2.0
+    parts.model.lm_head.weight[:, 0] = 2.0
     parts.model.lm_head.weight[list(parts.banned_ids), 0] = -10.0
 
 

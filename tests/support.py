@@ -20,7 +20,8 @@ LENGTH = """def length(rows):
 
 def tiny(architecture: str = "qwen2_5_vl", **options) -> PolicyParts:
     """A random policy in which photos and biases matter."""
-    defaults = {"hidden_size": 64, "layers": 2, "vision_size": 64, "vision_layers": 2}
+    layers = 3 if architecture == "qwen3_vl" else 2  # with DeepStack behind two of them
+    defaults = {"hidden_size": 64, "layers": layers, "vision_size": 64, "vision_layers": layers}
     parts = build_tiny(TEXTS, architecture=architecture, **(defaults | options))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

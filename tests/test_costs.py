@@ -10,9 +10,9 @@ from support import shape_of, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from tercet.core.costs import Flops, PromptLoad, forward_flops, vision_flops
+from tercet.core.models import FAMILIES
 
 pytestmark = pytest.mark.core
-ARCHITECTURES = ["qwen2_vl", "qwen2_5_vl"]
 
 
 def counted(call, parts: str = "Global") -> int:
@@ -23,7 +23,7 @@ def counted(call, parts: str = "Global") -> int:
     return sum(sum(of.values()) for name, of in found if re.search(f"{parts}$", name))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_vision_tower_with_ragged_windows(architecture):
     model = tiny(architecture).model
     model.set_attn_implementation({"vision_config": "eager"})
@@ -33,7 +33,7 @@ def test_vision_tower_with_ragged_windows(architecture):
     assert vision_flops(shape, grids) == found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_language_model_and_head(architecture):
     """The counter counts all pairs of a causal attention, we count half."""
     model = tiny(architecture).model

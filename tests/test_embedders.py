@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tercet.core.data.embedders import embedder, folder_embedder, vision_tower_embedder
-from tercet.core.models import build_tiny
+from tercet.core.models import FAMILIES, build_tiny
 
 pytestmark = pytest.mark.core
 
@@ -52,7 +52,7 @@ def channels_first(key, size, mean, std):
     return torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=torch.float32)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_tower_embedding_is_the_mean_or_the_extremes_of_each_photos_tokens(tmp_path, architecture):
     parts = build_tiny(["a bird"], architecture=architecture)
     keys = noise_photos(tmp_path, [(60, 40), (112, 112), (30, 90), (1, 1), (50, 3), (64, 64)])

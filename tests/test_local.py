@@ -13,6 +13,7 @@ from PIL import Image
 from support import tiny
 
 from tercet.core.data.vision import PromptEncoder
+from tercet.core.models import FAMILIES
 from tercet.core.packing import pack, plain_batch
 from tercet.core.prompts import chat_ids
 from tercet.core.types import Completion, PolicyParts, Request
@@ -206,7 +207,7 @@ def colour_photos(tmp_path_factory) -> dict[str, str]:
     return {name: str(folder / f"{name}.png") for name in COLOURS}
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_vl"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def namer(request, colour_photos) -> PolicyParts:
     """A policy trained until it names the colour of each photo."""
     parts = tiny(request.param)

@@ -18,24 +18,33 @@ from support import TEXTS, tiny
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
+    InternVLConfig,
     LlamaConfig,
     Qwen2Config,
+    Qwen3_5Config,
+    Qwen3VLMoeConfig,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tercet.core.config import ModelConfig
 from tercet.core.data.vision import PromptEncoder
-from tercet.core.models import build_tiny, freeze, load_policy
+from tercet.core.models import build_tiny, checkpoint_names, freeze, load_policy
 from tercet.core.types import PolicyParts
 
 pytestmark = pytest.mark.core
 
+LIMITS = {  # 8 to 16 tokens of 28 x 28 or 32 x 32 pixels
+    "qwen2_vl": (6272, 12544),
+    "qwen2_5_vl": (6272, 12544),
+    "qwen3_vl": (8192, 16384),
+}
 TEXT = "What bird is this?"
 RENDERED = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>" + TEXT + "<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
+WITHOUT_SYSTEM = RENDERED.partition("<|im_end|>\n")[2]  # Qwen3-VL's template adds no system turn
 ASKED = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TEXT}]}
 
 
@@ -75,7 +84,8 @@ def test_saved_policy_loads_bit_equal(parts, folder):
     assert_equal_weights(parts.model, loaded.model)
     assert not loaded.model.training and head_is_tied(loaded.model)
     assert loaded.tokenizer.get_vocab() == parts.tokenizer.get_vocab()
-    assert dict(loaded.image_processor.size) == {"shortest_edge": 6272, "longest_edge": 12544}
+    fewest, most = LIMITS[parts.model.config.model_type]
+    assert dict(loaded.image_processor.size) == {"shortest_edge": fewest, "longest_edge": most}
     assert loaded.stop_ids == parts.stop_ids == (2, 0)
     assert loaded.tokenizer.convert_ids_to_tokens(loaded.stop_ids) == [
         "<|im_end|>",
@@ -152,10 +162,11 @@ def test_frozen_parts(parts, folder, vision, merger):
     groups = {"tower": [], "merger": [], "language": []}
     for name, parameter in loaded.named_parameters():
         tower = name.startswith("model.visual.")
-        group = "merger" if ".merger." in name else "tower" if tower else "language"
+        group = "merger" if "merger" in name else "tower" if tower else "language"
         groups[group].append(parameter.requires_grad)
     assert set(groups["tower"]) == {not vision}
-    assert set(groups["merger"]) == {not merger} and len(groups["merger"]) >= 5
+    mergers = 3 if loaded.config.model_type == "qwen3_vl" else 1  # two of DeepStack's
+    assert set(groups["merger"]) == {not merger} and len(groups["merger"]) >= 5 * mergers
     assert set(groups["language"]) == {True}
     freeze(loaded, vision=False, merger=False)
     assert all(parameter.requires_grad for parameter in loaded.parameters())
@@ -213,17 +224,18 @@ def test_chat_template_is_qwens(parts, folder):
                 list(messages), add_generation_prompt=prompt, tokenize=False
             )
 
-        assert render(ASKED) == RENDERED
+        rendered = RENDERED if "2" in parts.model.config.model_type else WITHOUT_SYSTEM
+        assert render(ASKED) == rendered
         plain = {"role": "user", "content": TEXT}
         images = "<|vision_start|><|image_pad|><|vision_end|>"
-        assert render(plain) == RENDERED.replace(images, "")
+        assert render(plain) == rendered.replace(images, "")
         system = {"role": "system", "content": "Be brief."}
         brief = RENDERED.replace("You are a helpful assistant.", "Be brief.")
         assert render(system, ASKED) == brief
         said = {"role": "assistant", "content": "A wren."}
-        assert render(ASKED, said, prompt=False) == RENDERED + "A wren.<|im_end|>\n"
+        assert render(ASKED, said, prompt=False) == rendered + "A wren.<|im_end|>\n"
         assert render(ASKED, said, plain) == (
-            RENDERED + f"A wren.<|im_end|>\n<|im_start|>user\n{TEXT}<|im_end|>\n"
+            rendered + f"A wren.<|im_end|>\n<|im_start|>user\n{TEXT}<|im_end|>\n"
             "<|im_start|>assistant\n"
         )
 
@@ -365,6 +377,10 @@ def test_ends_outside_the_vocabulary_are_named(one_folder, wrong):
 @pytest.mark.parametrize("tied", [True, False])
 def test_exports_name_what_transformers_4_reads(tmp_path, tied, parts):
     parts = tiny(parts.model.config.model_type, tie_word_embeddings=tied)
+    fewest, most = LIMITS[parts.model.config.model_type]
+    sections = {"rope_type": "default", "mrope_section": [4, 6, 6]}
+    if parts.model.config.model_type == "qwen3_vl":
+        sections |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
     parts.save(tmp_path / "one")
     load(tmp_path / "one").save(tmp_path / "two")
     for folder in (tmp_path / "one", tmp_path / "two"):
@@ -373,18 +389,18 @@ def test_exports_name_what_transformers_4_reads(tmp_path, tied, parts):
             for name in ("", "tokenizer_", "preprocessor_")
         )
         text = config["text_config"]
-        sections = {"rope_type": "default", "mrope_section": [4, 6, 6]}
         assert (text["rope_theta"], text["rope_scaling"]) == (10000.0, sections)
         assert text["rope_parameters"] == sections | {"rope_theta": 10000.0}
         assert config["tie_word_embeddings"] is text["tie_word_embeddings"] is tied
         assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
         assert tokenizer["additional_special_tokens"][:2] == [ENDOFTEXT, "<|im_start|>"]
         assert "extra_special_tokens" not in tokenizer
-        assert (processor["min_pixels"], processor["max_pixels"]) == (6272, 12544)
+        assert (processor["min_pixels"], processor["max_pixels"]) == (fewest, most)
     again = load(tmp_path / "two")
     assert_equal_weights(again.model, parts.model)
     assert again.tokenizer.extra_special_tokens == parts.tokenizer.extra_special_tokens
-    assert again.model.config.text_config.rope_parameters["mrope_section"] == [4, 6, 6]
+    rope = again.model.config.text_config.rope_parameters
+    assert rope == sections | {"rope_theta": 10000.0}
 
 
 OLDER = """
@@ -506,6 +522,96 @@ def test_other_architecture_is_named(tmp_path, kind, config):
         build_tiny(TEXTS, architecture=kind)
 
 
+TEXT_SIZES = {"hidden_size": 32, "num_hidden_layers": 1}
+OTHERS = {
+    "qwen3_vl_moe": Qwen3VLMoeConfig(text_config=TEXT_SIZES),
+    "qwen3_5": Qwen3_5Config(text_config=TEXT_SIZES),
+    "internvl": InternVLConfig(),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_relatives_that_are_no_family_are_refused_by_name(tmp_path, kind):
+    OTHERS[kind].save_pretrained(tmp_path)
+    match = (
+        rf"^model.path '{tmp_path}' is a '{kind}' model; supported: "
+        "qwen2_5_vl, qwen2_vl, qwen3_vl; docs/models.md tells how to add a family$"
+    )
+    with pytest.raises(ValueError, match=match):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("patch_size", 14, "patch_size is 14, vision_config's patch_size is 16"),
+        ("merge_size", 4, "merge_size is 4, vision_config's spatial_merge_size is 2"),
+        ("temporal_patch_size", 1, "size is 1, vision_config's temporal_patch_size is 2"),
+    ],
+)
+def test_a_processor_of_other_cells_is_named(tmp_path, field, value, named):
+    tiny("qwen3_vl").save(tmp_path)
+    set_field(tmp_path, "preprocessor_config.json", **{field: value})
+    with pytest.raises(ValueError, match=rf"^model.path '{tmp_path}': the image .*{named}$"):
+        load(tmp_path)
+
+
+def test_pixel_limits_below_one_token_are_named(tmp_path):
+    tiny("qwen3_vl").save(tmp_path)
+    assert (
+        load(tmp_path, min_pixels=1, max_pixels=1024).image_processor.size["longest_edge"] == 1024
+    )
+    match = "^model.max_pixels must be at least 1024, one token of 32 x 32 pixels, got 1023$"
+    with pytest.raises(ValueError, match=match):
+        load(tmp_path, min_pixels=1, max_pixels=1023)
+
+
+def test_missing_mergers_of_deepstack_are_named(tmp_path):
+    tiny("qwen3_vl").save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if "deepstack_merger_list" not in name}
+    assert len(weights) - len(kept) == 2 * 6
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    match = (
+        rf"^model.path '{tmp_path}' lacks .* model\.visual\.deepstack_merger_list\.1\.norm\.weight$"
+    )
+    with pytest.raises(ValueError, match=match):
+        load(tmp_path)
+
+
+def test_a_checkpoint_with_parts_for_video_loads(tmp_path):
+    """As the published ones: a processor_config.json and a video_preprocessor_config.json."""
+    parts = tiny("qwen3_vl")
+    parts.save(tmp_path)
+    image = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    video = image | {"video_processor_type": "Qwen3VLVideoProcessor", "fps": 2, "num_frames": None}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(video))
+    both = {"processor_class": "Qwen3VLProcessor", "video_processor": video}
+    (tmp_path / "processor_config.json").write_text(json.dumps(both | {"image_processor": image}))
+    set_field(
+        tmp_path, "preprocessor_config.json", image_processor_type="Qwen2VLImageProcessorFast"
+    )
+    loaded = load(tmp_path)
+    assert_equal_weights(loaded.model, parts.model)
+    assert loaded.image_processor.patch_size == 16
+    assert set(loaded.image_processor.image_mean) == {0.5}
+
+
+def test_weights_have_the_names_of_published_checkpoints(parts, folder):
+    """In exports and in what servers get."""
+    stored = load_file(folder / "model.safetensors").keys()
+    heads = {name.partition("layers.")[0].partition("blocks.")[0] for name in stored}
+    published = {"model.language_model.", "model.visual."}
+    if parts.model.config.model_type == "qwen3_vl":
+        assert {name for name in heads if name in published} == published
+        assert all(name.startswith(("model.visual.", "model.language_model.")) for name in stored)
+    sent = [
+        name for name, _ in checkpoint_names(parts.model.config, parts.model.named_parameters())
+    ]
+    assert set(sent) == set(stored)
+
+
+@pytest.mark.parametrize("parts", ["qwen2_5_vl", "qwen2_vl"], indirect=True)
 def test_sliding_window_is_refused(parts, folder):
     config = json.loads((folder / "config.json").read_text())
     text = config["text_config"]

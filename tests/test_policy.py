@@ -45,6 +45,7 @@ def without_float32_islands(monkeypatch, model) -> None:
     """
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl as modeling_25
     import transformers.models.qwen2_vl.modeling_qwen2_vl as modeling_2
+    import transformers.models.qwen3_vl.modeling_qwen3_vl as modeling_3
 
     def rms_norm(self, x):
         return self.weight * (
@@ -56,7 +57,8 @@ def without_float32_islands(monkeypatch, model) -> None:
         half = modeling_25.rotate_half
         return q * cos + half(q) * sin, k * cos + half(k) * sin
 
-    for modeling, norm in ((modeling_25, "Qwen2_5_VLRMSNorm"), (modeling_2, "Qwen2VLRMSNorm")):
+    norms = (modeling_25, "Qwen2_5_VLRMSNorm"), (modeling_2, "Qwen2VLRMSNorm")
+    for modeling, norm in (*norms, (modeling_3, "Qwen3VLTextRMSNorm")):
         if hasattr(modeling, norm):
             monkeypatch.setattr(getattr(modeling, norm), "forward", rms_norm)
         monkeypatch.setattr(modeling, "apply_rotary_pos_emb_vision", rotate)

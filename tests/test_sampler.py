@@ -15,6 +15,7 @@ from support import tiny
 
 from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
+from tercet.core.rewards import fine_r1
 from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import Anchor, Completion
 from tercet.rollout.engine import Sampling
@@ -253,6 +254,30 @@ def test_what_the_engine_is_asked(make, parts, anchors):
         assert "Be brief." in text and f"{triplet.question}\n\nYou first think through" in text
     ids = [request.id for request in engine.batches[0]]
     assert len(set(ids)) == 8
+
+
+def test_rewards_see_the_beginning_that_the_template_gives_an_answer(encoder, anchors):
+    """`<think>` of a thinking model stands in the prompt: the format is whole with it alone."""
+    parts = tiny()
+    parts.tokenizer.chat_template = parts.tokenizer.chat_template.replace(
+        "<|im_start|>assistant\\n", "<|im_start|>assistant\\n<think>\\n"
+    )
+
+    class Thinking(ScriptedEngine):
+        async def generate(self, requests, sampling):
+            ids = tuple(self.tokenizer.encode("red</think><answer>least auklet</answer>"))
+            for request in requests:
+                for j in range(request.n):
+                    yield Completion(request.id, j, ids, (-1.0,) * len(ids), "stop", 0)
+
+    engine = Thinking(parts.tokenizer)
+    options = {"max_rounds": 1, "on_exhausted": "keep_last_round", "engine": engine}
+    groups = collect(build(parts, encoder, anchors, fine_r1, **options)).groups
+    assert len(groups) == 4
+    for response in (r for group in groups for r in group.responses):
+        assert response.text == "<think>\nred</think><answer>least auklet</answer>"
+        assert (response.reward, response.metrics["format"]) == (1.0, 1.0)
+        assert parts.tokenizer.decode(response.token_ids) == response.text[len("<think>\n") :]
 
 
 def test_what_the_reward_sees(make, parts):

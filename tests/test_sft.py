@@ -180,6 +180,21 @@ def test_targets_end_with_the_templates_end_of_turn_once(ends, more):
 
 
 @pytest.mark.core
+def test_a_thinking_models_prompt_begins_the_answer():
+    """Its chat template ends the prompt with `<think>`, which the target does not repeat."""
+    parts = tiny("qwen3_vl")
+    plain = tokens_of(SAID, parts)
+    parts.tokenizer.chat_template = parts.tokenizer.chat_template.replace(
+        "<|im_start|>assistant\\n", "<|im_start|>assistant\\n<think>\\n"
+    )
+    for answer in (SAID, SAID.replace("<think>", "<think>\n")):
+        example = tokens_of(answer, parts)
+        prompt, target = map(parts.tokenizer.decode, (example.prompt_ids, example.target_ids))
+        assert prompt == parts.tokenizer.decode(plain.prompt_ids) + "<think>\n"
+        assert target == "Red.</think><answer>wren</answer><|im_end|>"
+
+
+@pytest.mark.core
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"])
 def test_tokens_that_no_answer_holds_are_named(token):
     with pytest.raises(ValueError, match=r"^sample '7': its answer must not hold <\|\w+\|>$"):

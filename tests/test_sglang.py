@@ -34,6 +34,7 @@ from support import LENGTH, tiny
 from tercet.core.config import ModelConfig, ParallelConfig, TapoConfig
 from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
+from tercet.core.models import FAMILIES
 from tercet.core.prompts import chat_ids
 from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import Anchor, Request
@@ -94,9 +95,11 @@ def test_sampling_gives_full_vocabulary_logprobs(policy, engine, photos):
         torch.testing.assert_close(got, want.detach(), atol=1e-5, rtol=0)
 
 
-def test_the_other_architecture_with_a_head_of_its_own(photos, tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", [name for name in FAMILIES if name != "qwen2_5_vl"])
+def test_other_architectures_with_a_head_of_their_own(architecture, tied, photos, tmp_path):
     """Weight names, on every way; the other tests' policy is a Qwen2.5-VL with a tied head."""
-    parts = tiny("qwen2_vl", tie_word_embeddings=False)
+    parts = tiny(architecture, tie_word_embeddings=tied)
     with make_server(parts, tmp_path / "model") as server:
         for version, way in enumerate(("disk", "distributed", "tensor"), start=1):
             change_weights(parts)

@@ -16,7 +16,14 @@ from matplotlib.figure import Figure
 from support import shape_of
 
 from tercet.bench import figures, kernels, measure, rollout, step
-from tercet.bench.step_case import Workload, build_policy, make_micros, qwen_3b
+from tercet.bench.step_case import (
+    QWEN3_CPU_MODEL,
+    Workload,
+    build_policy,
+    make_micros,
+    qwen3_4b,
+    qwen_3b,
+)
 from tercet.bench.step_peers import METHODS, Method, flat, ours, unshared
 from tercet.core.models import published
 from tercet.train.fit.roofline import CARDS
@@ -98,6 +105,20 @@ def test_the_3b_shape_promises_twice_the_speed(policy, update_on, ratio):
     assert work["padded"] > work["no_sharing"] and work["plain_head"] == work["ours"]
     logits = 20 * 315 * 3 * 2 * 2048 * 151_936
     assert work["one_by_one"] - work["no_sharing"] == pytest.approx(logits, rel=1e-9)
+
+
+def test_what_sharing_promises_qwen3_vl_4b(policy):
+    """The same step: photos of 256 tokens, ten responses; the method that is measured is exact."""
+    shape = shape_of(qwen3_4b())
+    assert shape == shape_of(published()["Qwen/Qwen3-VL-4B-Instruct"])
+    micros = make_micros(Workload("anchor"), policy)
+    work = {name: step.step_flops(method, micros, shape) for name, method in METHODS.items()}
+    assert work["one_by_one"] / work["ours"] == pytest.approx(1.94, abs=0.01)
+    small = build_policy(qwen3_4b(**QWEN3_CPU_MODEL), torch.float64, "cpu")
+    micros = make_micros(Workload(**SMALL), small)
+    exact = step.exact_gradients(small, micros)
+    for name in ("ours", "one_by_one"):
+        assert step.distance(computed(small, name, micros)[1], exact) < 1e-6
 
 
 def bench_of(dtype=torch.float32):
@@ -210,7 +231,7 @@ def test_rows_go_on_in_the_ledgers_as_they_are(kind, tmp_path):
 
 def test_the_command_writes_rows_and_the_figure_shows_them(tmp_path, monkeypatch):
     workload = partial(Workload, **SMALL)
-    monkeypatch.setattr(step, "CPU_MODEL", TINY)
+    monkeypatch.setitem(step.MODELS, "qwen2_5_vl_3b", ("tiny", qwen_3b, TINY))
     monkeypatch.setattr(step, "Workload", workload)
     sweeps = {"groups": [workload(groups=n, in_flight=n) for n in (1, 2)], "length": [workload()]}
     monkeypatch.setattr(step, "SWEEPS", sweeps)

@@ -13,6 +13,7 @@ from test_prefix_attention import RAGGED, draw, explicit, layout, with_gradients
 from torch import Tensor
 
 from tercet.core.data.vision import PromptEncoder
+from tercet.core.models import FAMILIES
 from tercet.core.types import to_device
 from tercet.kernels.prefix_attention import prefix_attention
 from tercet.kernels.varlen import (
@@ -179,7 +180,7 @@ def test_backends_by_device_and_dtype():
     assert backend_of(torch.empty(1, device="meta", dtype=torch.bfloat16)) is None
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_the_vision_tower_sees_the_same_in_one_call(architecture, photos):
     """Windows of photos of several sizes, forward and backward, beside transformers' SDPA."""
     parts = tiny(architecture)

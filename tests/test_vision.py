@@ -411,7 +411,7 @@ def save_noise(path, width: int, height: int) -> str:
     return str(path)
 
 
-# The tiny policy takes 6272 to 12544 pixels; sides are multiples of 28, one token per 28 x 28.
+# The tiny policy takes 8 to 16 tokens' pixels; sides are multiples of a token's: 28, below, or 32.
 SIZES = {
     (1, 1): (3, 3),  # up by 79.2: 80 -> 84
     (90, 3): (1, 16),  # up by 4.82: 14.5 -> 28, 434 -> 448
@@ -426,11 +426,12 @@ SIZES = {
 def test_prompt_numbers(parts, tmp_path, size, grid):
     key = save_noise(tmp_path / "photo.png", *size)
     prompt = PromptEncoder(parts)((50, START, PAD, END, 51, 52), (key,))
-    rows, columns = grid
+    (rows, columns), patch = grid, parts.image_processor.patch_size
+    assert patch == (16 if parts.model.config.model_type == "qwen3_vl" else 14)
     expected = [50, START, *[PAD] * (rows * columns), END, 51, 52]
     assert prompt.input_ids.tolist() == expected and len(prompt) == len(expected)
     assert prompt.images[0].grid_thw.tolist() == [[1, 2 * rows, 2 * columns]]
-    assert prompt.images[0].pixel_values.shape == (4 * rows * columns, 3 * 2 * 14 * 14)
+    assert prompt.images[0].pixel_values.shape == (4 * rows * columns, 3 * 2 * patch * patch)
     positions, following = mrope(expected, [grid])
     assert (prompt.position_ids.numpy() == positions).all()
     assert prompt.next_position == following
@@ -502,17 +503,20 @@ def test_bad_photo_of_a_prompt_is_named(tmp_path):
 def test_pixel_limits_take_effect(parts, tmp_path):
     parts.save(tmp_path / "policy")
     key = save_noise(tmp_path / "photo.png", 300, 200)
+    of_32 = parts.image_processor.patch_size == 16  # a token's side; else 28
     options = [
         ({}, (3, 4)),
-        ({"min_pixels": 40_000, "max_pixels": 90_000}, (7, 11)),  # 196 x 308, barely resized
+        # 196 x 308 or 192 x 288, barely resized
+        ({"min_pixels": 40_000, "max_pixels": 90_000}, (6, 9) if of_32 else (7, 11)),
         ({"max_pixels": 3000}, None),  # below the policy's own fewest
         ({"min_pixels": 100, "max_pixels": 3000}, (1, 2)),  # down by 4.47: 44.7, 67.1
-        ({"min_pixels": 100_000, "max_pixels": 200_000}, (10, 14)),  # up by 1.29: 258.2, 387.3
+        # up by 1.29: 258.2, 387.3
+        ({"min_pixels": 100_000, "max_pixels": 200_000}, (9, 13) if of_32 else (10, 14)),
     ]
     for limits, grid in options:
         config = ModelConfig(path=str(tmp_path / "policy"), **limits)
         if grid is None:
-            with pytest.raises(ValueError, match="got 6272, 3000"):
+            with pytest.raises(ValueError, match=f"got {8192 if of_32 else 6272}, 3000"):
                 load_policy(config)
             continue
         image = PromptEncoder(load_policy(config)).image(key)

@@ -13,8 +13,12 @@ from tercet.core.families import qwen2_vl
 MODEL = Qwen2_5_VLForConditionalGeneration
 IMAGE_PROCESSOR = qwen2_vl.IMAGE_PROCESSOR
 CHECKPOINT_PREFIXES = qwen2_vl.CHECKPOINT_PREFIXES
+MERGERS = qwen2_vl.MERGERS
 SPECIAL_TOKENS = qwen2_vl.SPECIAL_TOKENS
 CHAT_TEMPLATE = qwen2_vl.CHAT_TEMPLATE
+SERVER_ARGUMENTS = qwen2_vl.SERVER_ARGUMENTS
+SERVER_HASHES = qwen2_vl.SERVER_HASHES
+TINY_PROCESSOR = qwen2_vl.TINY_PROCESSOR
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
 TEXT = {
     # D, I, layers, heads, key heads, V, tied head
@@ -24,6 +28,7 @@ TEXT = {
 
 resized = qwen2_vl.resized
 text_inputs = qwen2_vl.text_inputs
+attention_mask = qwen2_vl.attention_mask
 tiny_text = qwen2_vl.tiny_text
 
 
@@ -45,6 +50,8 @@ def shape(config: PretrainedConfig) -> Shape:
         vision_heads=vision.num_heads,
         vision_intermediate=vision.intermediate_size,
         vision_matrices=3,
+        vision_kept=4,
+        deepstack=0,
         full_layers=len(vision.fullatt_block_indexes),
         window=vision.window_size // vision.spatial_merge_size // vision.patch_size,
     )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from transformers import (
     BaseImageProcessor,
     PretrainedConfig,
@@ -16,6 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
     smart_resize,
 )
+from transformers.utils import ModelOutput
 
 from tercet.core.costs import Shape
 from tercet.core.types import PackedBatch
@@ -23,6 +25,7 @@ from tercet.core.types import PackedBatch
 MODEL = Qwen2VLForConditionalGeneration
 IMAGE_PROCESSOR = Qwen2VLImageProcessorPil
 CHECKPOINT_PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
+MERGERS = ("merger.",)
 SPECIAL_TOKENS = {
     "end_of_text": "<|endoftext|>",
     "turn_start": "<|im_start|>",
@@ -43,6 +46,9 @@ CHAT_TEMPLATE = (
     "{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+SERVER_ARGUMENTS: tuple[str, ...] = ()
+SERVER_HASHES = True
+TINY_PROCESSOR: dict = {}
 VISION = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}
 TEXT = {
     # D, I, layers, heads, key heads, V, tied head
@@ -69,6 +75,8 @@ def shape(config: PretrainedConfig) -> Shape:
         vision_heads=vision.num_heads,
         vision_intermediate=int(vision.embed_dim * vision.mlp_ratio),
         vision_matrices=2,
+        vision_kept=3,
+        deepstack=0,
         full_layers=vision.depth,
         window=0,
     )
@@ -85,18 +93,24 @@ def resized(processor: BaseImageProcessor, height: int, width: int) -> tuple[int
 
 
 def text_inputs(model: PreTrainedModel, packed: PackedBatch) -> dict:
-    embeddings = model.model.get_input_embeddings()(packed.input_ids)
+    return embedded(model, packed)[0] | {"attention_mask": attention_mask(None)}
+
+
+def embedded(model: PreTrainedModel, packed: PackedBatch) -> tuple[dict, ModelOutput | None]:
+    """Embeddings and positions of a pack, and what the vision tower gave for its photos."""
+    embeddings, features = model.model.get_input_embeddings()(packed.input_ids), None
     if packed.pixel_values is not None:
         features = model.model.get_image_features(packed.pixel_values, packed.image_grid_thw)
         image = (packed.input_ids == model.config.image_token_id)[:, None]
         merged = torch.cat(features.pooler_output).to(embeddings.dtype)
         embeddings = embeddings.masked_scatter(image, merged)
-    return {
-        "inputs_embeds": embeddings[None],
-        # With exactly three rows of positions transformers builds no mask of its own.
-        "position_ids": packed.position_ids[:, None],
-        "attention_mask": {"full_attention": None},
-    }
+    # With a fourth row of positions transformers would build a mask of its own.
+    positions = packed.position_ids[:, None]
+    return {"inputs_embeds": embeddings[None], "position_ids": positions}, features
+
+
+def attention_mask(mask: Tensor | None) -> dict[str, Tensor | None] | Tensor | None:
+    return {"full_attention": mask}
 
 
 def tiny_vision(size: int, layers: int, hidden_size: int) -> dict:
@@ -143,6 +157,7 @@ def text_shape(config: PretrainedConfig) -> dict[str, int]:
         "heads": text.num_attention_heads,
         "key_heads": text.num_key_value_heads,
         "head_dim": text.hidden_size // text.num_attention_heads,
+        "head_norms": False,
         "vocabulary": text.vocab_size,
         "merge": vision.spatial_merge_size,
         "patch": vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,

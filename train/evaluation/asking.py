@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 
-from tercet.core.prompts import chat_ids
+from tercet.core.prompts import answer_opening, chat_ids
 from tercet.core.types import EvalQuestion, PolicyParts, Request
 from tercet.rollout.engine import Engine, Sampling
 from tercet.train.evaluation.answer_file import Answer, Key, Mode
@@ -65,9 +65,12 @@ class Asker:
             part = wanted[start : start + AT_ONCE]
             by_id = {request_id(asked): asked for asked in part}
             requests = [self._request(asked) for asked in part]
+            tokenizer = self.parts.tokenizer
+            openings = {r.id: answer_opening(tokenizer, r.prompt_ids) for r in requests}
             async for completion in self.engine.generate(requests, self.sampling):
                 asked = by_id[completion.request_id]
-                text = self.parts.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+                text = openings[completion.request_id]
+                text += tokenizer.decode(completion.token_ids, skip_special_tokens=True)
                 about = (asked.question.path, completion.finish_reason, asked.order)
                 yield Answer(*asked.key[:-1], text, *about)
 

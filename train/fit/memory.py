@@ -8,7 +8,8 @@ and K key heads of size d keeps for each token
     b (4 I + 2 H d + 2 K d) + 4 H + 2 (f D + 2 b D + 4)
 
 bytes: gate, its SiLU, up and their product; queries, output, keys and values; the log-sum-exp; two
-norms. In an update memory is highest at one of three points:
+norms. Norms of queries and keys keep (H + K) (f d + b d + 4) more. In an update memory is highest
+at one of three points:
 
     head        activations of all layers, a chunk of logits, and the gradients of rows and head
     backward    in the last layer's backward pass, when the other layers' activations still exist
@@ -103,24 +104,28 @@ def decoder_layer_bytes(shape: Shape, b: int, ranks: int = 0) -> int:
     gradients of the frozen norms need.
     """
     attention = 2 * (shape.heads + shape.key_heads) * shape.head_dim
-    norm = max(4, b) * shape.hidden + (1 if ranks else 2) * b * shape.hidden + 4
-    return b * (4 * shape.intermediate + attention + ranks) + 4 * shape.heads + 2 * norm
+    of_element = max(4, b) + (0 if ranks else b)
+    norms = 2 * ((of_element + b) * shape.hidden + 4)
+    if shape.head_norms:  # their outputs are rotated, which keeps no input
+        norms += (shape.heads + shape.key_heads) * (of_element * shape.head_dim + 4)
+    return b * (4 * shape.intermediate + attention + ranks) + 4 * shape.heads + norms
 
 
 def vision_block_bytes(shape: Shape, b: int) -> int:
     """Bytes that autograd keeps of a vision block per patch: RMSNorm, gated MLP; or LayerNorm."""
     width, gated = shape.vision_hidden, shape.vision_matrices == 3
-    mlp = (4 if gated else 3) * shape.vision_intermediate
+    mlp = shape.vision_kept * shape.vision_intermediate
     norm = max(4, b) * width + 2 * b * width + 4 if gated else 2 * b * width + 8
     # Queries, keys and output; values as a view of all three before rotation.
     return b * (mlp + 6 * width) + 4 * shape.vision_heads + 2 * norm
 
 
 def _front_bytes(shape: Shape, load: Load, b: int) -> int:
-    """Bytes kept outside the layers: photos, patch embedding, merger, rotary embeddings."""
+    """Bytes kept outside the layers: photos, patch embedding, mergers, rotary embeddings."""
     width = shape.vision_hidden
     photo = 4 * shape.patch + (b * shape.patch if b < 4 else 0)
     merger = (max(4, b) if shape.vision_matrices == 3 else b) * width + 3 * b * width
+    merger += shape.deepstack * 4 * b * width
     rotation = 8 * width // shape.vision_heads
     return load.patches * (photo + merger + rotation) + load.tokens * 2 * b * shape.head_dim
 

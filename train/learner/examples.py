@@ -12,7 +12,7 @@ from tercet.core.config import SftConfig
 from tercet.core.data.records import SftSample
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.packing import Encode, Prompts
-from tercet.core.prompts import chat_ids
+from tercet.core.prompts import THINK, answer_opening, chat_ids
 from tercet.core.types import PolicyParts
 
 
@@ -40,6 +40,8 @@ class Example:
 def tokenize(sample: SftSample, parts: PolicyParts, system_prompt: str | None) -> Example:
     """Prompt and target ids of a conversation; the target ends with the end-of-turn token, once.
 
+    What the chat template begins the answer with (`<think>`) is not repeated in the target.
+
     Raises:
         ValueError: another token that ends an answer, or one of an image, in the target.
     """
@@ -49,6 +51,8 @@ def tokenize(sample: SftSample, parts: PolicyParts, system_prompt: str | None) -
     )
     end = parts.tokenizer.convert_ids_to_tokens(parts.turn_end)
     answer = _without(end, messages[-1]["content"])
+    if (opening := answer_opening(parts.tokenizer, prompt)) and answer.startswith(THINK):
+        answer = answer.removeprefix(THINK).removeprefix(opening.removeprefix(THINK))
     target = parts.tokenizer.encode(answer, add_special_tokens=False)
     refused = {*parts.stop_ids, *parts.banned_ids}.intersection(target)
     if refused:

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from tercet.core.config import LossConfig
 from tercet.core.models import family_of
@@ -103,7 +104,7 @@ class Policy(nn.Module):
                 continue
             constant = len(sides) == 2 and side == "negative" and self.loss.neg_grad == "detach"
             with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
-                inputs = self.family.text_inputs(self.model, pack)
+                inputs = self.family.text_inputs(self.model, self._with_photo(pack))
                 output = self.model.model.language_model(
                     **inputs, use_cache=False, segments=pack.segments
                 )
@@ -170,6 +171,19 @@ class Policy(nn.Module):
     def gather_weights(self) -> None:
         """Take part where another rank iterates sampled_weights."""
         deque(self.sampled_weights(), maxlen=0)
+
+    def _with_photo(self, pack: PackedBatch) -> PackedBatch:
+        """The pack; a sharded policy's gets a photo of one token, for no prompt, if it has none.
+
+        The vision tower's passes are collectives, which ranks with photos would wait in for ever.
+        """
+        if pack.pixel_values is not None or not isinstance(self, FSDPModule):
+            return pack
+        side, like = self.shape.merge, {"device": self.device}
+        pixels = torch.zeros(side**2, self.shape.patch, **like)
+        return replace(
+            pack, pixel_values=pixels, image_grid_thw=torch.tensor([[1, side, side]], **like)
+        )
 
     def _head(self) -> dict:
         return {

@@ -70,7 +70,11 @@ class DataConfig:
     sft_shots: NonNegativeInt = 1
     """Further photos per seen sub-category set aside for stage 1."""
     embedder: PathText = "policy"
-    """What finds similar sub-categories: the policy's vision tower, or a SigLIP or CLIP folder."""
+    """What finds similar sub-categories: the policy's vision tower, its tokens' mean (`policy`) or
+    their largest and smallest values (`policy_extremes`), or a SigLIP or CLIP folder."""
+    similarity: Literal["cosine", "whitened"] = "cosine"
+    """Of sub-categories: the cosine of mean embeddings, as they are or in units of what varies
+    between photos of one sub-category."""
     on_bad_image: Literal["error", "skip"] = "error"
     """A missing or corrupt photo ends the run, or is left out and counted."""
     seed: Seed = 0
@@ -243,6 +247,8 @@ class ParallelConfig:
     offload: bool = False
     """Keep parameters, gradients and optimiser states in CPU memory and take the optimiser step
     there; a layer's parameters are on the GPU while it is computed."""
+    pixel_cache_mib: PositiveInt = 2048
+    """Most memory for the pixels of photos that a rank keeps decoded."""
     timeout_s: Seconds = 7200.0
     """Longest that a rank waits for the others, sampling included."""
 

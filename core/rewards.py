@@ -60,9 +60,11 @@ def fine_r1(rows: Rows) -> Results:
 
 
 def fine_r1_strict(rows: Rows) -> Results:
-    """`fine_r1`, but correct only if the true name is the only known name in the first answer.
+    """Like `fine_r1`, but correct only if the true name is the only known name in the one answer.
 
-    Names are compared in the normal form (see core.names).
+    Names are compared in the normal form (see core.names). A response with text after its first
+    `</answer>`, with a second answer, or without the end of its answer gets accuracy 0 and
+    format 0.
 
     Raises:
         ValueError: a row's true name is not among its known names.
@@ -71,8 +73,9 @@ def fine_r1_strict(rows: Rows) -> Results:
     for row in rows:
         response = squeeze(row["response"])
         answer = extract_answer(response, "first") or ""
+        ended = _ends_with_one_answer(response)
         hit = is_only_name(answer, row["ground_truth"], row.get("names", ()))
-        result = _result(hit, _has_format(response))
+        result = _result(ended and hit, ended and _has_format(response))
         results.append({**result, "several_names": _several_names(answer, row)})
     return results
 
@@ -91,6 +94,12 @@ def _has_format(squeezed: str) -> bool:
     if not squeezed.startswith(_BEGINNING) or not squeezed.endswith(_END):
         return False
     return bool(_MIDDLE.search(squeezed, len(_BEGINNING), len(squeezed) - len(_END)))
+
+
+def _ends_with_one_answer(squeezed: str) -> bool:
+    """Whether a text holds one answer, and nothing after it."""
+    tags = squeezed.count("<answer>"), squeezed.count(_END)
+    return tags == (1, 1) and squeezed.endswith(_END)
 
 
 def _result(hit: bool, has_format: bool) -> dict[str, float]:

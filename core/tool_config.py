@@ -126,9 +126,11 @@ class PlanConfig:
 
 @dataclass
 class SeedsConfig:
-    """Options of several seeds of the demo, beside those of train/tapo.py."""
+    """Options of the demo, beside those of train/tapo.py."""
 
     seeds: list[Seed] = field(default_factory=list)
     """Seeds that are run beside their controls."""
+    names: Literal["spelled", "opaque"] = "spelled"
+    """Whether a sub-category's name spells its attributes."""
     out: PathText = "runs/demo_seeds"
     """Folder that gets a folder for each seed."""

@@ -1,23 +1,26 @@
-"""The demo's own parts: the permuted reward, the verdicts, and one small run of every arm."""
+"""The demo's own parts: rewards dealt anew, scores, tables, verdicts, and all stages in small."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict
+from itertools import count
 
+import numpy as np
 import pytest
 
+from tercet.core.data.manifest import Manifest
 from tercet.core.rewards import fine_r1_strict
-from tercet.train.demo import experiment as demo
-from tercet.train.demo.experiment import (
-    PERMUTED,
-    START,
-    Scores,
-    markdown,
-    permuted_reward,
-    verdicts,
-)
+from tercet.core.types import EvalQuestion
+from tercet.train.demo import __main__ as commands
+from tercet.train.demo import arms, comparison, scores, stages
+from tercet.train.demo.arms import ARMS, DAPO, LABELS, LEDGER, PERMUTED, START, TAPO, Row
+from tercet.train.demo.progress import Progress
+from tercet.train.demo.scores import ACCURACIES, GREYS, Scores, wilson, write_greys
+from tercet.train.demo.stages import VERSION, Seed, claim
+from tercet.train.evaluation.answers import Answer
 
 
 def test_permuted_rewards_keep_what_a_group_earns_and_lose_who_earned_it():
@@ -34,86 +37,286 @@ def test_permuted_rewards_keep_what_a_group_earns_and_lose_who_earned_it():
             }
             for name in said
         ]
-        true, dealt = fine_r1_strict(rows), permuted_reward(rows)
+        true, dealt = fine_r1_strict(rows), arms.permuted_reward(rows)
         assert Counter(r["overall"] for r in dealt) == Counter(r["overall"] for r in true)
-        assert dealt == permuted_reward(rows)
+        assert dealt == arms.permuted_reward(rows)
         moved += dealt != true
     assert moved > 15
 
 
-def runs(gain: float, unseen: float, permuted: float) -> list[dict[str, Scores]]:
-    start = Scores(50, 20, 40, 40)
-    return [
-        {
-            START: start,
-            "TAPO": Scores(50 + gain, 20 + unseen, 50, 40, 100),
-            PERMUTED: Scores(50 + permuted, 20, 40, 40, 100),
-        }
+def made(seen: str, unseen: str = "01", **more) -> Scores:
+    hits = {"seen": seen, "unseen": unseen, "seen_closed": "1", "unseen_closed": "0"}
+    shares = {"wings": 0.5, "tail": 0.25, "body": 0.75}
+    return Scores(hits, shares, **({"grey": 0.6, "form": 0.99, "length": 23.0} | more))
+
+
+def row(seed: int, arm: str, seen: str, unseen: str = "01", equal: str = "responses") -> Row:
+    return Row(seed, arm, equal, 60, 80.0, made(seen, unseen))
+
+
+@pytest.mark.parametrize(("hits", "questions"), [(0, 10), (3, 10), (300, 600), (400, 400)])
+def test_wilson_bounds_lie_1_96_standard_errors_from_the_share(hits, questions):
+    share = hits / questions
+    for bound in wilson(hits, questions):
+        p = bound / 100
+        assert abs(share - p) == pytest.approx(1.96 * np.sqrt(p * (1 - p) / questions), abs=1e-9)
+    low, high = wilson(hits, questions)
+    assert low <= 100 * share + 1e-9 and 100 * share <= high + 1e-9
+
+
+def test_attribute_shares_are_those_of_the_one_name_in_the_answer():
+    known = ("azure dusky skipper", "azure misty skipper", "amber dusky skipper")
+
+    def answer(output: str) -> Answer:
+        question = EvalQuestion("x.png", "?", known, known[0], "butterfly", "seen")
+        return Answer(question, output, {})
+
+    said = [
+        f"<think>.</think><answer>{known[0]}</answer>",
+        f"<think>.</think><answer>{known[1]}</answer>",
+        f"<think>.</think><answer>{known[2]}</answer>",
+        f"<think>.</think><answer>{known[0]}, {known[1]}</answer>",
+        f"<think>{known[0]}</think>",
     ]
+    shares = scores._attribute_shares([answer(text) for text in said], known, "spelled")
+    assert shares == pytest.approx({"wings": 2 / 5, "tail": 2 / 5, "body": 3 / 5})
+
+
+def test_blank_pictures_have_one_grey_each(tmp_path):
+    from PIL import Image
+
+    paths = write_greys(tmp_path / "grey", 28)
+    for path, grey in zip(paths, GREYS, strict=True):
+        assert np.array_equal(np.asarray(Image.open(path)), np.full((28, 28, 3), grey))
+
+
+def test_difference_is_the_mean_over_seeds_of_paired_differences():
+    rows = [
+        row(0, START, "0000"), row(0, TAPO, "0111"),
+        row(1, START, "1100"), row(1, TAPO, "1010"),
+        row(2, START, "0101"),
+    ]  # fmt: skip
+    value, low, high = comparison.difference(rows, TAPO, START, "seen")
+    assert value == pytest.approx(100 * (0.75 + 0.0) / 2)
+    assert low < value < high
+    assert comparison.difference(rows, DAPO, START, "seen") is None
+
+
+def test_bootstrap_interval_is_that_of_the_normal_limit():
+    """Many seeds and questions with independent hits: the interval's width is known."""
+    rng, rows, seeds, questions = np.random.default_rng(1), [], 40, 100
+    for seed in range(seeds):
+        for arm, share in ((START, 0.3), (TAPO, 0.5)):
+            hits = "".join(map(str, (rng.uniform(size=questions) < share).astype(int)))
+            rows.append(row(seed, arm, hits))
+    value, low, high = comparison.difference(rows, TAPO, START, "seen")
+    assert abs(value - 20) < 4
+    error = 100 * np.sqrt((0.21 + 0.25) / (seeds * questions))
+    # Seeds are drawn as well, which counts the questions' noise twice.
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(np.sqrt(2), rel=0.25)
 
 
 @pytest.mark.parametrize(
-    ("given", "failed"),
+    ("tapo", "unseen", "permuted", "failed"),
     [
-        ((10, -2, 2.9), []),
-        ((9, 0, 0), ["seen: mean"]),
-        ((-1, 0, 0), ["seen: mean", "seen: every"]),
-        ((12, -2.1, 0), ["unseen"]),
-        ((12, 0, 3), ["permuted"]),
+        (56, 49, 51, []),
+        (54, 50, 50, ["TAPO: seen"]),
+        (60, 48, 50, ["TAPO: unseen"]),
+        (60, 60, 52, ["TAPO, rewards permuted: seen"]),
     ],
 )
-def test_verdicts(given, failed):
-    lines = verdicts(runs(*given))
-    assert len(lines) == 4
+def test_verdicts(tapo, unseen, permuted, failed):
+    def hits(number):
+        return "1" * number + "0" * (100 - number)
+
+    rows = [row(0, START, hits(50), hits(50)), row(0, TAPO, hits(tapo), hits(unseen))]
+    rows += [row(0, PERMUTED, hits(permuted), hits(50)), row(0, LABELS, hits(60), hits(40))]
+    lines = comparison.verdicts(rows, "opaque")
     fails = [line for line in lines if line.startswith("FAIL")]
     assert len(fails) == len(failed)
     assert all(name in line for name, line in zip(failed, fails, strict=True))
+    assert [line for line in lines if line.startswith("not run")] == [
+        f"not run  DAPO: {name}, at least {bound}"
+        for name, bound in (("seen", "+5"), ("unseen", "-1"))
+    ]
+    assert lines[-1].startswith("pass  SFT, labels: unseen -10.0")
+    assert len(comparison.verdicts(rows, "spelled")) == len(lines) - 1
 
 
-def test_the_table_shows_every_number():
-    row = markdown(runs(12, 1, 0)[0]).splitlines()[3]
-    assert row == "| TAPO | 62.0 | 21.0 | 50.0 | 40.0 | 100 s |"
+def test_tables_show_every_number():
+    rows = [row(0, TAPO, "0001"), row(1, TAPO, "0111")]
+    line = comparison.seed_table(rows[:1]).splitlines()[-1]
+    assert line == (
+        "| TAPO | 25.0 [5, 70] | 50.0 [9, 91] | 100.0 [21, 100] | 0.0 [0, 79] "
+        "| 50.0 | 25.0 | 75.0 | 60.0 | 99.0 | 23.0 | 80 |"
+    )
+    line = comparison.mean_table(rows).splitlines()[-1]
+    assert line.startswith("| TAPO (2) | 50.0 | 50.0 | 100.0 | 0.0 | 50.0 |")
+    whole = comparison.report([*rows, row(0, START, "0000"), row(1, START, "0000")], "spelled")
+    assert "| TAPO | 2 | +50.0 [" in whole and "pass  TAPO: seen +50.0" in whole
 
 
-def test_scores_of_other_options_are_not_shown_as_these(tmp_path):
-    """A finished seed is not run again, so its folder must be of the same options."""
-    scores = {"TAPO": Scores(60, 30, 50, 40, 9.0)}
-    (tmp_path / "scores.json").write_text(json.dumps({"TAPO": asdict(scores["TAPO"])}))
-    for more in ([], ["--run.keep_last=5"]):
-        assert demo.run_seed(tmp_path, 0, more, controls=False) == scores
-    for seed, more, said in (
-        (1, [], "run.seed 0 -> 1"),
-        (0, ["--loss.kl_coef=0.5"], "loss.kl_coef [0-9.]+ -> 0.5"),
+def test_a_ledger_survives_a_line_that_was_cut(tmp_path):
+    path = tmp_path / LEDGER
+    rows = [row(0, START, "01"), row(0, TAPO, "11")]
+    lines = [json.dumps(asdict(one)) + "\n" for one in rows]
+    path.write_text(lines[0] + lines[1][:20])
+    assert arms.read_rows(path) == rows[:1]
+    with path.open("a") as opened:
+        opened.write(lines[1])
+    assert arms.read_rows(path) == rows
+
+
+def test_progress_scales_its_plan_by_what_was_run(capsys, monkeypatch):
+    clock = iter([0.0, 0.1, 200.1, 280.1])
+    monkeypatch.setattr("tercet.train.demo.progress.time.perf_counter", lambda: next(clock))
+    progress = Progress([("drawing", 10), ("base", 100), ("TAPO", 300), ("scores", 30)])
+    for _ in range(4):
+        progress.begin()
+    assert capsys.readouterr().out.splitlines() == [
+        "[1/4] drawing: about 7 min left of the whole",
+        "[2/4] base: about 7 min left of the whole",  # the pictures were there already
+        "[3/4] TAPO: about 11 min left of the whole",  # base took 200 s, not 100
+        "[4/4] scores: about 21 s left of the whole",
+    ]
+
+
+def test_a_folder_of_other_options_is_refused(tmp_path):
+    seed = Seed(tmp_path, 0, "spelled")
+    claim(seed, [])
+    claim(seed, ["--run.keep_last=5"])
+    for other, more, said in (
+        (Seed(tmp_path, 1, "spelled"), [], "run.seed 0 -> 1"),
+        (Seed(tmp_path, 0, "opaque"), [], "names spelled -> opaque"),
+        (seed, ["--loss.kl_coef=0.5"], "loss.kl_coef [0-9.]+ -> 0.5"),
     ):
         with pytest.raises(ValueError, match=f"holds the demo with other options .{said}.: give"):
-            demo.run_seed(tmp_path, seed, more, controls=False)
+            claim(other, more)
 
 
-def test_all_stages_in_small(tmp_path, monkeypatch):
-    """From nothing to scores, with every control; finished seeds are not run again."""
-    monkeypatch.setattr(demo, "BASE_PICTURES", 12)
-    monkeypatch.setattr(demo, "PICTURES", {"train": 2, "sft": 1, "test": 1})
+def test_overwrite_moves_the_folder_of_other_options_aside(tmp_path):
+    out = tmp_path / "demo"
+    claim(Seed(out, 0, "spelled"), [])
+    claim(Seed(out, 1, "opaque"), ["--run.overwrite=true"])
+    then, now = (json.loads((p / "options.json").read_text()) for p in (tmp_path / "demo.1", out))
+    assert (then["names"], then["options"]["run.seed"]) == ("spelled", 0)
+    assert (now["names"], now["options"]["run.seed"]) == ("opaque", 1)
+
+
+@pytest.mark.parametrize("then", [{"run.seed": 0}, {"version": VERSION - 1, "names": "spelled"}])
+def test_a_folder_of_another_version_is_moved_aside(tmp_path, capsys, then):
+    out = tmp_path / "demo"
+    out.mkdir()
+    (out / "options.json").write_text(json.dumps(then))
+    (out / "precious.txt").write_text("kept")
+    claim(Seed(out, 0, "spelled"), [])
+    assert [p.name for p in out.iterdir()] == ["options.json"]
+    assert (tmp_path / "demo.1" / "precious.txt").read_text() == "kept"
+    assert re.search(
+        r"holds another version of the demo: .* is now in .*demo\.1", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--seeds", "0", "1", "0"], r"seeds must be different numbers.*\[0, 1, 0\]"),
+        (["--seeds"], "seeds"),
+        (["--out", "x"], "out is for several seeds"),
+        (["--names", "latin"], "names.*latin"),
+        (["--data.path", "x"], "data.path cannot be given"),
+    ],
+)
+def test_what_the_command_refuses(argv, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        commands.main(argv)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Everything in small; returns options of train/tapo.py."""
+    monkeypatch.setattr(stages, "BASE_PICTURES", {"spelled": 12, "opaque": 12})
+    monkeypatch.setattr(stages, "BASE_STEPS", {"spelled": 1, "opaque": 1})
+    monkeypatch.setattr(stages, "STAGE1_STEPS", {"spelled": 1, "opaque": 1})
+    monkeypatch.setattr(stages, "PICTURES", {"train": 2, "sft": 1, "test": 1})
+    monkeypatch.setattr(stages, "SIZE", 28)
+    monkeypatch.setattr(scores, "MAX_TOKENS", 6)
+    monkeypatch.setattr(scores, "GREYS", range(40, 60, 20))
+    monkeypatch.setattr("tercet.train.sft.draw_figures", lambda *_: None)
+    monkeypatch.setattr("tercet.train.tapo.draw_figures", lambda *_: None)
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     for name in ("demo_base.yaml", "demo_stage1.yaml", "demo.yaml"):
-        text = (demo.RECIPES / name).read_text()
-        text = text.replace("samples_per_step: 64", "samples_per_step: 4")
+        text = (stages.RECIPES / name).read_text()
+        text = text.replace("samples_per_step: 32", "samples_per_step: 4")
         (recipes / name).write_text(text.partition("run:")[0] + "run: {steps: 1}\n")
-    monkeypatch.setattr(demo, "RECIPES", recipes)
+    monkeypatch.setattr(stages, "RECIPES", recipes)
     # Nothing is learnt here: groups are trained on whether or not they pass.
-    argv = ["--data.shots=2", "--data.sft_shots=1", "--rollout.groups_per_step=2"]
-    argv += ["--rollout.max_rounds=1", "--rollout.max_response_tokens=8"]
-    argv += ["--rollout.on_exhausted=keep_last_round"]
-    scores = demo.run_seed(tmp_path / "out", 5, argv, controls=True)
-    assert list(scores) == [
-        "stage 1 (start)",
-        "TAPO",
-        "DAPO",
-        "TAPO, rewards permuted",
-        "SFT",
+    argv = ["--data.shots=2", "--rollout.groups_per_step=2", "--rollout.max_response_tokens=6"]
+    return [*argv, "--rollout.on_exhausted=keep_last_round"]
+
+
+def test_a_killed_run_of_all_arms_goes_on_where_it_was(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "ARMS", (TAPO, LABELS))
+    argv = ["--seeds", "5", "--names", "opaque", "--out", str(tmp_path / "out"), *small]
+    trained, train = count(), stages._timed
+
+    def killed(run, folder):
+        if next(trained) == 3:  # after base, stage 1 and TAPO
+            raise KeyboardInterrupt
+        return train(run, folder)
+
+    monkeypatch.setattr(stages, "_timed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        commands.main(argv)
+    kept = (tmp_path / "out" / "seed_5" / LEDGER).read_text()
+    assert [json.loads(line)["arm"] for line in kept.splitlines()] == [START, TAPO]
+    monkeypatch.setattr(stages, "_timed", train)
+    commands.main(argv)
+    assert (tmp_path / "out" / "seed_5" / LEDGER).read_text().startswith(kept)
+    rows = arms.read_rows(tmp_path / "out" / "seed_5" / LEDGER)
+    expected = [(START, "responses"), (TAPO, "responses"), (LABELS, "responses")]
+    assert [(r.arm, r.equal) for r in rows] == [*expected, (LABELS, "time")]
+    assert all(set(r.scores.hits) == set(ACCURACIES) for r in rows)
+    assert [len(rows[0].scores.hits[name]) for name in ACCURACIES] == [75, 50, 75, 50]
+    assert rows[1].cpu_s > 0 and rows[3].steps >= 1
+
+    def fails(*_):
+        raise AssertionError("a finished arm is trained again")
+
+    monkeypatch.setattr(arms, "_train", fails)
+    before = capsys.readouterr().out
+    commands.main(argv)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.strip() in before and table.strip() in capsys.readouterr().out
+
+
+def test_every_arm_is_trained_from_the_same_start(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(arms, "evaluate", lambda *_: made("01"))
+    seed = Seed(tmp_path / "out", 5, "spelled")
+    progress = Progress([("stage", 1.0)] * 3)
+    start = commands.prepare(seed, small, progress)
+    rows = [arms.run_arm(seed, start, arm, "responses", small) for arm in ARMS]
+    assert [r.arm for r in rows] == list(ARMS)
+    nearest = Manifest.read(seed.triplets).nearest["butterfly"]
+    assert len(nearest) == 75
+    near = [
+        len(set(name.split()) - set(others[0].split())) == 1 for name, others in nearest.items()
     ]
-    kept = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert kept["TAPO"]["seconds"] > 0
-    assert demo.run_seed(tmp_path / "out", 5, argv, controls=True) == scores
-    manifest = json.loads((tmp_path / "out" / "tapo" / "triplets.json").read_text())
-    assert len(manifest["anchors"]) == 40 and len(manifest["test"]["unseen"]) == 12
+    assert stages.near_share(seed) == np.mean(near)
+    anchors = set()
+    for arm in ARMS:
+        config = (seed.out / arms.folder_of(arm) / "config.yaml").read_text()
+        assert str(start) in config
+        if arm in arms.TAPO_ARMS:
+            found = (seed.out / arms.folder_of(arm) / "triplets.json").read_text()
+            anchors.add(json.dumps(json.loads(found)["anchors"]))
+    assert len(anchors) == 1 and len(json.loads(anchors.pop())) == 150
+    labels = json.loads((seed.out / "sft_labels.json").read_text())
+    oracle = json.loads((seed.out / "sft_exact_thoughts_oracle.json").read_text())
+    assert labels[0]["images"] == oracle[0]["images"]
+    answer = labels[0]["messages"][1]["content"]
+    assert re.fullmatch("<answer>[a-z ]+</answer>", answer)
+    assert oracle[0]["messages"][1]["content"].endswith(answer)

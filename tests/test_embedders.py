@@ -53,12 +53,13 @@ def channels_first(key, size, mean, std):
 
 
 @pytest.mark.parametrize("architecture", ["qwen2_vl", "qwen2_5_vl"])
-def test_tower_embedding_is_the_mean_over_each_photos_merged_tokens(tmp_path, architecture):
+def test_tower_embedding_is_the_mean_or_the_extremes_of_each_photos_tokens(tmp_path, architecture):
     parts = build_tiny(["a bird"], architecture=architecture)
     keys = noise_photos(tmp_path, [(60, 40), (112, 112), (30, 90), (1, 1), (50, 3), (64, 64)])
     embedded = vision_tower_embedder(parts.model, parts.image_processor)(keys)
     assert embedded.dtype == torch.float32 and not embedded.requires_grad
-    for key, row in zip(keys, embedded, strict=True):
+    extremes = embedder("policy_extremes", lambda: parts)(keys)
+    for key, row, ends in zip(keys, embedded, extremes, strict=True):
         pixels = np.asarray(Image.open(key).convert("RGB"))
         arrays = parts.image_processor(
             pixels, return_tensors="pt", input_data_format="channels_last"
@@ -70,6 +71,9 @@ def test_tower_embedding_is_the_mean_over_each_photos_merged_tokens(tmp_path, ar
         tokens = tower.pooler_output
         assert len(tokens) == int(arrays["image_grid_thw"].prod()) // 4
         torch.testing.assert_close(row, tokens.mean(dim=0), rtol=1e-4, atol=1e-5)
+        columns = [sorted(column) for column in tokens.T.tolist()]
+        expected = torch.tensor([c[-1] for c in columns] + [c[0] for c in columns])
+        torch.testing.assert_close(ends, expected, rtol=1e-4, atol=1e-5)
     assert (embedded[0] - embedded[1]).abs().max() > 1e-2
 
 

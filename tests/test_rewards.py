@@ -109,6 +109,36 @@ def test_batch_rewards(answer, truth, loose, strict, several):
         assert bare == {"overall": 0, "format": 0, "accuracy": 0, "several_names": 0}
 
 
+@pytest.mark.parametrize(
+    ("response", "accuracy", "form"),
+    [
+        ("<think>a</think><answer>Auklet</answer>", 1, 1),
+        (" <think>a</think> <answer> Auklet </answer> \n", 1, 1),
+        ("<answer>Auklet</answer>", 1, 0),
+        ("so: <answer>Auklet</answer>", 1, 0),
+        ("<think>a</think><answer>Auklet</answer> gull", 0, 0),
+        ("<think>a</think><answer>Auklet</answer></answer>", 0, 0),
+        ("<think>a</think><answer>Auklet</answer>b</answer>c</answer>", 0, 0),
+        ("<think>a</think><answer>Auklet</answer><answer>Auklet</answer>", 0, 0),
+        ("<think>a</think><answer>gull</answer><answer>Auklet</answer>", 0, 0),
+        ("<think><answer>Auklet</answer></think><answer>Auklet</answer>", 0, 0),
+        ("<think>a</think><answer><answer>Auklet</answer>", 0, 0),
+        ("<think>a</think><answer>Auklet", 0, 0),
+        ("<think>a</think><answer>Auklet</answer", 0, 0),
+    ],
+)
+def test_strict_wants_one_answer_and_nothing_after_it(response, accuracy, form):
+    (result,) = fine_r1_strict(rows(response))
+    assert (result["accuracy"], result["format"]) == (accuracy, form)
+    assert result["overall"] == pytest.approx(0.9 * accuracy + 0.1 * form)
+
+
+def test_the_released_reward_lets_a_response_go_on():
+    """It is kept to the letter: the first answer and the last tag count."""
+    (result,) = fine_r1(rows("<think>a</think><answer>Auklet</answer>b</answer>"))
+    assert (result["accuracy"], result["format"]) == (1, 1)
+
+
 def test_strict_refuses_a_truth_it_does_not_know():
     with pytest.raises(ValueError, match="'tern' is not a known name"):
         fine_r1_strict(rows("<answer>tern</answer>", truth="tern"))

@@ -21,6 +21,7 @@ from tercet.core.data.triplets import (
     rank_similar,
     seeded_int,
     seeded_order,
+    whitened,
 )
 from tercet.core.types import Anchor, Photo
 
@@ -122,6 +123,36 @@ def test_similarity_is_of_the_mean_and_ties_go_by_name():
     rows = {"p": [[4.0, 0], [0, 4]], "q": [[1.0, 1]], "s": [[1.0, 0]], "r": [[0, 1.0]]}
     ranked = rank_similar({name: torch.tensor(values) for name, values in rows.items()})
     assert ranked["p"] == ["q", "r", "s"]
+
+
+def test_whitened_embeddings_have_even_variance_within_sub_categories():
+    """Half shrunk: variance v along an axis, with mean m over the axes, becomes 2 v / (v + m)."""
+    rng = np.random.default_rng(1)
+    turned, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+    spread = np.array([9.0, 1.0, 0.25, 0.01])
+    noise = rng.normal(size=(500, 40, 4)) @ np.diag(spread) @ turned
+    rows = {str(i): torch.tensor(own + rng.normal(size=4)) for i, own in enumerate(noise)}
+    found = whitened(rows)
+    assert torch.cat(list(found.values())).mean(dim=0).abs().max() < 1e-9
+    within = torch.cat([of - of.mean(dim=0) for of in found.values()])
+    covariance = within.T @ within / (len(within) - 500)
+    variances = spread**2
+    expected = sorted(2 * variances / (variances + variances.mean()))
+    assert np.allclose(torch.linalg.eigvalsh(covariance), expected, rtol=0.03, atol=1e-4)
+
+
+def test_whitening_finds_the_neighbour_that_a_noisy_feature_hides():
+    # The first feature varies within sub-categories, the second one tells them apart.
+    rng = np.random.default_rng(2)
+    places = {"a": 0.0, "b": 0.1, "c": 1.0, "d": 1.1}
+    rows = {
+        name: torch.tensor(
+            np.stack([rng.normal(size=8) * 20, place + rng.normal(size=8) * 0.01], 1)
+        )
+        for name, place in places.items()
+    }
+    nearest = {name: others[0] for name, others in rank_similar(whitened(rows)).items()}
+    assert nearest == {"a": "b", "b": "a", "c": "d", "d": "c"}
 
 
 def test_a_folder_becomes_disjoint_shots_of_the_right_numbers(tmp_path):

@@ -61,7 +61,7 @@ class SftRun:
         self.config, self.stop, self.folder, self.ranks = config, stop, folder, folder.ranks
         self.out, resume = folder.path, folder.checkpoint
         self.parts = open_parts(config.model, self.ranks, resume)
-        self.encoder = PromptEncoder(self.parts)
+        self.encoder = PromptEncoder(self.parts, config.parallel.pixel_cache_mib * 2**20)
         skipped = self._read_examples()
         self.order = EndlessOrder(len(self.examples), config.run.seed)
         self.policy = build_policy(self.parts, config, self.ranks)

@@ -93,7 +93,7 @@ class TapoRun:
         self.config, self.stop, self.folder, self.ranks = config, stop, folder, folder.ranks
         self.out, resume = folder.path, folder.checkpoint
         self.parts = open_parts(config.model, self.ranks, resume)
-        self.encoder = PromptEncoder(self.parts)
+        self.encoder = PromptEncoder(self.parts, config.parallel.pixel_cache_mib * 2**20)
         self.manifest = open_manifest(config.data, self.parts, self.ranks, folder)
         sampled = sampled_parts(self.parts, config, self.ranks)
         self.engine = self.ranks.on_first(lambda: self._open_engine(sampled)) or IdleEngine()

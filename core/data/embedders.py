@@ -19,14 +19,32 @@ TOWER_IMAGES_AT_ONCE = 4
 FOLDER_IMAGES_AT_ONCE = 32
 
 
+def mean(tokens: Tensor) -> Tensor:
+    """[tokens, D] to their mean, [D]."""
+    return tokens.mean(dim=0)
+
+
+def extremes(tokens: Tensor) -> Tensor:
+    """[tokens, D] to the largest and the smallest value of each feature, [2 D].
+
+    A small part of the photo shows in them, which a mean would lose.
+    """
+    return torch.cat([tokens.amax(dim=0), tokens.amin(dim=0)])
+
+
+POOLS = {"policy": mean, "policy_extremes": extremes}
+"""How the vision tower's tokens of a photo become its embedding, by name of the embedder."""
+
+
 def embedder(
     name: str, policy: Callable[[], PolicyParts], device: str | torch.device = "cpu"
 ) -> Callable[[list[str]], Tensor]:
     """The embedder that `data.embedder` names; its model is loaded when it is first called.
 
     Args:
-        name: "policy" for the policy's own vision tower, else folder or hub id of an image encoder.
-        policy: loads the policy's parts; called for "policy" only.
+        name: "policy" or "policy_extremes" for the policy's own vision tower (see POOLS); else
+            folder or hub id of an image encoder.
+        policy: loads the policy's parts; called for its own tower only.
         device: where an image encoder runs.
 
     Returns:
@@ -34,22 +52,25 @@ def embedder(
     """
 
     def embed(keys: list[str]) -> Tensor:
-        if name != "policy":
+        if name not in POOLS:
             return folder_embedder(name, device)(keys)
         parts = policy()
-        return vision_tower_embedder(parts.model, parts.image_processor)(keys)
+        return vision_tower_embedder(parts.model, parts.image_processor, POOLS[name])(keys)
 
     return embed
 
 
 def vision_tower_embedder(
-    model: PreTrainedModel, image_processor: BaseImageProcessor
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    pool: Callable[[Tensor], Tensor] = mean,
 ) -> Callable[[list[str]], Tensor]:
-    """Embed by the policy's own vision tower: the mean over a photo's merged tokens.
+    """Embed by the policy's own vision tower, pooled over a photo's merged tokens.
 
     Args:
         model: of a supported family, on any device.
         image_processor: resizes and cuts the photos.
+        pool: [tokens, D] to one embedding.
 
     Returns:
         A function from image keys to embeddings [N, D] float32 on the CPU.
@@ -61,7 +82,7 @@ def vision_tower_embedder(
         for start in range(0, len(keys), TOWER_IMAGES_AT_ONCE):
             inputs = _inputs(image_processor, keys[start : start + TOWER_IMAGES_AT_ONCE])
             tokens = model.get_image_features(**inputs.to(model.model.visual.device)).pooler_output
-            rows.extend(of_photo.float().mean(dim=0).cpu() for of_photo in tokens)
+            rows.extend(pool(of_photo.float()).cpu() for of_photo in tokens)
         return torch.stack(rows)
 
     return embed

@@ -170,6 +170,24 @@ def draw_partitions(
     return partitions
 
 
+def whitened(embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Embeddings in units of what varies within sub-categories, around the mean of all.
+
+    Half of the covariance within sub-categories is shrunk to its mean variance, as there are fewer
+    photos than features.
+
+    Args:
+        embeddings: [photos, D] float of each sub-category, all of one super-category.
+    """
+    rows = torch.cat([of.double() for of in embeddings.values()])
+    within = torch.cat([of.double() - of.double().mean(dim=0) for of in embeddings.values()])
+    covariance = within.T @ within / max(1, len(rows) - len(embeddings))
+    even = covariance.trace() / len(covariance) * torch.eye(len(covariance), dtype=torch.float64)
+    variances, axes = torch.linalg.eigh((covariance + even) / 2)
+    scale = axes / variances.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    return {name: (of.double() - rows.mean(dim=0)) @ scale for name, of in embeddings.items()}
+
+
 def rank_similar(embeddings: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Rank, for each sub-category, the others by the cosine of mean image embeddings.
 
@@ -219,7 +237,9 @@ def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
     partitions = photo_set.partitions or _draw(classes, splits, config)
     shots = _choose_shots(classes, partitions, splits, config)
     _check_shots(shots, config)
-    nearest = _rank_all(shots.tapo, lambda keys: embed([os.path.join(root, k) for k in keys]))
+    nearest = _rank_all(
+        shots.tapo, lambda keys: embed([os.path.join(root, k) for k in keys]), config.similarity
+    )
     names = defaultdict(list)
     for super_category, sub_category in sorted(partitions):
         names[super_category].append(sub_category)
@@ -327,7 +347,7 @@ def _check_shots(shots: _Shots, config: DataConfig) -> None:
 
 
 def _rank_all(
-    tapo: dict[SubCategory, list[Photo]], embed: Embed
+    tapo: dict[SubCategory, list[Photo]], embed: Embed, similarity: str
 ) -> dict[str, dict[str, list[str]]]:
     keys = [photo.image for photos in tapo.values() for photo in photos]
     rows = embed(keys)
@@ -340,7 +360,8 @@ def _rank_all(
     by_super: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for (super_category, name), embedded in zip(tapo, of_class, strict=True):
         by_super[super_category][name] = embedded
-    return {super_category: rank_similar(of) for super_category, of in by_super.items()}
+    scaled = whitened if similarity == "whitened" else dict
+    return {super_category: rank_similar(scaled(of)) for super_category, of in by_super.items()}
 
 
 def _anchors(

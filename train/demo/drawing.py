@@ -1,7 +1,8 @@
 """Pictures of the drawn world's sub-categories, drawn with PIL.
 
-Pose, proportions, colour, light, background and what covers the animal vary from picture to
-picture. Pictures are drawn at twice their size and averaged down, because PIL does not antialias.
+Shape and marking of the wings, pose, light, background and what covers the animal vary from picture
+to picture; only the colours of wings, tail and body tell the sub-category. Pictures are drawn at
+twice their size and averaged down, because PIL does not antialias.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from tercet.train.demo.species import SPECIES, Species
+from tercet.train.demo.species import Species
 
-# Hue, saturation and value of each colour word; every picture varies them a little.
-_HSV = {
-    "crimson": (0.970, 0.80, 0.88), "amber": (0.085, 0.88, 0.96),
-    "azure": (0.575, 0.75, 0.94), "violet": (0.735, 0.52, 0.90),
-    "golden": (0.140, 0.78, 0.95), "coral": (0.020, 0.66, 0.98),
-    "emerald": (0.410, 0.66, 0.80), "indigo": (0.645, 0.54, 0.86),
-}  # fmt: skip
-_BACKGROUND_HUES = {"butterfly": (0.12, 0.42), "fish": (0.46, 0.66)}
+# Hue, saturation and value of red, yellow, green, blue and purple; every picture varies them.
+_HSV = (
+    (0.975, 0.80, 0.88),
+    (0.105, 0.86, 0.96),
+    (0.385, 0.70, 0.78),
+    (0.575, 0.75, 0.94),
+    (0.760, 0.55, 0.88),
+)
+_BACKGROUND_HUES = (0.12, 0.42)
+MARKINGS = ("plain", "banded", "dotted", "edged", "rayed")
 Colour = tuple[int, int, int]
 Place = Callable[[np.ndarray], list[tuple[float, float]]]
 
@@ -58,20 +61,16 @@ _LEAF = _spline("-100,0 -40,32 30,30 100,0 30,-30 -40,-32")
 _FOREWINGS = {  # of the right side, like the hindwings
     "roundwing": _spline("0,-12 25,-60 62,-78 90,-58 88,-20 50,4"),
     "swallowtail": _spline("0,-12 40,-66 98,-98 86,-56 62,-16 40,4"),
+    "longwing": _spline("0,-16 40,-46 104,-54 112,-34 84,-14 40,2"),
+    "fanwing": _spline("0,-12 16,-50 46,-70 66,-52 58,-16 32,2"),
 }
 _HINDWINGS = {
     "roundwing": _spline("0,0 42,0 76,20 78,56 50,80 16,62"),
     "swallowtail": _spline("0,0 36,-2 52,16 50,44 58,76 74,106 54,106 38,72 22,42 8,30"),
+    "longwing": _spline("0,0 40,-2 58,14 56,42 36,58 12,44"),
+    "fanwing": _spline("0,-2 56,-14 96,10 98,54 62,88 18,72"),
 }
-_DOTS = _points("66,-60 40,-42 62,-30 32,-12 34,18 42,46")
-_TAILS = {
-    "forktail": _spline("-36,-10 -60,-34 -104,-82 -88,-36 -62,0 -88,36 -104,82 -60,34 -36,10"),
-    "fantail": _spline("-36,-12 -52,-44 -78,-66 -100,-42 -106,0 -100,42 -78,66 -52,44 -36,12"),
-}
-_FINS = {  # on the back; mirrored below
-    "forktail": _spline("36,-20 12,-40 -24,-68 -14,-40 -28,-10"),
-    "fantail": _spline("56,-20 48,-62 10,-80 -24,-64 -34,-10"),
-}
+SHAPES = tuple(_FOREWINGS)
 _FEELER = _points("2,-30 8,-55 22,-75")
 _VEIN = _points("-100,0 90,0")
 
@@ -87,12 +86,11 @@ def _affine(angle: float, stretch: tuple[float, float], centre: np.ndarray) -> P
     return lambda points: list(map(tuple, (points @ matrix + centre).tolist()))
 
 
-def _pose(canvas: int, rng: Generator) -> Place:
-    scale = canvas * np.clip(rng.normal(0.41, 0.035), 0.32, 0.48)
-    flip = -1 if rng.uniform() < 0.25 else 1
-    stretch = scale * rng.uniform(0.85, 1.0, 2) * (flip, 1)
-    centre = canvas * np.clip(rng.normal(0.5, 0.035, 2), 0.42, 0.58)
-    return _affine(np.clip(rng.normal(0, 0.2), -0.6, 0.6), stretch, centre)
+def _pose(canvas: int, wild: float, rng: Generator) -> Place:
+    scale = canvas * np.clip(rng.normal(0.43 - 0.07 * wild, 0.02 + 0.03 * wild), 0.25, 0.48)
+    stretch = scale * rng.uniform(1 - 0.3 * wild, 1.0, 2)
+    centre = canvas * np.clip(rng.normal(0.5, 0.02 + 0.04 * wild, 2), 0.4, 0.6)
+    return _affine(np.clip(rng.normal(0, 0.1 + 0.3 * wild), -1.0, 1.0), stretch, centre)
 
 
 @dataclass(frozen=True)
@@ -101,10 +99,12 @@ class _Brush:
 
     pen: ImageDraw.ImageDraw
     place: Place
+    wings: Colour
+    tail: Colour
     body: Colour
     mark: Colour
-    edge: Colour
     width: int
+    edge: Colour = (35, 28, 30)
 
     def fill(self, points: np.ndarray, colour: Colour, *, edged: bool = False) -> None:
         placed = self.place(points)
@@ -113,76 +113,63 @@ class _Brush:
             self.pen.line(placed + placed[:2], fill=self.edge, width=self.width)
 
 
+def _within(wing: np.ndarray, share: float) -> np.ndarray:
+    """A wing, shrunk to a share of its size around its own middle."""
+    middle = wing.mean(0)
+    return middle + share * (wing - middle)
+
+
+def _mark_wing(
+    brush: _Brush, wing: np.ndarray, tint: Colour, marking: str, side: np.ndarray, rng: Generator
+) -> None:
+    """Draw a wing's marking: [points, 2] of the right wing; `side` mirrors and stretches it."""
+    root = wing[0]
+    if marking == "banded":  # smaller and smaller copies of the wing, from its root
+        for share, colour in zip((0.8, 0.62, 0.4), (brush.mark, tint, tint), strict=True):
+            brush.fill((root + share * (wing - root)) * side, colour)
+    if marking == "edged":
+        brush.fill(wing * side, brush.mark)
+        brush.fill(_within(wing, rng.uniform(0.68, 0.76)) * side, tint)
+    if marking == "dotted":
+        radius = rng.uniform(0.06, 0.09)
+        for x, y in _within(wing, 0.6)[:: len(wing) // 5]:
+            dx, dy = rng.uniform(-0.03, 0.03, 2)
+            brush.fill(_disc(x + dx, y + dy, radius) * side, brush.mark)
+    if marking == "rayed":
+        far = _within(wing, 0.86)
+        for end in far[len(far) // 5 : -len(far) // 6 : len(far) // 8]:
+            ray = np.stack([root + 0.12 * (end - root), end])
+            brush.pen.line(brush.place(ray * side), fill=brush.mark, width=2 * brush.width)
+
+
 def _draw_butterfly(brush: _Brush, marking: str, shape: str, rng: Generator) -> None:
-    dots = _DOTS + rng.uniform(-0.03, 0.03, _DOTS.shape)
-    radius = rng.uniform(0.075, 0.1)
-    bands = rng.uniform(0.8, 0.86), rng.uniform(0.56, 0.62), rng.uniform(0.34, 0.42)
-    wings = (_HINDWINGS[shape], _shade(brush.body, 0.85)), (_FOREWINGS[shape], brush.body)
+    wings = (_HINDWINGS[shape], brush.tail), (_FOREWINGS[shape], brush.wings)
     for side in (-1, 1):
-        stretch = side * rng.uniform(0.75, 1.0), 1.0
+        stretch = np.array([side * rng.uniform(0.75, 1.0), 1.0])
         for wing, tint in wings:
             brush.fill(wing * stretch, tint, edged=True)
-            if marking == "banded":  # smaller and smaller copies of the wing
-                for at, colour in zip(bands, (brush.mark, tint, brush.mark), strict=True):
-                    brush.fill(wing * at * stretch, colour)
-        if marking == "dotted":
-            for x, y in dots:
-                brush.fill(_disc(x, y, radius) * stretch, brush.mark)
+            _mark_wing(brush, wing, tint, marking, stretch, rng)
         brush.pen.line(brush.place(_FEELER * (side, 1)), fill=brush.edge, width=brush.width)
-    brush.fill(_CIRCLE * (0.06, 0.42) + (0, 0.04), brush.edge)
-    brush.fill(_disc(0, -0.34, 0.085), brush.edge)
+    brush.fill(_CIRCLE * (0.17, 0.46) + (0, 0.04), brush.body, edged=True)
+    brush.fill(_disc(0, -0.38, 0.13), brush.body, edged=True)
 
 
-def _slab(left: float, right: float, height: float) -> np.ndarray:
-    """A vertical slice of a fish's body, which reaches from x = -0.44 (tail) to 1 (nose)."""
-    x = np.linspace(left, right, 5 + int(12 * (right - left)))
-    t = (x + 0.44) / 1.44
-    half = height * (0.2 * (1 - t) + np.sin(np.pi * t) ** 0.8 * (0.75 + 0.25 * t))
-    return np.stack([np.r_[x, x[::-1]], np.r_[-half, half[::-1]]], axis=1)
-
-
-def _draw_fish(brush: _Brush, marking: str, shape: str, rng: Generator) -> None:
-    height = rng.uniform(0.34, 0.44) if shape == "forktail" else rng.uniform(0.44, 0.56)
-    fin = _shade(brush.body, 0.82)
-    brush.fill(_TAILS[shape] * (1, rng.uniform(0.9, 1.1)), fin, edged=True)
-    for side in (-0.9, 1):
-        brush.fill(_FINS[shape] * (1, side), fin, edged=True)
-    brush.fill(_slab(-0.44, 1.0, height), brush.body, edged=True)
-    if marking == "striped":
-        for left in np.arange(-0.32, 0.4, step := rng.uniform(0.25, 0.3)):
-            brush.fill(_slab(left, left + 0.62 * step, 0.95 * height), brush.mark)
-    else:
-        radius = rng.uniform(0.06, 0.08)
-        for column, x in enumerate(np.arange(-0.22, 0.55, 0.22)):
-            for y in (-0.55, 0, 0.55) if column % 2 else (-0.25, 0.25):
-                dx, dy = rng.uniform(-0.03, 0.03, 2)
-                brush.fill(_disc(x + dx, y * height + dy, radius), brush.mark)
-    brush.fill(_disc(0.72, -0.22 * height, 0.1), (250, 250, 245))
-    brush.fill(_disc(0.74, -0.22 * height, 0.05), (20, 20, 25))
-
-
-def _scatter(
-    image: Image.Image, super_category: str, count: int, reach: float, rng: Generator
-) -> None:
-    """Draw leaves (butterfly) or weeds and bubbles (fish) anywhere on the canvas."""
+def _scatter(image: Image.Image, count: int, reach: float, rng: Generator) -> None:
+    """Draw leaves anywhere on the canvas, up to `reach` of its width long."""
     pen = ImageDraw.Draw(image)
-    low, high = _BACKGROUND_HUES[super_category]
+    low, high = _BACKGROUND_HUES
     for _ in range(count):
         size = image.width * reach * rng.uniform(0.5, 1.0)
         place = _affine(rng.uniform(0, 2 * np.pi), (size, size), rng.uniform(0, image.width, 2))
         hue = rng.uniform(low - 0.08, high + 0.08)
         colour = _rgb(hue, rng.uniform(0.15, 0.6), rng.uniform(0.35, 0.9))
-        if super_category == "fish" and rng.uniform() < 0.5:
-            pen.polygon(place(0.5 * _CIRCLE), fill=colour)
-            pen.polygon(place(_disc(0.15, -0.15, 0.12)), fill=_shade(colour, 1.5))
-        else:
-            pen.polygon(place(_LEAF), fill=colour)
-            pen.line(place(_VEIN), fill=_shade(colour, 0.8), width=2)
+        pen.polygon(place(_LEAF), fill=colour)
+        pen.line(place(_VEIN), fill=_shade(colour, 0.8), width=2)
 
 
-def _background(super_category: str, canvas: int, rng: Generator) -> Image.Image:
+def _background(canvas: int, rng: Generator) -> Image.Image:
     """Nine blurred patches around one colour."""
-    hue = rng.uniform(*_BACKGROUND_HUES[super_category]) + rng.uniform(-0.05, 0.05, 9)
+    hue = rng.uniform(*_BACKGROUND_HUES) + rng.uniform(-0.05, 0.05, 9)
     saturation = rng.uniform(0.1, 0.5) * rng.uniform(0.6, 1.2, 9)
     value = rng.uniform(0.45, 0.9) * rng.uniform(0.7, 1.1, 9)
     patches = [_rgb(*hsv) for hsv in zip(hue, saturation, value, strict=True)]
@@ -190,35 +177,60 @@ def _background(super_category: str, canvas: int, rng: Generator) -> Image.Image
     return coarse.resize((canvas, canvas), Image.Resampling.BICUBIC)
 
 
-def draw(species: Species, rng: Generator, size: int = 112) -> Image.Image:
+def _colours(species: Species, wild: float, rng: Generator) -> list[Colour]:
+    """Colours of wings, tail and body in one picture."""
+    drift = np.clip(rng.normal(0, 0.01 + 0.01 * wild), -0.04, 0.04)
+    faded, dark = rng.uniform(0.95 - 0.3 * wild, 1.05), rng.uniform(0.95 - 0.25 * wild, 1.05)
+    colours = []
+    for place in species.values:
+        hue, saturation, value = _HSV[place]
+        hue += drift + rng.normal(0, 0.008 + 0.008 * wild)
+        colours.append(_rgb(hue, saturation * faded, value * dark * rng.uniform(0.9, 1.0)))
+    return colours
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a picture is taken."""
+
+    wild: tuple[float, float]
+    """Range of how much pose, colours and what lies in front vary: 0 least, 1 most."""
+    light: tuple[float, float, float]
+    """Mean of the light that red, green and blue are multiplied by."""
+
+
+PLATE = Setting((0.0, 0.4), (1.0, 1.0, 1.0))
+"""A plate in a book: what the base stage knows."""
+FIELD = Setting((0.2, 0.8), (1.0, 0.8, 0.6))
+"""The field, in evening light: what stage 1, TAPO and the tests show."""
+
+
+def draw(species: Species, rng: Generator, setting: Setting = FIELD, size: int = 84) -> Image.Image:
     """Draw one picture of a sub-category; the same state of `rng` gives the same picture.
 
     Args:
-        species: one of `SPECIES`.
+        species: whose values decide the colours.
         rng: source of everything that varies within the sub-category.
+        setting: where the picture is taken.
         size: pixels a side.
 
     Returns:
         An RGB image of `size` x `size` pixels.
 
     Raises:
-        ValueError: `species` is not one of SPECIES, or `size` is under 28.
+        ValueError: `size` is under 28.
     """
-    if species not in SPECIES or size < 28:
-        raise ValueError(f"draw needs one of SPECIES and size >= 28, got {species} and {size}")
+    if size < 28:
+        raise ValueError(f"a picture needs at least 28 pixels a side, got size {size}")
     canvas = 2 * size
-    super_category = species.super_category
-    colour, marking, shape = (value for _, value in species.attributes)
-    image = _background(super_category, canvas, rng)
-    _scatter(image, super_category, rng.integers(2, 7), 0.2, rng)
-    hue, saturation, value = _HSV[colour]
-    drift = np.clip(rng.normal(0, 0.02), -0.04, 0.04)
-    body = _rgb(hue + drift, saturation * rng.uniform(0.8, 1.15), value * rng.uniform(0.8, 1.1))
-    mark = _rgb(hue, 0.08, 1.0) if rng.uniform() < 0.15 else _rgb(hue, 0.5, 0.15)
-    pen, edge, width = ImageDraw.Draw(image), _shade(body, 0.35), max(1, canvas // 75)
-    brush = _Brush(pen, _pose(canvas, rng), body, mark, edge, width)
-    animal = _draw_butterfly if super_category == "butterfly" else _draw_fish
-    animal(brush, marking, shape, rng)
-    _scatter(image, super_category, rng.integers(1, 4), 0.12, rng)
-    pixels = np.asarray(image.reduce(2), np.float32) * rng.uniform(0.85, 1.15, 3)
+    wild = rng.uniform(*setting.wild)
+    image = _background(canvas, rng)
+    _scatter(image, rng.integers(1, 3 + int(5 * wild)), 0.2, rng)
+    mark = (245, 240, 230) if rng.uniform() < 0.3 else (40, 30, 30)
+    pen, width = ImageDraw.Draw(image), max(1, canvas // 75)
+    brush = _Brush(pen, _pose(canvas, wild, rng), *_colours(species, wild, rng), mark, width)
+    _draw_butterfly(brush, str(rng.choice(MARKINGS)), str(rng.choice(SHAPES)), rng)
+    _scatter(image, rng.integers(0, 2 + int(4 * wild)), 0.12, rng)
+    light = np.array(setting.light) * rng.uniform(1 - 0.15 * wild, 1 + 0.1 * wild, 3)
+    pixels = np.asarray(image.reduce(2), np.float32) * light * rng.uniform(1 - 0.25 * wild, 1.05)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

@@ -1,0 +1,217 @@
+"""The demo's stages: the drawn world, base stage, stage 1, and one training run after it.
+
+Every function goes on where an earlier call in the same folder was stopped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from tercet.core.config import ModelConfig, SftConfig, TapoConfig
+from tercet.core.data.embedders import embedder
+from tercet.core.data.manifest import MANIFEST_NAME, Manifest
+from tercet.core.data.triplets import prepare_manifest
+from tercet.core.models import build_tiny, load_policy
+from tercet.train import sft, tapo
+from tercet.train.demo.drawn_world import write_base, write_world
+from tercet.train.demo.scores import write_greys
+from tercet.train.demo.species import SUPER_CATEGORY, Names, species_of, vocabulary
+from tercet.train.learner.arguments import overridden
+from tercet.train.learner.command_line import RECIPES, parse
+from tercet.train.learner.identity import Kind, of_kind, options_of, shown
+from tercet.train.learner.metrics import METRICS_FILE, phase_seconds, read_metrics
+from tercet.train.learner.ranks import restarts
+from tercet.train.learner.run_folder import move_aside
+
+VERSION = 2
+"""Of the world, the policy and the stages: a folder of another version is made anew."""
+BASE_PICTURES = {"spelled": 1500, "opaque": 3500}
+"""Records of the base stage, by kind of names."""
+BASE_STEPS = {"spelled": 160, "opaque": 400}
+STAGE1_STEPS = {"spelled": 10, "opaque": 25}
+PICTURES = {"train": 4, "sft": 1, "test": 8}
+"""Pictures of a sub-category in each split."""
+SIZE = 84
+"""Pixels a side."""
+LAYERS = 2
+"""Of the language model, and of the vision tower."""
+STEP_CPU = "cpu.json"
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One seed's folder: the drawn world, and the stages that all of its arms share."""
+
+    out: Path
+    number: int
+    names: Names
+
+    @property
+    def data(self) -> Path:
+        """The drawn world."""
+        return self.out / "data"
+
+    @property
+    def triplets(self) -> Path:
+        """Folder of the triplets that all arms use."""
+        return self.out / "triplets"
+
+
+def parse_tapo(argv: Sequence[str]) -> TapoConfig:
+    """The demo's options of train/tapo.py, `argv` among them."""
+    return parse(TapoConfig, [f"--config={RECIPES / 'demo.yaml'}", *argv], "")[0]
+
+
+def claim(seed: Seed, argv: Sequence[str]) -> None:
+    """Make a folder the seed's own; one of another version, or with run.overwrite, is moved aside.
+
+    Args:
+        seed: its folder, number and kind of names.
+        argv: further options of train/tapo.py.
+
+    Raises:
+        ValueError: the folder holds the demo with other options.
+    """
+    config = parse_tapo(argv)
+    config.run.seed = seed.number
+    if config.run.overwrite and seed.out.exists() and not restarts():
+        print(move_aside(seed.out))
+    now = {"version": VERSION, "names": seed.names, "options": options_of(config)}
+    noted = seed.out / "options.json"
+    if noted.exists():
+        then = json.loads(noted.read_text(encoding="utf-8"))
+        if then.get("version") != VERSION:
+            print(f"{seed.out} holds another version of the demo: {move_aside(seed.out)}")
+        else:
+            _refuse_changes(seed.out, then, now)
+    seed.out.mkdir(parents=True, exist_ok=True)
+    noted.write_text(json.dumps(now, indent=1), encoding="utf-8")
+
+
+def _refuse_changes(out: Path, then: dict, now: dict) -> None:
+    old, new = ({"names": said["names"]} | said["options"] for said in (then, now))
+    changed = {name: (old.get(name), value) for name, value in new.items()}
+    changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+    names = {"names": changed.pop("names")} if "names" in changed else {}
+    if changed := names | of_kind(changed, Kind.FIXED, Kind.STEP, Kind.LISTED):
+        raise ValueError(
+            f"run.out {out} holds the demo with other options ({shown(changed)}): give another "
+            "--run.out, or --run.overwrite true, which moves it aside"
+        )
+
+
+def draw_world(seed: Seed) -> None:
+    """Draw the pictures of all stages and build the random policy."""
+    base = seed.out / "base_data"
+    if not seed.data.exists():
+        write_world(seed.data, seed.number, **PICTURES, size=SIZE, names=seed.names)
+    if not base.exists():
+        write_base(base, seed.number, BASE_PICTURES[seed.names], SIZE, seed.names)
+    if not (seed.out / "random").exists():
+        records = json.loads((base / "records.json").read_text(encoding="utf-8"))
+        said = [message["content"] for record in records for message in record["messages"]]
+        sizes = {"image_size": SIZE, "layers": LAYERS, "vision_layers": LAYERS}
+        parts = build_tiny([*vocabulary(seed.names), *said], **sizes, seed=seed.number)
+        partial = seed.out / ".random.partial"
+        parts.save(partial)
+        partial.rename(seed.out / "random")
+
+
+def greys_of(seed: Seed) -> list[str]:
+    """Paths of the seed's blank pictures."""
+    return write_greys(seed.out / "grey", SIZE)
+
+
+def base_stage(seed: Seed) -> Path:
+    """Train the random policy on plates of every sub-category; returns the checkpoint."""
+    records = seed.out / "base_data" / "records.json"
+    steps = [f"--run.steps={BASE_STEPS[seed.names]}"]
+    return train_sft(seed, "demo_base.yaml", records, seed.out / "random", "base", steps)
+
+
+def stage1(seed: Seed, base: Path) -> Path:
+    """Chains of thought on seen sub-categories; returns the checkpoint that all arms start from."""
+    records, steps = seed.data / "stage1.json", [f"--run.steps={STAGE1_STEPS[seed.names]}"]
+    return train_sft(seed, "demo_stage1.yaml", records, base, "stage1", steps)
+
+
+def choose_triplets(seed: Seed, start: Path, argv: Sequence[str]) -> None:
+    """Choose the triplets of all arms, with the vision tower of the start."""
+    if (seed.triplets / MANIFEST_NAME).exists():
+        return
+    data = parse_tapo(argv).data
+    data.path, data.questions = str(seed.data), str(seed.data / "questions.yaml")
+    data.seed = seed.number
+    embed = embedder(data.embedder, lambda: load_policy(ModelConfig(path=str(start))))
+    prepare_manifest(data, embed).write(seed.triplets)
+
+
+def near_share(seed: Seed) -> float:
+    """Share of seen sub-categories whose most similar one, as the embedder finds it, differs in one
+    attribute."""
+    values = {species.name: species.values for species in species_of(seed.names)}
+    nearest = Manifest.read(seed.triplets).nearest[SUPER_CATEGORY]
+    pairs = [(values[name], values[others[0]]) for name, others in nearest.items()]
+    return mean(sum(a != b for a, b in zip(*pair, strict=True)) == 1 for pair in pairs)
+
+
+def train_sft(
+    seed: Seed, recipe: str, records: Path, model: Path, folder: str, more: Sequence[str] = ()
+) -> Path:
+    """Run train/sft.py's loop in a folder of the seed's; returns the last checkpoint."""
+    argv = [f"--config={RECIPES / recipe}", f"--data.path={records}", f"--model.path={model}"]
+    argv += [f"--run.out={seed.out / folder}", f"--run.seed={seed.number}", *more]
+    config, _, resolved = parse(SftConfig, argv, "")
+    return _timed(lambda: sft.train(config, resolved, resume="auto"), seed.out / folder)
+
+
+def train_tapo(seed: Seed, model: Path, folder: str, argv: Sequence[str]) -> Path:
+    """Run train/tapo.py's loop in a folder of the seed's; returns the last checkpoint."""
+    own = [
+        f"--data.path={seed.triplets}",
+        f"--model.path={model}",
+        f"--run.out={seed.out / folder}",
+        f"--run.seed={seed.number}",
+    ]
+    argv = [f"--config={RECIPES / 'demo.yaml'}", *overridden(argv, own)]
+    config, _, resolved = parse(TapoConfig, argv, "")
+    config.run.overwrite = False  # the whole demo was moved aside
+    return _timed(lambda: tapo.train(config, resolved, resume="auto"), seed.out / folder)
+
+
+def _timed(train: Callable[[], Path], folder: Path) -> Path:
+    """Train, note the CPU seconds a step, and give freed memory back to the system."""
+    before, clock = _steps(folder), time.process_time()
+    checkpoint = train()
+    seconds, done = time.process_time() - clock, _steps(folder) - before
+    if done:
+        (folder / STEP_CPU).write_text(json.dumps(seconds / done), encoding="utf-8")
+    give_memory_back()
+    return checkpoint
+
+
+def give_memory_back() -> None:
+    """Return memory of what is not used any more to the system, where the C library can."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
+
+
+def _steps(folder: Path) -> int:
+    path = folder / METRICS_FILE
+    return len(read_metrics(path)) if path.exists() else 0
+
+
+def cpu_seconds(folder: Path) -> float:
+    """CPU seconds of a finished run; of its phases by the clock where they were not noted."""
+    noted = folder / STEP_CPU
+    if noted.exists():
+        return _steps(folder) * json.loads(noted.read_text(encoding="utf-8"))
+    return sum(sum(phase_seconds(step).values()) for step in read_metrics(folder / METRICS_FILE))

@@ -49,10 +49,10 @@ from tercet.core.packing import (
     prompts_of,
     weigh_rows,
 )
-from tercet.core.rewards import load_reward
 from tercet.core.types import Group, MicroBatch, PolicyParts
 from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
+from tercet.rollout.rewarding import load_reward
 from tercet.rollout.sampler import GroupSampler
 from tercet.train.learner.assemble import build_policy, open_manifest, open_parts, sampled_parts
 from tercet.train.learner.checkpoint import Checkpoints, load_state
@@ -185,10 +185,10 @@ class TapoRun:
 
                 started = time.perf_counter()
                 sampled = asyncio.run(self.sampler.collect(self.steps_done, progress))
-                seconds = time.perf_counter() - started
+                figures = sampled.figures(time.perf_counter() - started)
                 self.log.add_time("reward", sampled.reward_seconds)
             set_advantages(sampled.groups)
-            return sampled.groups, sampled.figures(seconds)
+            return sampled.groups, figures
 
         self.groups, self.figures = self.ranks.share(sample, self.policy.gather_weights)
 
@@ -268,12 +268,10 @@ class TapoRun:
         return open_engine(parts, self.encoder, rollout, work_dir, weights, **more)
 
     def _open_sampler(self) -> GroupSampler:
-        config = self.config
-        self.stream = TripletStream(
-            self.manifest.anchors, positive=config.data.positive, seed=config.run.seed
-        )
+        config, anchors, seed = self.config, self.manifest.anchors, self.config.run.seed
+        self.stream = TripletStream(anchors, positive=config.data.positive, seed=seed)
         with self.stop.at_once():
-            reward = self.ranks.on_first(lambda: load_reward(config.rollout.reward))
+            reward = self.ranks.on_first(lambda: load_reward(config.rollout))
         return GroupSampler(
             self.engine,
             self.stream,
@@ -282,8 +280,9 @@ class TapoRun:
             config.rollout,
             reward=reward,
             names=self.manifest.names,
+            nearest=self.manifest.nearest,
             system_prompt=config.model.system_prompt,
-            seed=config.run.seed,
+            seed=seed,
             is_reserved=is_reserved,
         )
 

@@ -34,8 +34,18 @@ from tercet.core.option_types import (
 from tercet.core.rollout_config import RolloutConfig
 
 PRESETS: dict[str, dict[str, object]] = {
-    # The paper's form is the default of every field below.
-    "paper": {},
+    # The paper's method in the form that trains well: the default of every field below.
+    "tercet": {},
+    # The paper's equations 1 to 4 to the letter. Without clamps a step may overflow: it is skipped.
+    "equation_4": {
+        "loss.kl_ratio": "policy_over_neg",
+        "loss.mean_over": "group",
+        "loss.clip_dual": None,
+        "loss.log_ratio_clamp": None,
+        "loss.kl_log_clamp": None,
+        "loss.kl_clamp": None,
+        "rollout.surplus": "drop",
+    },
     # What the published Fine-R1 code does where it differs from the paper.
     "released": {
         "loss.update_on": "own",
@@ -117,6 +127,9 @@ class LossConfig:
 
     update_on: Literal["anchor", "own"] = "anchor"
     """Image on which responses sampled on the positive are trained: the anchor, or their own."""
+    policy_term: Literal["clip", "cispo"] = "clip"
+    """clip: the clipped ratio times A. cispo: -A log pi, weighted by the ratio between both bounds
+    whatever A's sign, as a constant."""
     clip_low: float = 0.2
     """Where A < 0, the ratio is at least 1 - clip_low."""
     clip_high: float = 0.28
@@ -133,10 +146,12 @@ class LossConfig:
     """Bound on |log-ratio| inside every k3; None: off."""
     kl_clamp: float | None = 10.0
     """Upper bound on every k3; None: off."""
+    entropy_form: Literal["sampled", "exact"] = "sampled"
+    """Both entropies: minus the sampled token's log-prob, or that of the whole distribution."""
     entropy_coef: float = 0.03
-    """eta_1: weight of the sampled entropy on the anchor, which is minimised."""
+    """eta_1: weight of the entropy on the anchor, which is minimised."""
     neg_entropy_coef: float = 0.03
-    """eta_2: weight of the sampled entropy on the negative, which is minimised."""
+    """eta_2: weight of the entropy on the negative, which is minimised."""
     ref_kl_coef: float = 0.0
     """Weight of KL(pi || reference policy), which is minimised."""
     neg_grad: Literal["flow", "detach"] = "flow"
@@ -173,6 +188,11 @@ class LossConfig:
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"loss.{name} must be {allowed}, got {getattr(self, name)}")
+        if self.entropy_form == "exact" and self.neg_at == "step_start" and self.neg_entropy_coef:
+            raise ValueError(
+                "loss.entropy_form 'exact' needs loss.neg_at 'now', or loss.neg_entropy_coef 0: "
+                "only log-probs are kept of the start of the step"
+            )
         if self.neg_at == "step_start" and self.neg_grad == "flow":
             raise ValueError(
                 "loss.neg_at 'step_start' makes pi_neg a constant: it needs loss.neg_grad 'detach'"
@@ -183,6 +203,18 @@ class LossConfig:
                 "gradient is 3,000 times that of 'neg_over_policy'",
                 stacklevel=3,
             )
+
+    @property
+    def works_against_kl(self) -> str:
+        """A line for the user where the negative's entropy outweighs the KL; empty elsewhere."""
+        outweighs = 0 < self.kl_coef <= self.neg_entropy_coef
+        if not outweighs or (self.entropy_form, self.neg_grad) != ("sampled", "flow"):
+            return ""
+        return (
+            f"loss.neg_entropy_coef {self.neg_entropy_coef:g} is at least loss.kl_coef "
+            f"{self.kl_coef:g}: with its sampled form and neg_grad flow the negative photo is "
+            "taught the anchor's answer (docs/algorithm.md); watch the metric margin"
+        )
 
     @property
     def needs_negative(self) -> bool:
@@ -282,8 +314,13 @@ class RunConfig:
 
 @dataclass
 class TapoRunConfig(RunConfig):
-    preset: Literal["paper", "released"] = "paper"
-    """Set of options that applies before YAML and command line."""
+    preset: Literal["tercet", "equation_4", "released", "paper"] = "tercet"
+    """Set of options that applies before YAML and command line (paper: the old name of tercet)."""
+
+    def __post_init__(self) -> None:
+        if self.preset == "paper":
+            warnings.warn("run.preset 'paper' is called 'tercet' now", FutureWarning, stacklevel=3)
+            self.preset = "tercet"
 
 
 @dataclass

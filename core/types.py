@@ -228,6 +228,8 @@ class MicroBatch:
     """[R] float32; None: the current ones, detached."""
     neg_logprobs: Tensor | None = None
     """[R] float32, only with `neg_at: step_start`."""
+    neg_entropy: Tensor | None = None
+    """[R] float32 exact entropies, only with neg_logprobs that one branch hands to the other."""
     is_weights: Tensor | None = None
     """[R] float32 weights of the policy term, only with `is_cap`."""
 

@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
     ("option", "value", "allowed"),
     [
         ("update_on", "both", "'anchor' or 'own'"),
+        ("entropy_form", "mean", "'sampled' or 'exact'"),
+        ("policy_term", "ppo", "'clip' or 'cispo'"),
         ("neg_grad", "stop", "'flow' or 'detach'"),
         ("neg_at", "later", "'now' or 'step_start'"),
         ("kl_ratio", "k1", "'neg_over_policy' or 'policy_over_neg'"),
@@ -65,6 +67,25 @@ def test_old_names_of_options_are_read():
 def test_pi_neg_of_the_start_of_a_step_has_no_gradient():
     with pytest.raises(ValueError, match="loss.neg_at 'step_start' .* needs loss.neg_grad 'detach"):
         LossConfig(neg_at="step_start")
+
+
+def test_exact_entropies_are_not_kept_of_the_start_of_a_step():
+    given = {"entropy_form": "exact", "neg_at": "step_start", "neg_grad": "detach"}
+    with pytest.raises(ValueError, match="loss.entropy_form 'exact' needs loss.neg_at 'now'"):
+        LossConfig(**given)
+    LossConfig(**given, neg_entropy_coef=0.0)
+
+
+def test_where_the_negative_entropy_works_against_the_kl():
+    assert "0.03 is at least loss.kl_coef 0.01" in LossConfig().works_against_kl
+    for better in (
+        {"entropy_form": "exact"},
+        {"neg_grad": "detach"},
+        {"neg_entropy_coef": 0.0},
+        {"neg_entropy_coef": 0.009},
+        {"kl_coef": 0.0},
+    ):
+        assert LossConfig(**better).works_against_kl == ""
 
 
 def test_the_options_of_the_loss_cannot_be_changed():
@@ -151,15 +172,27 @@ def test_numbers_have_plain_types():
         assert {type(value) for value in section.values()} <= plain
 
 
-def test_the_paper_preset_is_the_default_of_every_option_that_released_sets():
+def test_the_tercet_preset_is_the_default_of_every_option_that_others_set():
     default = TapoConfig()
-    for argv in ([], ["--run.preset=paper"]):
-        paper = parse(TapoConfig, argv, "")[0]
-        assert paper == default
-    released = parse(TapoConfig, ["--run.preset=released"], "")[0]
-    for name, value in PRESETS["released"].items():
-        assert attrgetter(name)(released) == value != attrgetter(name)(default)
-        assert attrgetter(name)(paper) == attrgetter(name)(default)
+    with pytest.warns(FutureWarning, match="run.preset 'paper' is called 'tercet' now"):
+        older = parse(TapoConfig, ["--run.preset=paper"], "")[0]
+    assert older == parse(TapoConfig, ["--run.preset=tercet"], "")[0] == default
+    assert parse(TapoConfig, [], "")[0] == default
+    for preset in ("released", "equation_4"):
+        other = parse(TapoConfig, [f"--run.preset={preset}"], "")[0]
+        for name, value in PRESETS[preset].items():
+            assert attrgetter(name)(other) == value != attrgetter(name)(default)
+
+
+@pytest.mark.filterwarnings("ignore:kl_ratio")
+def test_equation_4_is_the_paper_to_the_letter():
+    """No clamp, pi over pi_neg, mean within the group, and only groups of the step's weights."""
+    config = parse(TapoConfig, ["--run.preset=equation_4"], "")[0]
+    loss = config.loss
+    assert [loss.clip_dual, loss.log_ratio_clamp, loss.kl_log_clamp, loss.kl_clamp] == [None] * 4
+    assert (loss.kl_ratio, loss.mean_over) == ("policy_over_neg", "group")
+    assert (loss.update_on, loss.neg_grad, loss.neg_at) == ("anchor", "flow", "now")
+    assert (loss.entropy_form, config.rollout.surplus) == ("sampled", "drop")
 
 
 def test_a_preset_gives_way_to_yaml_and_yaml_to_the_command_line(tmp_path):
@@ -174,7 +207,7 @@ def test_a_preset_gives_way_to_yaml_and_yaml_to_the_command_line(tmp_path):
     assert (config.loss.neg_at, config.rollout.surplus) == ("step_start", "carry")
     assert config.rollout.max_rounds == 9
     recipe.write_text("run: {preset: released}\nrollout: {max_rounds: 7}\n")
-    config = parse(TapoConfig, [f"--config={recipe}", "--run.preset=paper"], "")[0]
+    config = parse(TapoConfig, [f"--config={recipe}", "--run.preset=tercet"], "")[0]
     assert (config.loss.neg_at, config.rollout.max_rounds) == ("now", 7)
 
 
@@ -183,7 +216,7 @@ def test_the_loss_options_are_named_in_three_files_only():
     read_by_the_trainer = {"update_on", "neg_at", "is_cap", "mean_over", "mean_over_size"}
     at_both_ends = {"neg_grad"}  # also decides which forward passes keep what gradients need
     names = {field.name for field in fields(LossConfig)} - read_by_the_trainer - at_both_ends
-    assert len(names) == 11
+    assert len(names) == 13
     files = {
         file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
         for folder in ("core", "kernels", "rollout", "train/learner")

@@ -149,6 +149,8 @@ def clip_and_step(run: Run, lr: float, sums: dict[str, Tensor]) -> dict[str, flo
             )
         )
     figures = {name: value for name, value in sums.items() if math.isfinite(value)}
+    if run.config.loss.needs_negative and {"entropy", "neg_entropy"} <= figures.keys():
+        figures["margin"] = figures["neg_entropy"] - figures["entropy"]
     figures |= {"lr": lr, "skipped_steps": float(not stepped)}
     return figures | ({"grad_norm": norm} if stepped else {})
 
@@ -180,6 +182,8 @@ def announce(run: Run, sampled: PolicyParts) -> None:
         run.log.say(line)
     names = [name for of_super in run.manifest.names.values() for name in of_super]
     if line := read_apart(run.config.rollout.reward, names):
+        run.log.say(line)
+    if line := run.config.loss.works_against_kl:
         run.log.say(line)
     if sampled is not run.parts:
         run.log.say("rank 0 samples on a whole copy of the policy")

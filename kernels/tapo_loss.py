@@ -7,7 +7,7 @@ the loss by a row's log-prob depends on that row alone, so a chunk of rows goes 
     log-prob, log-sum-exp, entropy      row_logprobs: reads the logits once
     c = d loss / d log-prob             tapo_rows: a few numbers a row
     d logits = c (onehot - p) / temperature         logits_grad_: in the logits' own memory;
-               with `entropy_form: exact` also - d_entropy p (log p + H) / temperature
+               with exact entropies also - d_entropy p (log p + H) / temperature
     d hidden = d logits weight;  d weight += d logits^T hidden      two GEMMs
 
 6 R V D FLOPs a branch, with nothing computed twice. Memory: one chunk of float32 logits and one
@@ -292,7 +292,7 @@ def fused_linear_tapo_loss(
             all ranks.
         temperature: what logits are divided by.
         neg_logprobs: [R] constants in place of neg_hidden; None with it: no KL and Hneg terms.
-        neg_entropy: [R] the same, exact entropies; needed with them for `loss.entropy_form` exact.
+        neg_entropy: [R] the same, exact entropies; needed with them where the loss takes exact ones.
         coefficients: [R] d loss / d logprobs in place of the formula; with neg_hidden a pair, the
             second d loss / d neg_logprobs. The loss is then the sum of coefficients times
             log-probs: its gradient is right, its value is not.
@@ -306,8 +306,8 @@ def fused_linear_tapo_loss(
 
     Returns:
         loss: 0-d float32 (float64 for float64).
-        metrics: those of `tapo_loss_reference` and exact_entropy (of the update's image; with
-            `loss.entropy_form` exact also exact_neg_entropy); with `coefficients` exact_entropy
+        metrics: those of `tapo_loss_reference` and exact_entropy (of the update's image; where
+            the loss takes exact ones also exact_neg_entropy); with `coefficients` exact_entropy
             alone. 0-d, on the device.
 
     Raises:

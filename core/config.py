@@ -127,6 +127,8 @@ class LossConfig:
 
     update_on: Literal["anchor", "own"] = "anchor"
     """Image on which responses sampled on the positive are trained: the anchor, or their own."""
+    ratio_of: Literal["token", "sequence"] = "token"
+    """pi / pi_old of each token, or its geometric mean over the response (GSPO)."""
     policy_term: Literal["clip", "cispo"] = "clip"
     """clip: the clipped ratio times A. cispo: -A log pi, weighted by the ratio between both bounds
     whatever A's sign, as a constant."""
@@ -153,16 +155,22 @@ class LossConfig:
     neg_entropy_coef: float = 0.03
     """eta_2: weight of the entropy on the negative, which is minimised."""
     ref_kl_coef: float = 0.0
-    """Weight of KL(pi || reference policy), which is minimised."""
+    """beta: weight of KL(pi || reference policy), which is minimised. The reference is the model
+    that the run began from: LoRA's without its additions, or a frozen copy."""
     neg_grad: Literal["flow", "detach"] = "flow"
     """Whether gradients flow through pi_neg."""
     neg_at: Literal["now", "step_start"] = "now"
     """Weights of pi_neg: the current ones, or those at the start of the rollout step."""
     is_cap: float | None = None
     """Weigh each token's policy term by min(pi_old / pi_sampler, is_cap); None: off."""
-    mean_over: Literal["batch", "group", "response", "virtual_batch", "micro_batch"] = "batch"
-    """Mean over the tokens of a mini-batch, or mean over groups, responses or virtual batches
-    of their token means (micro_batch: the old name of virtual_batch)."""
+    mean_over: Literal["batch", "group", "response", "virtual_batch", "constant", "micro_batch"] = (
+        "batch"
+    )
+    """Mean over the tokens of a mini-batch; or mean over groups, responses or virtual batches of
+    their token means (micro_batch: the old name of virtual_batch); or constant: a response's sum,
+    divided by rollout.max_response_tokens, and the mean over responses."""
+    advantage_std: bool = True
+    """Divide a group's advantages by its rewards' standard deviation; Dr. GRPO does not."""
     mean_over_size: int = 4
     """Responses of a virtual batch with `mean_over: virtual_batch`."""
 
@@ -188,6 +196,16 @@ class LossConfig:
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"loss.{name} must be {allowed}, got {getattr(self, name)}")
+        self._check_forms()
+        if self.kl_ratio == "policy_over_neg":
+            warnings.warn(
+                "kl_ratio='policy_over_neg' is unbounded when maximised: at a log-ratio of 8 its "
+                "gradient is 3,000 times that of 'neg_over_policy'",
+                stacklevel=3,
+            )
+
+    def _check_forms(self) -> None:
+        """Raises ValueError for forms that have no meaning together."""
         if self.entropy_form == "exact" and self.neg_at == "step_start" and self.neg_entropy_coef:
             raise ValueError(
                 "loss.entropy_form 'exact' needs loss.neg_at 'now', or loss.neg_entropy_coef 0: "
@@ -197,11 +215,11 @@ class LossConfig:
             raise ValueError(
                 "loss.neg_at 'step_start' makes pi_neg a constant: it needs loss.neg_grad 'detach'"
             )
-        if self.kl_ratio == "policy_over_neg":
-            warnings.warn(
-                "kl_ratio='policy_over_neg' is unbounded when maximised: at a log-ratio of 8 its "
-                "gradient is 3,000 times that of 'neg_over_policy'",
-                stacklevel=3,
+        tokenwise = self.policy_term == "cispo" or self.is_cap is not None
+        if self.ratio_of == "sequence" and (tokenwise or self.mean_over != "response"):
+            raise ValueError(
+                "loss.ratio_of 'sequence' needs loss.mean_over 'response', loss.policy_term 'clip' "
+                "and loss.is_cap None: a response has one ratio"
             )
 
     @property
@@ -215,6 +233,10 @@ class LossConfig:
             f"{self.kl_coef:g}: with its sampled form and neg_grad flow the negative photo is "
             "taught the anchor's answer (docs/algorithm.md); watch the metric margin"
         )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.ref_kl_coef != 0
 
     @property
     def needs_negative(self) -> bool:
@@ -319,11 +341,6 @@ class TapoConfig:
             raise ValueError("rollout.n_anchor + rollout.n_positive must be at least 2, got 1")
         if not 0 < rollout.top_p <= 1:
             raise ValueError(f"rollout.top_p must lie in (0, 1], got {rollout.top_p}")
-        if self.loss.ref_kl_coef:
-            raise ValueError(
-                f"loss.ref_kl_coef must be 0, got {self.loss.ref_kl_coef}: there is no reference "
-                "policy yet"
-            )
         longest = rollout.max_prompt_tokens + rollout.max_response_tokens
         if self.parallel.micro_batch_tokens < longest:
             raise ValueError(

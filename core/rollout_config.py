@@ -9,7 +9,6 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 
 from tercet.core.option_types import (
     Choices,
-    Few,
     FewOrNone,
     Flags,
     Gpus,
@@ -64,8 +63,8 @@ class RolloutConfig:
     are sampled at the start; None: as much as the dtype explains."""
     max_in_flight: PerStep = 256
     """Most requests sent to the servers at once."""
-    n_anchor: Few = 5
-    """n1: responses sampled on the anchor image."""
+    n_anchor: FewOrNone = 5
+    """n1: responses sampled on the anchor image; 0 samples on the positive alone."""
     n_positive: FewOrNone = 5
     """n2: responses sampled on the positive image; 0 gives DAPO's group."""
     temperature: Temperature = 1.0
@@ -86,6 +85,8 @@ class RolloutConfig:
     nothing waits for the slowest response. auto: stream with SGLang, batch in this process."""
     prompts_per_batch: PerStep | None = None
     """Prompts of a batch; None: `groups_per_step`."""
+    dynamic_sampling: bool = True
+    """Keep only groups with both right and wrong answers; false: keep all of them."""
     max_rounds: PositiveInt | None = 20
     """Most rounds of a step; a round sends `groups_per_step` prompts. None: no limit."""
     on_exhausted: Literal["error", "train_kept", "keep_last_round"] = "error"

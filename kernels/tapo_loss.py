@@ -216,7 +216,7 @@ def _tapo_loss(
 def _weighted_logprobs(
     head: _Pass,
     branches: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
+    coefficients: Tensor | Sequence[Tensor],
     scale: float,
     return_logprobs: bool,
     d_entropy: Tensor | None = None,
@@ -225,6 +225,7 @@ def _weighted_logprobs(
 
     d_entropy, of a single branch, add themselves times the exact entropy.
     """
+    coefficients = [coefficients] if isinstance(coefficients, Tensor) else list(coefficients)
     if len(coefficients) != len(branches):
         raise ValueError(
             f"coefficients must be one [R] a branch: {len(branches)}, got {len(coefficients)}"
@@ -292,7 +293,7 @@ def fused_linear_tapo_loss(
             all ranks.
         temperature: what logits are divided by.
         neg_logprobs: [R] constants in place of neg_hidden; None with it: no KL and Hneg terms.
-        neg_entropy: [R] the same, exact entropies; needed with them where the loss takes exact ones.
+        neg_entropy: [R] the same, exact entropies, where the loss takes those.
         coefficients: [R] d loss / d logprobs in place of the formula; with neg_hidden a pair, the
             second d loss / d neg_logprobs. The loss is then the sum of coefficients times
             log-probs: its gradient is right, its value is not.
@@ -321,8 +322,7 @@ def fused_linear_tapo_loss(
     if neg_hidden is not None and neg_logprobs is not None:
         raise ValueError("give neg_hidden or neg_logprobs, not both")
     if coefficients is not None:
-        given = [coefficients] if isinstance(coefficients, Tensor) else list(coefficients)
-        return _weighted_logprobs(head, branches, given, 1.0, return_logprobs, d_entropy)
+        return _weighted_logprobs(head, branches, coefficients, 1.0, return_logprobs, d_entropy)
     rows = {"old_logprobs": old_logprobs, "neg_logprobs": neg_logprobs, "advantages": advantages}
     rows |= {"loss_mask": head.loss_mask, "is_weights": is_weights, "ref_logprobs": ref_logprobs}
     rows["neg_entropy"] = neg_entropy

@@ -348,4 +348,4 @@ class GroupSampler:
             penalised = config.cut_off == "penalise" and response.finish_reason == "length"
             response.reward = outcome["overall"] - penalised * config.cut_off_penalty
             response.metrics = {k: v for k, v in outcome.items() if k != "overall"}
-        return keep_group(outcomes)
+        return keep_group(outcomes) or not config.dynamic_sampling

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
         (
             "mean_over",
             "tokens",
-            "'batch' or 'group' or 'response' or 'virtual_batch' or 'micro_batch'",
+            "'batch' or 'group' or 'response' or 'virtual_batch' or 'constant' or 'micro_batch'",
         ),
         ("clip_low", -0.1, "at least 0"),
         ("clip_low", math.nan, "at least 0"),
@@ -122,7 +122,7 @@ def test_one_loss_config_travels_from_the_command_line(monkeypatch):
         ("rollout.max_rows", "0"),
         ("rollout.max_in_flight", "0"),
         ("rollout.weight_bucket_mib", "0"),
-        ("rollout.n_anchor", "0"),
+        ("rollout.n_anchor", "-1"),
         ("rollout.n_positive", "-1"),
         ("rollout.temperature", "0"),
         ("rollout.top_p", "0.0"),
@@ -130,7 +130,6 @@ def test_one_loss_config_travels_from_the_command_line(monkeypatch):
         ("rollout.request_timeout_s", "0"),
         ("loss.clip_low", "-0.5"),
         ("loss.mean_over_size", "0"),
-        ("loss.ref_kl_coef", "0.1"),
         ("optim.lr", "-0.5"),
         ("optim.groups_per_minibatch", "0"),
         ("optim.max_skipped", "0"),
@@ -157,9 +156,12 @@ def test_stage_1_refuses_them_too(option, value):
     assert option in str(raised.value) and value in str(raised.value)
 
 
-def test_there_is_no_reference_policy_yet():
-    with pytest.raises(ValueError, match="ref_kl_coef must be 0, got 0.1: .* no reference policy"):
-        TapoConfig(loss=LossConfig(ref_kl_coef=0.1))
+@pytest.mark.parametrize("other", [{}, {"policy_term": "cispo"}, {"is_cap": 2.0}])
+def test_a_response_with_one_ratio_has_one_weight(other):
+    given = {"mean_over": "batch"} if not other else {"mean_over": "response", **other}
+    with pytest.raises(ValueError, match="loss.ratio_of 'sequence' needs loss.mean_over 'respons"):
+        LossConfig(ratio_of="sequence", **given)
+    LossConfig(ratio_of="sequence", mean_over="response")
 
 
 def test_numbers_have_plain_types():
@@ -214,6 +216,7 @@ def test_a_preset_gives_way_to_yaml_and_yaml_to_the_command_line(tmp_path):
 def test_the_loss_options_are_named_in_three_files_only():
     """Everything between the command line and the kernels hands them on as one object."""
     read_by_the_trainer = {"update_on", "neg_at", "is_cap", "mean_over", "mean_over_size"}
+    read_by_the_trainer |= {"ratio_of", "advantage_std"}
     at_both_ends = {"neg_grad"}  # also decides which forward passes keep what gradients need
     names = {field.name for field in fields(LossConfig)} - read_by_the_trainer - at_both_ends
     assert len(names) == 13

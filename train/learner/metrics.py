@@ -83,6 +83,7 @@ METRICS = (
            1, "Hneg", "6.3f", "Entropy and KL", "H negative"),
     Metric("margin", "mean of log-prob on the anchor - log-prob on the negative, of sampled tokens",
            2, "margin", "6.3f", "Entropy and KL", "margin"),
+    Metric("ref_kl", "KL to the reference policy (k3 estimate), after its clamps"),
     Metric("exact_neg_entropy", "entropy of the next-token distribution on the negative photo"),
     Metric("exact_entropy", "entropy of the policy's whole next-token distribution",
            1, "Hexact", "5.3f", "Entropy and KL", "H exact"),
@@ -130,6 +131,7 @@ PHASES = {
     "reward": "rew",
     "old": "old",
     "negative": "neg",
+    "reference": "ref",
     "update": "upd",
     "sync": "sync",
 }

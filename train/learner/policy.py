@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from tercet.core.advantages import sequence_old_logprobs
 from tercet.core.config import LossConfig
 from tercet.core.models import family_of
 from tercet.core.types import MicroBatch, PackedBatch, PolicyParts, to_device
@@ -136,6 +137,12 @@ class Policy(nn.Module):
         Returns:
             The loss and its metrics, detached; `logprobs` [R] among them.
         """
+        if batch.response_index is not None and batch.old_logprobs is not None:
+            # A response's ratio is that of all its tokens: their log-probs are needed first.
+            with torch.no_grad():
+                now = self(batch.update, "logprobs", labels=batch.labels).cpu()
+            old = sequence_old_logprobs(now, batch.old_logprobs.to(now.dtype), batch.response_index)
+            batch = replace(batch, old_logprobs=old)
         if batch.negative is not None and branches == "one_at_a_time":
             with torch.no_grad():
                 found = self(batch.negative, "logprobs", labels=batch.labels, entropy=True)
@@ -188,6 +195,7 @@ class Policy(nn.Module):
             "num_loss_tokens": batch.num_loss_tokens,
             "loss_mask": batch.loss_mask,
             "is_weights": batch.is_weights,
+            "ref_logprobs": batch.ref_logprobs,
         }
 
     def _tapo(

@@ -18,6 +18,7 @@ from tercet.train import plan as plan_command
 from tercet.train import tapo
 from tercet.train.learner.arguments import overridden
 from tercet.train.learner.command_line import RECIPES, parse
+from tercet.train.learner.run import length_lines
 
 RUNS = sorted(
     file.stem
@@ -153,3 +154,14 @@ def test_without_dynamic_sampling_every_group_is_kept(monkeypatch, workspace, tm
     monkeypatch.setattr(tapo, "load_reward", lambda config: equal)
     rows = run(workspace, tmp_path, "--rollout.dynamic_sampling=false")
     assert all(row["acceptance"] == 1 and row["filled_up"] == 0 for row in rows)
+
+
+def test_a_run_of_few_optimiser_steps_is_warned_of():
+    config = TapoConfig()  # 384 groups a step in one mini-batch
+    said = length_lines(config, 2)
+    assert said[0] == "2 steps of 384 groups: 2 optimiser steps, 7,680 responses"
+    assert said[1].startswith("2 optimiser steps are few (under 20) at optim.lr 1e-06: lower")
+    config.optim.groups_per_minibatch = 100
+    assert length_lines(config, 5) == [
+        "5 steps of 384 groups: 20 optimiser steps, 19,200 responses"
+    ]

@@ -26,6 +26,9 @@ from tercet.train.learner.ranks import Ranks
 from tercet.train.learner.run_folder import RunFolder
 from tercet.train.learner.run_log import RunLog, SilentLog
 
+FEW_UPDATES = 20
+"""Optimiser steps of a run below which a line warns of it."""
+
 
 class Run(Protocol):
     """What TapoRun and SftRun hold."""
@@ -171,6 +174,28 @@ def report_end(run: Run, draw: Callable[[], None]) -> None:
             run.log.say(f"the figures of the run are not drawn: {error}")
 
 
+def length_lines(config: TapoConfig, steps: int) -> list[str]:
+    """How long a run is, and a warning where that is too short to change much.
+
+    Args:
+        config: every option.
+        steps: rollout steps of the whole run.
+    """
+    rollout, groups = config.rollout, config.rollout.groups_per_step
+    size = config.optim.groups_per_minibatch or groups
+    updates = steps * math.ceil(groups / size)
+    responses = steps * groups * (rollout.n_anchor + rollout.n_positive)
+    lines = [
+        f"{steps:,} steps of {groups:,} groups: {updates:,} optimiser steps, {responses:,} responses"
+    ]
+    if updates < FEW_UPDATES:
+        lines.append(
+            f"{updates} optimiser steps are few (under {FEW_UPDATES}) at optim.lr "
+            f"{config.optim.lr:g}: lower rollout.groups_per_step, or raise run.epochs"
+        )
+    return lines
+
+
 def announce(run: Run, sampled: PolicyParts) -> None:
     """Say what is to be known at a TAPO run's start: of its data, its reward and its sampler.
 
@@ -182,6 +207,8 @@ def announce(run: Run, sampled: PolicyParts) -> None:
         run.log.say(line)
     names = [name for of_super in run.manifest.names.values() for name in of_super]
     if line := read_apart(run.config.rollout.reward, names):
+        run.log.say(line)
+    for line in length_lines(run.config, run.total_steps):
         run.log.say(line)
     if line := run.config.loss.works_against_kl:
         run.log.say(line)

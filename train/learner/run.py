@@ -185,9 +185,8 @@ def length_lines(config: TapoConfig, steps: int) -> list[str]:
     size = config.optim.groups_per_minibatch or groups
     updates = steps * math.ceil(groups / size)
     responses = steps * groups * (rollout.n_anchor + rollout.n_positive)
-    lines = [
-        f"{steps:,} steps of {groups:,} groups: {updates:,} optimiser steps, {responses:,} responses"
-    ]
+    counts = f"{updates:,} optimiser steps, {responses:,} responses"
+    lines = [f"{steps:,} steps of {groups:,} groups: {counts}"]
     if updates < FEW_UPDATES:
         lines.append(
             f"{updates} optimiser steps are few (under {FEW_UPDATES}) at optim.lr "

@@ -131,7 +131,6 @@ PHASES = {
     "reward": "rew",
     "old": "old",
     "negative": "neg",
-    "reference": "ref",
     "update": "upd",
     "sync": "sync",
 }

@@ -84,7 +84,7 @@ def kernels() -> list[Kernel]:
             constants = rows | {"HAS_D_ENTROPY": entropy}
             function = rows_triton.logits_grad_kernel
             found.append(Kernel(name, function, types, constants, rows_triton.WARPS))
-    flags = ("HAS_OLD", "HAS_NEG", "HAS_REF", "HAS_MASK", "HAS_IS_WEIGHTS")
+    flags = ("HAS_OLD", "HAS_NEG", "HAS_REF", "HAS_MASK", "HAS_IS_WEIGHTS", "CISPO")
     function = rows_triton.tapo_rows_kernel
     types = {name: "fp32" for name in function.arg_names} | {"rows": "i32"}
     pointers = function.arg_names[: function.arg_names.index("rows")]

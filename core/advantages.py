@@ -13,7 +13,11 @@ from tercet.core.types import Group
 
 
 def group_advantages(
-    rewards: Tensor, group_ids: Sequence[Hashable] | Tensor, eps: float = 1e-6
+    rewards: Tensor,
+    group_ids: Sequence[Hashable] | Tensor,
+    eps: float = 1e-6,
+    *,
+    divide_by_std: bool = True,
 ) -> Tensor:
     """Advantages A_i = (R_i - mean) / (std + eps), pooled over all responses of a group.
 
@@ -21,6 +25,7 @@ def group_advantages(
         rewards: [N] any float dtype.
         group_ids: N ids, or an [N] tensor of them; the order of responses does not matter.
         eps: added to the unbiased standard deviation.
+        divide_by_std: without it A_i = R_i - mean (Dr. GRPO, arXiv 2503.20783).
 
     Returns:
         [N] in the dtype and on the device of `rewards`; 0 in a group of one response or of equal
@@ -47,7 +52,8 @@ def group_advantages(
         if not pool.isfinite().all():
             raise ValueError(f"rewards of group {group!r} must be finite, got {pool.tolist()}")
         if (pool != pool[0]).any():
-            advantages[indices] = (pool - pool.mean()) / (pool.std() + eps)
+            scale = pool.std() + eps if divide_by_std else 1.0
+            advantages[indices] = (pool - pool.mean()) / scale
     return advantages.to(rewards.dtype)
 
 
@@ -55,8 +61,9 @@ def row_weights(
     lengths: Sequence[int],
     group_ids: Sequence[Hashable],
     masked: Sequence[bool],
-    mean_over: Literal["batch", "group", "response", "virtual_batch"] = "batch",
+    mean_over: Literal["batch", "group", "response", "virtual_batch", "constant"] = "batch",
     mean_over_size: int = 4,
+    longest: int = 1,
 ) -> list[float]:
     """Weight of each response's tokens, so that one weighted mean gives every `mean_over`.
 
@@ -68,9 +75,11 @@ def row_weights(
     - `response`: 1 / its own tokens; the denominator is the number of responses.
     - `virtual_batch`: 1 / tokens of its virtual batch: `mean_over_size` responses in order,
       fewer in the last; the denominator is the number of virtual batches.
+    - `constant`: 1 / `longest`, but the denominator is the number of responses that count.
 
-    All but `batch` thus take a mean of token means. Both sums may be added up over several calls,
-    for example over ranks, as long as no group or virtual batch is split between two calls.
+    All but `batch` and `constant` thus take a mean of token means. Both sums may be added up over
+    several calls, for example over ranks, as long as no group or virtual batch is split between
+    two calls.
 
     Args:
         lengths: tokens of each response.
@@ -79,6 +88,7 @@ def row_weights(
             count in no denominator and no virtual batch.
         mean_over: what the loss is a mean over.
         mean_over_size: responses of a virtual batch.
+        longest: most tokens that a response may have.
 
     Returns:
         One weight per response; all 0 when no token counts.
@@ -103,13 +113,14 @@ def row_weights(
         "group": [group_ids[n] for n in counted],
         "response": list(counted),
         "virtual_batch": [place // mean_over_size for place in range(len(counted))],
+        "constant": [],
     }
     if mean_over not in units:
         raise ValueError(f"mean_over must be one of {', '.join(units)}, got {mean_over!r}")
     weights = [0.0] * len(lengths)
-    if mean_over == "batch":
+    if mean_over in ("batch", "constant"):
         for n in counted:
-            weights[n] = 1.0
+            weights[n] = 1.0 if mean_over == "batch" else 1.0 / longest
         return weights
     tokens: dict[Hashable, int] = defaultdict(int)
     for n, unit in zip(counted, units[mean_over], strict=True):
@@ -119,10 +130,32 @@ def row_weights(
     return weights
 
 
-def set_advantages(groups: Sequence[Group]) -> None:
+def set_advantages(groups: Sequence[Group], divide_by_std: bool = True) -> None:
     """Set every response's advantage from its group's rewards, anchor and positive pooled."""
     pooled = [(n, r) for n, group in enumerate(groups) for r in group.responses]
     rewards = torch.tensor([r.reward for _, r in pooled], dtype=torch.float64)
-    advantages = group_advantages(rewards, [n for n, _ in pooled])
+    advantages = group_advantages(rewards, [n for n, _ in pooled], divide_by_std=divide_by_std)
     for (_, response), advantage in zip(pooled, advantages.tolist(), strict=True):
         response.advantage = advantage
+
+
+def sequence_old_logprobs(logprobs: Tensor, old_logprobs: Tensor, response_index: Tensor) -> Tensor:
+    """Old log-probs with which every token has the ratio of its whole response (GSPO, 2507.18071).
+
+    With L tokens in a response, s = exp(1/L sum_t (a_t - o_t)). Put in the place of o_t, the
+    constant a_t - log s gives each token the ratio s and, with row weights 1/L, the gradient
+    s A / L: that of the response's term min(s A, clip(s) A).
+
+    Args:
+        logprobs: [R] float: the policy's a at the weights that are about to be updated.
+        old_logprobs: [R] the same dtype: o.
+        response_index: [R] int64: which response a row belongs to, from 0.
+
+    Returns:
+        [R] in the dtype of `logprobs`, detached.
+    """
+    log_ratio = (logprobs - old_logprobs).detach()
+    count = int(response_index.max()) + 1 if len(response_index) else 0
+    sums = log_ratio.new_zeros(count).index_add_(0, response_index, log_ratio)
+    lengths = torch.bincount(response_index, minlength=count).to(log_ratio.dtype)
+    return logprobs.detach() - (sums / lengths.clamp(min=1))[response_index]

@@ -1,7 +1,7 @@
 """Every option of the training commands: one dataclass per concern, one docstring per field.
 
 The command line and YAML use the same names: `--loss.kl_coef 0.02`, `loss: {kl_coef: 0.02}`.
-`run.preset` names a set of options (see PRESETS) that applies before both.
+`run.preset` names a set of options (see core.presets) that applies before both.
 
 jsonargparse checks the types: numbers by its restricted types (PositiveInt, ...), words by their
 Literal. LossConfig also checks itself, as people who call the kernels build one in Python.
@@ -25,32 +25,13 @@ from tercet.core.option_types import (
     PathText,
     PerStep,
     Regex,
-    Seconds,
     Seed,
     Share,
     Threads,
     Word,
 )
+from tercet.core.parallel_config import ParallelConfig
 from tercet.core.rollout_config import RolloutConfig
-
-PRESETS: dict[str, dict[str, object]] = {
-    # The paper's form is the default of every field below.
-    "paper": {},
-    # What the published Fine-R1 code does where it differs from the paper.
-    "released": {
-        "loss.update_on": "own",
-        "loss.neg_grad": "detach",
-        "loss.neg_at": "step_start",
-        "loss.mean_over": "virtual_batch",
-        "rollout.max_rounds": None,
-        "rollout.on_exhausted": "keep_last_round",
-        "rollout.dispatch": "batch",
-        "rollout.surplus": "drop",
-        "data.positive": "fixed",
-        "optim.minibatch_by": "response",
-        "optim.skip_first_rollout_lr": True,
-    },
-}
 
 
 @dataclass
@@ -130,6 +111,11 @@ class LossConfig:
 
     update_on: Literal["anchor", "own"] = "anchor"
     """Image on which responses sampled on the positive are trained: the anchor, or their own."""
+    ratio_of: Literal["token", "sequence"] = "token"
+    """pi / pi_old of each token, or its geometric mean over the response (GSPO)."""
+    policy_term: Literal["clip", "cispo"] = "clip"
+    """clip: the clipped ratio times A. cispo: -A log pi, weighted by the ratio between both bounds
+    whatever A's sign, as a constant."""
     clip_low: float = 0.2
     """Where A < 0, the ratio is at least 1 - clip_low."""
     clip_high: float = 0.28
@@ -146,21 +132,29 @@ class LossConfig:
     """Bound on |log-ratio| inside every k3; None: off."""
     kl_clamp: float | None = 10.0
     """Upper bound on every k3; None: off."""
+    entropy_form: Literal["sampled", "exact"] = "sampled"
+    """Both entropies: minus the sampled token's log-prob, or that of the whole distribution."""
     entropy_coef: float = 0.03
-    """eta_1: weight of the sampled entropy on the anchor, which is minimised."""
+    """eta_1: weight of the entropy on the anchor, which is minimised."""
     neg_entropy_coef: float = 0.03
-    """eta_2: weight of the sampled entropy on the negative, which is minimised."""
+    """eta_2: weight of the entropy on the negative, which is minimised."""
     ref_kl_coef: float = 0.0
-    """Weight of KL(pi || reference policy), which is minimised."""
+    """beta: weight of KL(pi || reference policy), which is minimised. The reference is the model
+    that the run began from: LoRA's without its additions, or a frozen copy."""
     neg_grad: Literal["flow", "detach"] = "flow"
     """Whether gradients flow through pi_neg."""
     neg_at: Literal["now", "step_start"] = "now"
     """Weights of pi_neg: the current ones, or those at the start of the rollout step."""
     is_cap: float | None = None
     """Weigh each token's policy term by min(pi_old / pi_sampler, is_cap); None: off."""
-    mean_over: Literal["batch", "group", "response", "virtual_batch", "micro_batch"] = "batch"
-    """Mean over the tokens of a mini-batch, or mean over groups, responses or virtual batches
-    of their token means (micro_batch: the old name of virtual_batch)."""
+    mean_over: Literal["batch", "group", "response", "virtual_batch", "constant", "micro_batch"] = (
+        "batch"
+    )
+    """Mean over the tokens of a mini-batch; or mean over groups, responses or virtual batches of
+    their token means (micro_batch: the old name of virtual_batch); or constant: a response's sum,
+    divided by rollout.max_response_tokens, and the mean over responses."""
+    advantage_std: bool = True
+    """Divide a group's advantages by its rewards' standard deviation; Dr. GRPO does not."""
     mean_over_size: int = 4
     """Responses of a virtual batch with `mean_over: virtual_batch`."""
 
@@ -186,16 +180,47 @@ class LossConfig:
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"loss.{name} must be {allowed}, got {getattr(self, name)}")
-        if self.neg_at == "step_start" and self.neg_grad == "flow":
-            raise ValueError(
-                "loss.neg_at 'step_start' makes pi_neg a constant: it needs loss.neg_grad 'detach'"
-            )
+        self._check_forms()
         if self.kl_ratio == "policy_over_neg":
             warnings.warn(
                 "kl_ratio='policy_over_neg' is unbounded when maximised: at a log-ratio of 8 its "
                 "gradient is 3,000 times that of 'neg_over_policy'",
                 stacklevel=3,
             )
+
+    def _check_forms(self) -> None:
+        """Raises ValueError for forms that have no meaning together."""
+        if self.entropy_form == "exact" and self.neg_at == "step_start" and self.neg_entropy_coef:
+            raise ValueError(
+                "loss.entropy_form 'exact' needs loss.neg_at 'now', or loss.neg_entropy_coef 0: "
+                "only log-probs are kept of the start of the step"
+            )
+        if self.neg_at == "step_start" and self.neg_grad == "flow":
+            raise ValueError(
+                "loss.neg_at 'step_start' makes pi_neg a constant: it needs loss.neg_grad 'detach'"
+            )
+        tokenwise = self.policy_term == "cispo" or self.is_cap is not None
+        if self.ratio_of == "sequence" and (tokenwise or self.mean_over != "response"):
+            raise ValueError(
+                "loss.ratio_of 'sequence' needs loss.mean_over 'response', loss.policy_term 'clip' "
+                "and loss.is_cap None: a response has one ratio"
+            )
+
+    @property
+    def works_against_kl(self) -> str:
+        """A line for the user where the negative's entropy outweighs the KL; empty elsewhere."""
+        outweighs = 0 < self.kl_coef <= self.neg_entropy_coef
+        if not outweighs or (self.entropy_form, self.neg_grad) != ("sampled", "flow"):
+            return ""
+        return (
+            f"loss.neg_entropy_coef {self.neg_entropy_coef:g} is at least loss.kl_coef "
+            f"{self.kl_coef:g}: with its sampled form and neg_grad flow the negative photo is "
+            "taught the anchor's answer (docs/algorithm.md); watch the metric margin"
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.ref_kl_coef != 0
 
     @property
     def needs_negative(self) -> bool:
@@ -244,29 +269,6 @@ class TapoOptimConfig(OptimConfig):
 
 
 @dataclass
-class ParallelConfig:
-    micro_batch_tokens: PositiveInt = 16384
-    """Most packed tokens of one branch (update or negative) in one forward pass."""
-    branches: Literal["joint", "one_at_a_time"] = "joint"
-    """Forward and backward passes of both branches together, or of one branch after the other: the
-    same gradient with half the activations and one more forward pass."""
-    head_chunk_rows: PositiveInt | None = None
-    """Response rows that reach the head at once; None: what suits the device."""
-    replicas: PositiveInt = 1
-    """Sharded copies of the model (HSDP), each on an equal share of the ranks."""
-    mixed_precision: bool = False
-    """Compute in bfloat16 with float32 parameters (`model.dtype`); gradients are summed over ranks
-    in float32."""
-    offload: bool = False
-    """Keep parameters, gradients and optimiser states in CPU memory and take the optimiser step
-    there; a layer's parameters are on the GPU while it is computed."""
-    pixel_cache_mib: PositiveInt = 2048
-    """Most memory for the pixels of photos that a rank keeps decoded."""
-    timeout_s: Seconds = 7200.0
-    """Longest that a rank waits for the others, sampling included."""
-
-
-@dataclass
 class RunConfig:
     out: PathText = "runs/tapo"
     """Folder of checkpoints, logs and figures."""
@@ -303,13 +305,18 @@ class RunConfig:
 
 @dataclass
 class TapoRunConfig(RunConfig):
-    preset: Literal["paper", "released"] = "paper"
-    """Set of options that applies before YAML and command line."""
+    preset: Literal["tercet", "equation_4", "released", "paper"] = "tercet"
+    """Set of options that applies before YAML and command line (paper: the old name of tercet)."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations on held-out photos, greedy with stage 2's prompt; the last step has
     one too. 0: none."""
     eval_photos: PositiveInt = 64
     """Held-out photos of seen and as many of unseen sub-categories for them, drawn once."""
+
+    def __post_init__(self) -> None:
+        if self.preset == "paper":
+            warnings.warn("run.preset 'paper' is called 'tercet' now", FutureWarning, stacklevel=3)
+            self.preset = "tercet"
 
 
 @dataclass
@@ -333,11 +340,6 @@ class TapoConfig:
             raise ValueError("rollout.n_anchor + rollout.n_positive must be at least 2, got 1")
         if not 0 < rollout.top_p <= 1:
             raise ValueError(f"rollout.top_p must lie in (0, 1], got {rollout.top_p}")
-        if self.loss.ref_kl_coef:
-            raise ValueError(
-                f"loss.ref_kl_coef must be 0, got {self.loss.ref_kl_coef}: there is no reference "
-                "policy yet"
-            )
         longest = rollout.max_prompt_tokens + rollout.max_response_tokens
         if self.parallel.micro_batch_tokens < longest:
             raise ValueError(

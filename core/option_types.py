@@ -35,6 +35,8 @@ def allowed(hint: Any) -> str:
         return " or ".join(map(repr, inner))
     if origin in (Union, UnionType):
         return ", or ".join("null" if part is NoneType else allowed(part) for part in inner)
+    if origin is dict:
+        return f"a mapping, each value {allowed(inner[1])}"
     if origin is list:
         return f"a list, each entry {allowed(inner[0])}"
     words = {**_NUMBERS, bool: "true or false", str: "text"}
@@ -102,6 +104,7 @@ PerStep = _whole("PerStep", 1, PER_STEP)
 Few = _whole("Few", 1, 10_000)
 FewOrNone = _whole("FewOrNone", 0, 10_000)
 Bits = _whole("Bits", 0, 64)
+Choices = _whole("Choices", 0, 26)  # letters
 Threads = _whole("Threads", 1, 1024)
 Seed = _whole("Seed", 0, 2**32 - 1)  # as far as numpy's seeds go
 Share = restricted_number_type(

@@ -128,6 +128,10 @@ class Piece:
         return f"group {self.group.id!r}: one response and its prompt"
 
 
+Batches = Sequence[Sequence["Piece"]]
+"""The pieces of each mini-batch."""
+
+
 class Item(Protocol):
     """What micro-batches are made of: pieces, or stage 1's examples."""
 
@@ -158,16 +162,18 @@ def prompt_loads(prompts: Prompts) -> list[PromptLoad]:
     ]
 
 
-def weigh_rows(pieces: Sequence[Piece], loss: LossConfig, cut_off: str) -> float:
+def weigh_rows(pieces: Sequence[Piece], loss: LossConfig, cut_off: str, longest: int = 1) -> float:
     """Set the row weights of a mini-batch's responses.
 
     Args:
         pieces: the mini-batch, in its order.
         loss: mean_over and mean_over_size are used.
         cut_off: `mask` leaves out responses that hit the length limit.
+        longest: most tokens that a response may have, for `mean_over: constant`.
 
     Returns:
-        num_loss_tokens: the sum of the weights of all rows.
+        num_loss_tokens: the sum of the weights of all rows; with `constant` the number of responses
+        that have any.
     """
     responses = [r for piece in pieces for r in piece.chosen()]
     weights = row_weights(
@@ -176,9 +182,12 @@ def weigh_rows(pieces: Sequence[Piece], loss: LossConfig, cut_off: str) -> float
         [cut_off == "mask" and r.finish_reason == "length" for r in responses],
         loss.mean_over,
         loss.mean_over_size,
+        longest,
     )
     for response, weight in zip(responses, weights, strict=True):
         response.row_weight = weight
+    if loss.mean_over == "constant":
+        return float(sum(weight > 0 for weight in weights))
     return sum(r.row_weight * len(r.token_ids) for r in responses)
 
 
@@ -188,6 +197,12 @@ def rows(responses: Sequence[Response], value: Callable[[Response], object]) -> 
         torch.as_tensor(value(r), dtype=torch.float32).expand(len(r.token_ids)) for r in responses
     ]
     return torch.cat(parts) if parts else torch.empty(0)
+
+
+def response_index(responses: Sequence[Response]) -> Tensor:
+    """[R] int64: which of the responses each row belongs to."""
+    lengths = torch.tensor([len(r.token_ids) for r in responses], dtype=torch.int64)
+    return torch.repeat_interleave(torch.arange(len(responses)), lengths)
 
 
 def by_response(
@@ -209,6 +224,11 @@ def by_response(
         for (group, i), part in zip(places, parts, strict=True)
         if group.responses[i].row_weight or not weighted
     }
+
+
+def scored_batch(pieces: Sequence[Piece], photo: str, encode: Encode) -> MicroBatch:
+    """Pieces on one photo as a MicroBatch whose log-probs are wanted."""
+    return plain_batch(prompts_of(pieces, photo, encode), 1.0)
 
 
 def plain_batch(prompts: Prompts, num_loss_tokens: float) -> MicroBatch:
@@ -255,8 +275,10 @@ def micro_batch(
         advantages=rows(responses, lambda r: r.advantage),
         loss_mask=rows(responses, lambda r: r.row_weight),
         old_logprobs=known("old_logprobs"),
+        ref_logprobs=known("ref_logprobs"),
         neg_logprobs=known("neg_logprobs"),
         is_weights=None if loss.is_cap is None else rows(responses, importance),
+        response_index=response_index(responses) if loss.ratio_of == "sequence" else None,
     )
 
 

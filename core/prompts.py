@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import ascii_uppercase as LETTERS
 from typing import Literal
 
 IMAGE_MARKER = "<image>"
@@ -20,6 +22,26 @@ STAGE2_INSTRUCTION = (
 
 THINK = "<think>"
 OPENING_TOKENS = 16  # hold it even where its characters are tokens of their own
+JUDGE_REASONING = (
+    "Look at the photo. Question: {question}\nTrue answer: {ground_truth}\nResponse: {response}\n\n"
+    "How factual, relevant and helpful is the reasoning of this response? Say a number from 0 to "
+    "100 only."
+)
+"""Of R_cot (ReFine-RFT), to a judge. The paper's wording is not published: this is ours."""
+_NO_THINKING = "Please directly output the answer."
+_ATTRIBUTE = (
+    "First think about what you see, enclosed within <think> </think> tags. Then list the "
+    "attributes that tell the category, enclosed within <attribute> </attribute> tags. Then give "
+    "the final answer, enclosed within <answer> </answer> tags."
+)
+"""ReFine-RFT's wording is not published: this is ours."""
+_CHOICE = "Answer with the letter from the given choices directly"
+_BOTH = "Answer the correct choice and its category name"
+_TAGGED = "Put the answer within <answer> </answer> tags."
+PROMPTS = ("stage2", "open", "choice", "both", "attribute", "no_thinking")
+"""The training prompts that have a name."""
+WITH_LETTERS = ("choice", "both", "attribute")
+"""Those that show options by letter, where there are any."""
 _OPENING, _CLOSING = "<answer>", "</answer>"
 # White space after a mark, or before one: each run of it is looked at once.
 _SPACE_AT_MARKS = re.compile(r"(?<=[<>/])\s+|(?<!\s)\s++(?=[<>/])")
@@ -45,6 +67,59 @@ def closed_world_text(question: str, options: Sequence[str]) -> str:
         "the thinking process in <think> </think> and final choice in <answer> </answer> tags. The "
         "response format should be: <think>...</think> <answer>choice</answer>."
     )
+
+
+def training_text(prompt: str, question: str, options: Sequence[str] = ()) -> str:
+    """User text of a training prompt.
+
+    Args:
+        prompt: one of PROMPTS, or a template with {question} and, by choice, {options}.
+        question: the question, stripped here.
+        options: sub-categories to choose from, in the order in which they are shown; `stage2`,
+            `open` and `no_thinking` show none.
+
+    Returns:
+        The text; options are shown as `A. name`, a line each.
+    """
+    question = question.strip()
+    listed = option_lines(options)
+    if prompt == "stage2":
+        return stage2_text(question)
+    if prompt == "open":
+        return open_world_text(question)
+    if prompt == "no_thinking":
+        return f"{question} {_NO_THINKING}"
+    if prompt in WITH_LETTERS:
+        asked = f"{question}\n{listed}" if options else question
+        instruction = {"choice": f"{_CHOICE}. {_TAGGED}", "both": f"{_BOTH}. {_TAGGED}"}
+        return f"{asked}\n\n{instruction.get(prompt, _ATTRIBUTE)}"
+    return prompt.replace("{options}", listed).replace("{question}", question)
+
+
+def option_lines(options: Sequence[str]) -> str:
+    """Options by letter, a line each: `A. name`."""
+    lines = (f"{letter}. {name}" for letter, name in zip(LETTERS, options, strict=False))
+    return "\n".join(lines)
+
+
+def read_prompt(option: str) -> str:
+    """What `rollout.prompt` names: one of PROMPTS as it is, or the content of a template file.
+
+    Raises:
+        ValueError: neither a known prompt nor a file, or a template without {question}.
+    """
+    if option in PROMPTS:
+        return option
+    try:
+        template = Path(option).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"rollout.prompt must be {', '.join(PROMPTS)} or a template file, got {option!r}: "
+            f"{getattr(error, 'strerror', None) or error}"
+        ) from error
+    if "{question}" not in template:
+        raise ValueError(f"rollout.prompt: the template {option} has no {{question}}")
+    return template
 
 
 def squeeze(text: str) -> str:

@@ -1,9 +1,11 @@
-"""Rewards: the two built-in ones, and how a reward function is called.
+"""Rewards: the built-in ones, the parts of weighted ones, and how a reward function is called.
 
 A reward function maps the rows of whole groups to one dict of numbers per row; it may be a
 coroutine function. A row holds `response` (special tokens removed), `response_length`,
-`ground_truth`, `question`, `images`, `role`, `group_id`, `finish_reason` and `names` (the known
-sub-categories). A result holds `overall` and, optionally, `accuracy` and further metrics.
+`ground_truth`, `question`, `images`, `role`, `group_id`, `finish_reason`, `super_category`, `names`
+(its known sub-categories), `options` (those that the prompt shows, if any) and `letter` (the true
+one's letter where the prompt shows letters, else None). A result holds `overall` and, optionally,
+`accuracy` and further metrics.
 
 A function of the user's runs in a process of its own (core/reward_process.py). The built-in ones
 run in this process: they read text in linear time and cannot hang.
@@ -22,6 +24,7 @@ from tercet.core.reward_process import RewardProcess
 
 _BEGINNING, _END = "<think>", "</answer>"
 _MIDDLE = re.compile(r"</think>\s*<answer>")
+_TAGS = ("<think>", "</think>", "<attribute>", "</attribute>", "<answer>", "</answer>")
 
 
 def fine_r1_reward(response: str, truth: str) -> dict[str, float]:
@@ -41,8 +44,7 @@ def fine_r1_reward(response: str, truth: str) -> dict[str, float]:
     Raises:
         ValueError: the true name is empty.
     """
-    if not truth.strip():
-        raise ValueError(f"the true name must not be empty, got {truth!r}")
+    _check_truth(truth)
     response = squeeze(response)
     answer = extract_answer(response, "first")
     hit = answer is not None and _released_form(truth) in answer.lower()
@@ -80,6 +82,70 @@ def fine_r1_strict(rows: Rows) -> Results:
     return results
 
 
+def format_attribute(response: str) -> float:
+    """R_fa of ReFine-RFT: whether a response is its three tagged parts and nothing else.
+
+    Args:
+        response: the response's text, special tokens removed.
+
+    Returns:
+        1.0 when the whole response is `<think>...</think>`, `<attribute>...</attribute>` and
+        `<answer>...</answer>` in this order, with nothing but white space before, between and
+        after them, and each of the six tags exactly once; else 0.0.
+    """
+    if any(response.count(tag) != 1 for tag in _TAGS):
+        return 0.0
+    starts = [response.index(tag) for tag in _TAGS]
+    ends = [start + len(tag) for start, tag in zip(starts, _TAGS, strict=True)]
+    outside = [
+        response[: starts[0]],
+        *(response[ends[n] : starts[n + 1]] for n in (1, 3)),
+        response[ends[-1] :],
+    ]
+    return float(starts == sorted(starts) and not any(text.strip() for text in outside))
+
+
+def classification(response: str, truth: str, letter: str | None = None) -> float:
+    """R_cls of ReFine-RFT: whether the one answer is the label.
+
+    Case, `_` and the amount of white space do not count (see `normal_form`).
+
+    Args:
+        response: the response's text, special tokens removed.
+        truth: the sub-category's name.
+        letter: of the true option, where the prompt showed letters: the letter alone, or the
+            option as it was shown (`B. name`), counts as well.
+
+    Returns:
+        1.0 when the text of the only `<answer>...</answer>` equals the label; else 0.0. A response
+        with several answers, or without one, gets 0.0.
+
+    Raises:
+        ValueError: the true name is empty.
+    """
+    if response.count("<answer>") != 1 or response.count(_END) != 1:
+        _check_truth(truth)
+        return 0.0
+    return direct_answer(extract_answer(response, "first") or "", truth, letter)
+
+
+def direct_answer(response: str, truth: str, letter: str | None = None) -> float:
+    """Whether the whole response is the label: No-Thinking-RL's equality reward (2503.16188).
+
+    Arguments, value and errors are those of `classification`; there are no tags.
+    """
+    _check_truth(truth)
+    allowed = {normal_form(truth)}
+    if letter is not None:
+        allowed |= {normal_form(letter), normal_form(f"{letter}. {truth}")}
+    return float(normal_form(response) in allowed)
+
+
+def _check_truth(truth: str) -> None:
+    if not truth.strip():
+        raise ValueError(f"the true name must not be empty, got {truth!r}")
+
+
 def _released_form(name: str) -> str:
     """A name as the released reward searches for it."""
     return squeeze(name.strip()).lower()
@@ -110,6 +176,32 @@ def _result(hit: bool, has_format: bool) -> dict[str, float]:
 BUILT_IN: dict[str, Callable] = {"fine_r1": fine_r1, "fine_r1_strict": fine_r1_strict}
 
 
+def _metric_of(function: Callable, metric: str) -> Callable[[Rows], list[float]]:
+    """A part of a weighted reward: one metric of another reward."""
+    return lambda rows: [result[metric] for result in function(rows)]
+
+
+def _label_part(function: Callable) -> Callable[[Rows], list[float]]:
+    """A part of a weighted reward: a comparison with the label, or with its letter."""
+    return lambda rows: [
+        function(row["response"], row["ground_truth"], row.get("letter")) for row in rows
+    ]
+
+
+PARTS: dict[str, Callable[[Rows], list[float]]] = {
+    "accuracy": _metric_of(fine_r1, "accuracy"),
+    "accuracy_strict": _metric_of(fine_r1_strict, "accuracy"),
+    "format": _metric_of(fine_r1, "format"),
+    "format_strict": _metric_of(fine_r1_strict, "format"),
+    "format_attribute": lambda rows: [format_attribute(row["response"]) for row in rows],
+    "classification": _label_part(classification),
+    "direct_answer": _label_part(direct_answer),
+}
+"""Parts of weighted rewards (core/weighted_reward.py): from rows to a number in [0, 1] each."""
+CORRECT = ("accuracy", "accuracy_strict", "classification", "direct_answer")
+"""The parts that can say whether an answer is correct."""
+
+
 def load_reward(spec: str) -> Callable | RewardProcess:
     """The reward function that an option names.
 
@@ -124,8 +216,11 @@ def load_reward(spec: str) -> Callable | RewardProcess:
     """
     if spec in BUILT_IN:
         return BUILT_IN[spec]
-    if not all(spec.partition(":")):
-        raise ValueError(f"reward must be {', '.join(BUILT_IN)} or module:function, got {spec!r}")
+    if not all(spec.partition(":")) or spec.startswith("{"):
+        raise ValueError(
+            f"reward must be {', '.join(BUILT_IN)} or module:function (or weights of parts, as "
+            f"{{format: 0.1, accuracy: 0.9}}), got {spec!r}"
+        )
     return RewardProcess(spec)
 
 

@@ -8,12 +8,13 @@ from typing import Literal
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from tercet.core.option_types import (
-    Few,
+    Choices,
     FewOrNone,
     Flags,
     Gpus,
     Host,
     PathOrEmpty,
+    PathText,
     PerStep,
     Seconds,
     Share,
@@ -62,8 +63,8 @@ class RolloutConfig:
     are sampled at the start; None: as much as the dtype explains."""
     max_in_flight: PerStep = 256
     """Most requests sent to the servers at once."""
-    n_anchor: Few = 5
-    """n1: responses sampled on the anchor image."""
+    n_anchor: FewOrNone = 5
+    """n1: responses sampled on the anchor image; 0 samples on the positive alone."""
     n_positive: FewOrNone = 5
     """n2: responses sampled on the positive image; 0 gives DAPO's group."""
     temperature: Temperature = 1.0
@@ -84,6 +85,8 @@ class RolloutConfig:
     nothing waits for the slowest response. auto: stream with SGLang, batch in this process."""
     prompts_per_batch: PerStep | None = None
     """Prompts of a batch; None: `groups_per_step`."""
+    dynamic_sampling: bool = True
+    """Keep only groups with both right and wrong answers; false: keep all of them."""
     max_rounds: PositiveInt | None = 20
     """Most rounds of a step; a round sends `groups_per_step` prompts. None: no limit."""
     on_exhausted: Literal["error", "train_kept", "keep_last_round"] = "error"
@@ -93,8 +96,25 @@ class RolloutConfig:
     """Groups beyond `groups_per_step` go to the next step, or are dropped."""
     max_staleness: NonNegativeInt = 1
     """Most steps between the weights that sampled a carried group and those it trains."""
-    reward: Word = "fine_r1"
-    """fine_r1, fine_r1_strict, or a function of your own as module:function."""
+    prompt: PathText = "stage2"
+    """stage2, open, choice, both, attribute, no_thinking, or a template file with {question} and,
+    by choice, {options}."""
+    choices: Choices = 4
+    """Options that choice, both, attribute and templates show: the true sub-category and the most
+    similar others, shuffled; attribute shows none with 0."""
+    reward: dict[str, float] | Word = "fine_r1"
+    """fine_r1, fine_r1_strict, a function of your own as module:function, or weights of parts, as
+    {format: 0.1, accuracy: 0.9}."""
+    correct_part: Word | None = None
+    """Part of a weighted reward that says whether an answer is correct; None: accuracy,
+    accuracy_strict, classification or direct_answer, whichever is there first."""
+    judge_url: Url | None = None
+    """Address, ending in /v1, of the chat endpoint that the part judge_reasoning asks. Its key is
+    read from the variable TERCET_JUDGE_API_KEY."""
+    judge_model: Word | None = None
+    """Name of the model that it serves."""
+    judge_cache: PathText | None = None
+    """File that keeps the judge's answers for other runs; None: in memory."""
     reward_timeout_s: Seconds = 900.0
     """Longest that a reward function may take for a group; its process is killed then."""
     cut_off: Literal["keep", "mask", "penalise"] = "keep"

@@ -114,6 +114,8 @@ class Response:
     """[len(token_ids)] float32; None until computed."""
     neg_logprobs: Tensor | None = None
     """[len(token_ids)] float32; None until computed."""
+    ref_logprobs: Tensor | None = None
+    """[len(token_ids)] float32; None until computed, where there is a reference policy."""
     row_weight: float = 0.0
     """Loss weight of each of its tokens in the mini-batch that it belongs to."""
 
@@ -228,6 +230,12 @@ class MicroBatch:
     """[R] float32; None: the current ones, detached."""
     neg_logprobs: Tensor | None = None
     """[R] float32, only with `neg_at: step_start`."""
+    neg_entropy: Tensor | None = None
+    """[R] float32 exact entropies, only with neg_logprobs that one branch hands to the other."""
+    ref_logprobs: Tensor | None = None
+    """[R] float32, only where there is a reference policy."""
+    response_index: Tensor | None = None
+    """[R] int64: the response that each row belongs to, only with `ratio_of: sequence`."""
     is_weights: Tensor | None = None
     """[R] float32 weights of the policy term, only with `is_cap`."""
 

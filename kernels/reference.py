@@ -15,6 +15,11 @@ binds, else 0, the gradients are
     d loss / d n = w (          - kl_coef (e^d - 1) [k3] - neg_entropy_coef)   0 when detached
 
 For `policy_over_neg` kl_coef has the other sign in both.
+
+With `entropy_form: exact` the entropies H = -sum p log p of both distributions stand in the place
+of -a and -n: the coefficients above lose their last terms, and d loss / d H = w entropy_coef and
+w neg_entropy_coef. With `policy_term: cispo` pg = -A c a, with the constant
+c = clip(r, 1 - clip_low, 1 + clip_high) whatever A's sign (MiniMax-M1, arXiv 2506.13585, eq. 4).
 """
 
 from __future__ import annotations
@@ -83,11 +88,14 @@ def tapo_loss_reference(
     loss_mask: Tensor | None = None,
     is_weights: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    neg_entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """TAPO loss of response rows (equation at the top of this file) and its metrics.
 
-    Gradients flow into `logprobs` and, with `loss.neg_grad` "flow", into `neg_logprobs`; every
-    other tensor is a constant. Sums are taken in float32, or in float64 for float64 log-probs.
+    Gradients flow into `logprobs` and `entropy` and, with `loss.neg_grad` "flow", into
+    `neg_logprobs` and `neg_entropy`; every other tensor is a constant. Sums are taken in float32,
+    or in float64 for float64 log-probs.
 
     Args:
         logprobs: [R] any float dtype: policy on the image of the update.
@@ -101,6 +109,7 @@ def tapo_loss_reference(
             included.
         is_weights: [R] importance weights of the policy term alone; None: 1.
         ref_logprobs: [R] reference policy; None drops its KL.
+        entropy, neg_entropy: [R] exact entropies on both images, for `loss.entropy_form` "exact".
 
     Returns:
         loss: 0-d; 0 with zero gradients when R = 0.
@@ -109,6 +118,7 @@ def tapo_loss_reference(
             ref_kl only with `ref_logprobs`), entropy and neg_entropy (-a and -n), clip_frac_high,
             clip_frac_low and clip_frac_dual (rows held by each bound), approx_kl (r - 1 - log r).
             kl and neg_entropy are 0 without `neg_logprobs`.
+            exact_entropy and exact_neg_entropy where they are given.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, num_loss_tokens not positive, or a
@@ -116,8 +126,9 @@ def tapo_loss_reference(
     """
     rows = {"old_logprobs": old_logprobs, "neg_logprobs": neg_logprobs, "advantages": advantages}
     rows |= {"loss_mask": loss_mask, "is_weights": is_weights, "ref_logprobs": ref_logprobs}
+    rows |= {"entropy": entropy, "neg_entropy": neg_entropy}
     check_rows(logprobs, **rows)
-    check_terms(loss, neg_logprobs, ref_logprobs)
+    check_terms(loss, **rows)
     require_positive("num_loss_tokens", num_loss_tokens)
     return unchecked_tapo_loss(logprobs, loss=loss, num_loss_tokens=num_loss_tokens, **rows)
 
@@ -132,6 +143,8 @@ def unchecked_tapo_loss(
     loss_mask: Tensor | None,
     is_weights: Tensor | None,
     ref_logprobs: Tensor | None,
+    entropy: Tensor | None = None,
+    neg_entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`tapo_loss_reference` without its checks, for callers that have made them."""
     weight = torch.ones_like(logprobs) if loss_mask is None else loss_mask.detach()
@@ -143,7 +156,7 @@ def unchecked_tapo_loss(
 
     a = select(logprobs)
     old = a.detach() if old_logprobs is None else select(old_logprobs.detach())
-    terms = _policy_terms(a - old, select(advantages.detach()), loss)
+    terms = _policy_terms(a, old, select(advantages.detach()), loss)
     if is_weights is not None:
         terms["pg_loss"] = terms["pg_loss"] * select(is_weights.detach())
     terms |= {"entropy": -a, "kl": torch.zeros_like(a), "neg_entropy": torch.zeros_like(a)}
@@ -153,22 +166,41 @@ def unchecked_tapo_loss(
         terms |= {"kl": _k3(d, loss), "neg_entropy": -n}
     if ref_logprobs is not None:
         terms["ref_kl"] = _k3(select(ref_logprobs.detach()) - a, loss)
+    if entropy is not None:
+        terms["exact_entropy"] = select(entropy)
+    if neg_entropy is not None:
+        constant = loss.neg_grad == "detach"
+        terms["exact_neg_entropy"] = select(neg_entropy.detach() if constant else neg_entropy)
     metrics = {name: (weight * rows).sum() / num_loss_tokens for name, rows in terms.items()}
     return loss_value(metrics, loss), {name: value.detach() for name, value in metrics.items()}
 
 
 def loss_value(metrics: dict[str, Tensor], loss: LossConfig) -> Tensor:
-    """The loss from its terms, each summed over the rows."""
+    """The loss from its terms, each summed over the rows; what is not there counts as 0."""
+    form = "exact_" if loss.entropy_form == "exact" else ""
     value = metrics["pg_loss"] - loss.kl_coef * metrics["kl"]
-    value = value + loss.entropy_coef * metrics["entropy"]
-    value = value + loss.neg_entropy_coef * metrics["neg_entropy"]
+    value = value + loss.entropy_coef * metrics.get(f"{form}entropy", 0)
+    value = value + loss.neg_entropy_coef * metrics.get(f"{form}neg_entropy", 0)
     return value + loss.ref_kl_coef * metrics.get("ref_kl", 0)
 
 
-def _policy_terms(log_ratio: Tensor, advantages: Tensor, loss: LossConfig) -> dict[str, Tensor]:
+def entropy_slopes(loss: LossConfig) -> tuple[float, float] | None:
+    """d loss / d exact entropy on both images, before row weights; None with the sampled form."""
+    if loss.entropy_form == "sampled":
+        return None
+    return loss.entropy_coef, loss.neg_entropy_coef * (loss.neg_grad == "flow")
+
+
+def _policy_terms(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, loss: LossConfig
+) -> dict[str, Tensor]:
     """Policy loss of each row, which bound holds its ratio, and its share of approx_kl."""
-    log_ratio = _clamp(log_ratio, loss.log_ratio_clamp)
+    log_ratio = _clamp(logprobs - old, loss.log_ratio_clamp)
     ratio, negative = log_ratio.exp(), advantages < 0
+    if loss.policy_term == "cispo":
+        weight = ratio.detach().clamp(1 - loss.clip_low, 1 + loss.clip_high)
+        high, low = ratio > 1 + loss.clip_high, ratio < 1 - loss.clip_low
+        return _terms(-advantages * weight * logprobs, high, low, advantages, log_ratio)
     # -min(r A, clip(r) A), at most clip_dual |A|, is -A times r between bounds set by A's sign.
     upper = torch.full_like(ratio, 1 + loss.clip_high)
     upper = upper.masked_fill(negative, loss.clip_dual or math.inf)
@@ -177,11 +209,17 @@ def _policy_terms(log_ratio: Tensor, advantages: Tensor, loss: LossConfig) -> di
     # exp never sees a held row: its overflow times a zero gradient would be NaN.
     free = log_ratio.masked_fill(high | low, 0.0).exp()
     bounded = torch.where(high, upper, torch.where(low, lower, free))
+    return _terms(-advantages * bounded, high, low, advantages, log_ratio)
+
+
+def _terms(
+    pg_loss: Tensor, high: Tensor, low: Tensor, advantages: Tensor, log_ratio: Tensor
+) -> dict[str, Tensor]:
     return {
-        "pg_loss": -advantages * bounded,
+        "pg_loss": pg_loss,
         "clip_frac_high": high & (advantages > 0),
         "clip_frac_low": low,
-        "clip_frac_dual": high & negative,
+        "clip_frac_dual": high & (advantages < 0),
         "approx_kl": torch.expm1(log_ratio) - log_ratio,
     }
 
@@ -255,14 +293,17 @@ def check_rows(logprobs: Tensor, **others: Tensor | None) -> None:
             )
 
 
-def check_terms(loss: LossConfig, neg_logprobs: Tensor | None, ref_logprobs: Tensor | None) -> None:
-    """Raises ValueError for a coefficient other than 0 whose log-probs are None."""
-    for name, coefficient, needed, rows in (
-        ("kl_coef", loss.kl_coef, "neg_logprobs", neg_logprobs),
-        ("neg_entropy_coef", loss.neg_entropy_coef, "neg_logprobs", neg_logprobs),
-        ("ref_kl_coef", loss.ref_kl_coef, "ref_logprobs", ref_logprobs),
+def check_terms(loss: LossConfig, **rows: Tensor | None) -> None:
+    """Raises ValueError for a coefficient other than 0 whose rows are None."""
+    exact = loss.entropy_form == "exact"
+    for name, needed in (
+        ("kl_coef", "neg_logprobs"),
+        ("neg_entropy_coef", "neg_logprobs"),
+        ("ref_kl_coef", "ref_logprobs"),
+        *((("entropy_coef", "entropy"), ("neg_entropy_coef", "neg_entropy")) if exact else ()),
     ):
-        if coefficient and rows is None:
+        coefficient = getattr(loss, name)
+        if coefficient and rows[needed] is None:
             raise ValueError(f"{name} is {coefficient}, but {needed} is None: it must be 0 then")
 
 

@@ -129,15 +129,20 @@ def _k3(log_ratio, log_clamp, clamp):
 
 
 @triton.jit
-def _policy_term(log_ratio, advantage, clip_low, clip_high, clip_dual, log_ratio_clamp):
-    """Policy loss, its slope by the log-prob, and where the upper and the lower bound hold."""
-    ratio = tl.exp(_held(log_ratio, log_ratio_clamp))
+def _policy_term(a, log_ratio, advantage, clip_low, clip_high, clip_dual, clamp, CISPO):
+    """Policy loss, its slope by the log-prob a, and where the upper and the lower bound hold."""
+    ratio = tl.exp(_held(log_ratio, clamp))
     negative = advantage < 0
+    if CISPO:
+        high = ratio > 1 + clip_high
+        low = ratio < 1 - clip_low
+        slope = -advantage * tl.where(high, 1 + clip_high, tl.where(low, 1 - clip_low, ratio))
+        return slope * a, slope, high, low
     upper = tl.where(negative, clip_dual, 1 + clip_high)
     high = ratio > upper
     low = negative & (ratio < 1 - clip_low)
     bounded = tl.where(high, upper, tl.where(low, 1 - clip_low, ratio))
-    stopped = high | low | (tl.abs(log_ratio) > log_ratio_clamp)
+    stopped = high | low | (tl.abs(log_ratio) > clamp)
     pg_loss = -advantage * bounded
     return pg_loss, tl.where(stopped, 0.0, pg_loss), high, low
 
@@ -172,6 +177,7 @@ def tapo_rows_kernel(
     HAS_REF: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_IS_WEIGHTS: tl.constexpr,
+    CISPO: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -187,7 +193,7 @@ def tapo_rows_kernel(
     if HAS_OLD:
         log_ratio = a - tl.load(old_logprobs + row, mask=used, other=0.0)
     pg_loss, coefficient, high, low = _policy_term(
-        log_ratio, advantage, clip_low, clip_high, clip_dual, log_ratio_clamp
+        a, log_ratio, advantage, clip_low, clip_high, clip_dual, log_ratio_clamp, CISPO
     )
     if HAS_IS_WEIGHTS:
         is_weight = tl.load(is_weights + row, mask=used, other=0.0)
@@ -303,6 +309,7 @@ def tapo_rows(
             HAS_REF=ref_logprobs is not None,
             HAS_MASK=loss_mask is not None,
             HAS_IS_WEIGHTS=is_weights is not None,
+            CISPO=loss.policy_term == "cispo",
             ROWS=ROWS,
             num_warps=4,
         )
@@ -311,7 +318,11 @@ def tapo_rows(
 
 
 def _numbers(loss: LossConfig) -> dict[str, float]:
-    """The kernel's arguments of these names; a clamp that is off is infinite."""
+    """The kernel's arguments of these names; a clamp that is off is infinite.
+
+    The entropies' coefficients are those of the sampled form.
+    """
+    sampled = loss.entropy_form == "sampled"
     numbers = {
         "clip_low": loss.clip_low,
         "clip_high": loss.clip_high,
@@ -321,8 +332,8 @@ def _numbers(loss: LossConfig) -> dict[str, float]:
         "kl_sign": 1.0 if loss.kl_ratio == "neg_over_policy" else -1.0,
         "kl_log_clamp": loss.kl_log_clamp,
         "kl_clamp": loss.kl_clamp,
-        "entropy_coef": loss.entropy_coef,
-        "neg_entropy_coef": loss.neg_entropy_coef,
+        "entropy_coef": loss.entropy_coef * sampled,
+        "neg_entropy_coef": loss.neg_entropy_coef * sampled,
         "ref_kl_coef": loss.ref_kl_coef,
     }
     return {name: math.inf if x is None else float(x) for name, x in numbers.items()}

@@ -6,7 +6,8 @@ the loss by a row's log-prob depends on that row alone, so a chunk of rows goes 
     logits = hidden weight^T            one GEMM for both branches, float32 out
     log-prob, log-sum-exp, entropy      row_logprobs: reads the logits once
     c = d loss / d log-prob             tapo_rows: a few numbers a row
-    d logits = c (onehot - p) / temperature         logits_grad_: in the logits' own memory
+    d logits = c (onehot - p) / temperature         logits_grad_: in the logits' own memory;
+               with exact entropies also - d_entropy p (log p + H) / temperature
     d hidden = d logits weight;  d weight += d logits^T hidden      two GEMMs
 
 6 R V D FLOPs a branch, with nothing computed twice. Memory: one chunk of float32 logits and one
@@ -31,14 +32,19 @@ from tercet.kernels.reference import (
     check_head,
     check_rows,
     check_terms,
+    entropy_slopes,
     loss_value,
     require_positive,
 )
 from tercet.kernels.rows import operators
 
-RowStep = Callable[[slice, Tensor, Tensor], tuple[Sequence[Tensor], Tensor]]
-"""(rows of a chunk, log-probs [B, r], entropies [B, r]) -> d loss / d log-probs of each branch, and
-sums over the chunk."""
+RowStep = Callable[
+    [slice, Tensor, Tensor], tuple[Sequence[Tensor], Sequence[Tensor] | None, Tensor]
+]
+"""(rows of a chunk, log-probs [B, r], entropies [B, r]) -> d loss / d log-probs of each branch,
+d loss / d entropies (None: 0), and sums over the chunk."""
+SUMS = (*TERMS, "exact_neg_entropy")
+"""What a pass sums up."""
 
 
 class _Precomputed(torch.autograd.Function):
@@ -132,11 +138,12 @@ class _Pass:
             logits, chosen = head.logits(hidden), self.labels[part].repeat(count)
             values, lse, entropy = operator.row_logprobs(logits, chosen, self.temperature)
             by_branch = values.view(count, -1)
-            coefficients, sums = row_step(part, by_branch, entropy.view(count, -1))
+            coefficients, slopes, sums = row_step(part, by_branch, entropy.view(count, -1))
             d_hidden = None
             if needs_hidden or needs_weight:
                 d_values = torch.cat(list(coefficients)) * now
-                given = (logits, chosen, lse, entropy, d_values, None, self.temperature)
+                d_entropy = None if slopes is None else torch.cat(list(slopes)) * now
+                given = (logits, chosen, lse, entropy, d_values, d_entropy, self.temperature)
                 d_logits = operator.logits_grad_(*given, head.weight.dtype)
                 d_hidden = head.backward(d_logits, hidden, needs_hidden)
             return by_branch, sums, d_hidden
@@ -174,20 +181,32 @@ def _tapo_loss(
     loss: LossConfig,
     return_logprobs: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The TAPO loss of one or both branches; `rows` are the other rows of `tapo_rows`."""
+    """The TAPO loss of one or both branches.
+
+    `rows` are the other rows of `tapo_rows`, and neg_entropy, a constant.
+    """
+    slopes = entropy_slopes(loss)
 
     def row_step(part: slice, logprobs: Tensor, entropy: Tensor):
         chunk = {name: None if x is None else x[part] for name, x in rows.items()}
+        neg_entropy = chunk.pop("neg_entropy")
         if len(branches) == 2:
-            chunk["neg_logprobs"] = logprobs[1]
+            chunk["neg_logprobs"], neg_entropy = logprobs[1], entropy[1]
         *found, sums = operators(head.weight).tapo_rows(logprobs[0], entropy[0], loss, **chunk)
-        return found[: len(branches)], sums
+        weight = torch.ones_like(entropy[0]) if head.loss_mask is None else head.loss_mask[part]
+        of_negative = torch.zeros_like(weight) if neg_entropy is None else neg_entropy
+        total = torch.where(weight != 0, weight * of_negative, 0).sum()
+        by_branch = None if slopes is None else [slope * weight for slope in slopes]
+        sums = torch.cat([sums, total[None].to(sums.dtype)])
+        return found[: len(branches)], by_branch and by_branch[: len(branches)], sums
 
     done = head.run(branches, row_step, 1 / head.num_loss_tokens)
-    metrics = dict(zip(TERMS, (done.sums / head.num_loss_tokens).unbind(), strict=True))
+    metrics = dict(zip(SUMS, (done.sums / head.num_loss_tokens).unbind(), strict=True))
     value = loss_value(metrics, loss)
     if rows["ref_logprobs"] is None:
         del metrics["ref_kl"]
+    if slopes is None:
+        del metrics["exact_neg_entropy"]
     if return_logprobs:
         constant = [] if rows["neg_logprobs"] is None else [rows["neg_logprobs"].detach()]
         metrics |= head.named([*done.logprobs, *constant])
@@ -197,11 +216,16 @@ def _tapo_loss(
 def _weighted_logprobs(
     head: _Pass,
     branches: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
+    coefficients: Tensor | Sequence[Tensor],
     scale: float,
     return_logprobs: bool,
+    d_entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """scale times the sum of coefficients times log-probs, and the metrics known with it."""
+    """scale times the sum of coefficients times log-probs, and the metrics known with it.
+
+    d_entropy, of a single branch, add themselves times the exact entropy.
+    """
+    coefficients = [coefficients] if isinstance(coefficients, Tensor) else list(coefficients)
     if len(coefficients) != len(branches):
         raise ValueError(
             f"coefficients must be one [R] a branch: {len(branches)}, got {len(coefficients)}"
@@ -209,14 +233,18 @@ def _weighted_logprobs(
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     like = torch.empty_like(head.labels, dtype=dtype)
     for rows in coefficients:
-        check_rows(like, coefficients=rows, loss_mask=head.loss_mask)
+        check_rows(like, coefficients=rows, loss_mask=head.loss_mask, d_entropy=d_entropy)
     given = [rows.detach().to(dtype) for rows in coefficients]
 
     def row_step(part: slice, logprobs: Tensor, entropy: Tensor):
         chunk = [rows[part] for rows in given]
         total = sum((c * a).sum() for c, a in zip(chunk, logprobs, strict=True))
         counted = entropy[0] if head.loss_mask is None else entropy[0] * head.loss_mask[part]
-        return chunk, torch.stack([total, counted.sum()])
+        if d_entropy is None:
+            return chunk, None, torch.stack([total, counted.sum()])
+        slopes = d_entropy[part].detach().to(dtype)
+        total = total + (slopes * entropy[0]).sum()
+        return chunk, [slopes], torch.stack([total, counted.sum()])
 
     done = head.run(branches, row_step, scale)
     loss, exact_entropy = done.sums.unbind()
@@ -238,7 +266,9 @@ def fused_linear_tapo_loss(
     num_loss_tokens: float,
     temperature: float = 1.0,
     neg_logprobs: Tensor | None = None,
+    neg_entropy: Tensor | None = None,
     coefficients: Tensor | tuple[Tensor, Tensor] | None = None,
+    d_entropy: Tensor | None = None,
     chunk_rows: int | None = None,
     return_logprobs: bool = False,
     loss_mask: Tensor | None = None,
@@ -247,8 +277,8 @@ def fused_linear_tapo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """TAPO loss of response rows from their hidden states, in one pass over the head.
 
-    Equals `tapo_loss_reference` on the log-probs that `linear_logprobs_reference` gives of each
-    branch.
+    Equals `tapo_loss_reference` on the log-probs and the exact entropies that
+    `linear_logprobs_reference` gives of each branch.
 
     Args:
         hidden: [R, D] bf16, fp16, fp32 or fp64: policy on the image of the update.
@@ -263,9 +293,11 @@ def fused_linear_tapo_loss(
             all ranks.
         temperature: what logits are divided by.
         neg_logprobs: [R] constants in place of neg_hidden; None with it: no KL and Hneg terms.
+        neg_entropy: [R] the same, exact entropies, where the loss takes those.
         coefficients: [R] d loss / d logprobs in place of the formula; with neg_hidden a pair, the
             second d loss / d neg_logprobs. The loss is then the sum of coefficients times
             log-probs: its gradient is right, its value is not.
+        d_entropy: [R] with `coefficients` of one branch: d loss / d exact entropy.
         chunk_rows: rows of both branches whose logits exist at once; None: what suits the device.
         return_logprobs: add `logprobs` (and `neg_logprobs`) to the metrics: [R] detached, 0 in rows
             of weight 0.
@@ -275,8 +307,9 @@ def fused_linear_tapo_loss(
 
     Returns:
         loss: 0-d float32 (float64 for float64).
-        metrics: those of `tapo_loss_reference` and exact_entropy (of the update's image); with
-            `coefficients` exact_entropy alone. 0-d, on the device.
+        metrics: those of `tapo_loss_reference` and exact_entropy (of the update's image; where
+            the loss takes exact ones also exact_neg_entropy); with `coefficients` exact_entropy
+            alone. 0-d, on the device.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a number that must be positive, a
@@ -289,17 +322,18 @@ def fused_linear_tapo_loss(
     if neg_hidden is not None and neg_logprobs is not None:
         raise ValueError("give neg_hidden or neg_logprobs, not both")
     if coefficients is not None:
-        given = [coefficients] if isinstance(coefficients, Tensor) else list(coefficients)
-        return _weighted_logprobs(head, branches, given, 1.0, return_logprobs)
+        return _weighted_logprobs(head, branches, coefficients, 1.0, return_logprobs, d_entropy)
     rows = {"old_logprobs": old_logprobs, "neg_logprobs": neg_logprobs, "advantages": advantages}
     rows |= {"loss_mask": head.loss_mask, "is_weights": is_weights, "ref_logprobs": ref_logprobs}
+    rows["neg_entropy"] = neg_entropy
     check_rows(torch.empty_like(labels, dtype=torch.float32), **rows)
-    check_terms(loss, neg_hidden if neg_logprobs is None else neg_logprobs, ref_logprobs)
+    computed = {} if neg_hidden is None else dict.fromkeys(("neg_logprobs", "neg_entropy"), hidden)
+    check_terms(loss, **rows | computed, entropy=hidden)
     if neg_hidden is not None and loss.neg_grad == "detach":
-        branches, kept = [hidden], head.without_masked(neg_hidden)
+        branches, given = [hidden], (head.without_masked(neg_hidden), weight, labels, temperature)
         with torch.no_grad():
-            found = linear_logprobs(kept, weight, labels, temperature, chunk_rows=chunk_rows)
-        rows["neg_logprobs"] = found[0]
+            found = linear_logprobs(*given, chunk_rows=chunk_rows)
+        rows["neg_logprobs"], rows["neg_entropy"] = found
     return _tapo_loss(head, branches, rows, loss, return_logprobs)
 
 

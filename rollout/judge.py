@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from hashlib import blake2b
 
 from tercet.core.data.vision import data_uri
+from tercet.core.weighted_reward import PartFailed
 from tercet.rollout.chat import ANSWERED, Answer, ChatClient, content_of
 from tercet.rollout.server import ServerError
 
@@ -148,17 +149,54 @@ def judged(
 
     Returns:
         A coroutine function from rows to results (see core.rewards): `overall` is the score scaled
-        to [0, 1]. Where the answer holds no score, `overall` is 0 and `unreadable` is 1.
+        to [0, 1], and `unreadable` is 1 where the answer holds no score. `overall` is then 0 for
+        all rows, so that the group, whose rewards cannot be compared, teaches nothing.
     """
 
-    async def judge_one(row: dict) -> dict:
-        fields = {name: row[name] for name in ("question", "ground_truth")}
-        fields["response"] = row["response"][:RESPONSE_CHARS]
-        score = await judge.score(template.format(**fields), row["images"], low, high)
-        scaled = 0.0 if score is None else (score - low) / (high - low)
-        return {"overall": scaled, "unreadable": float(score is None)}
-
     async def reward(rows: list[dict]) -> list[dict]:
-        return list(await asyncio.gather(*(judge_one(row) for row in rows)))
+        asked = [_score(judge, template, row, low, high) for row in rows]
+        scores = await asyncio.gather(*asked)
+        whole = None not in scores
+        return [
+            {"overall": score if whole else 0.0, "unreadable": float(score is None)}
+            for score in scores
+        ]
 
     return reward
+
+
+def judged_part(judge: Judge, template: str) -> Callable[[list[dict]], Awaitable[list[float]]]:
+    """A part of a weighted reward: a judge's score of every response of a group.
+
+    Args:
+        judge: the judge to ask.
+        template: question with placeholders {question}, {response} and {ground_truth}.
+
+    Returns:
+        A coroutine function from a group's rows to scores in [0, 1]. It raises PartFailed where the
+        judge gives no answer, or none with a score in two attempts, for any of the responses.
+    """
+
+    async def part(rows: list[dict]) -> list[float]:
+        asked = [_score(judge, template, row, 0.0, 100.0) for row in rows]
+        scores = await asyncio.gather(*asked, return_exceptions=True)
+        for score in scores:
+            if isinstance(score, BaseException) and not isinstance(score, ServerError):
+                raise score
+            if score is None or isinstance(score, ServerError):
+                raise PartFailed(f"the judge gave no score: {score}")
+        return scores
+
+    return part
+
+
+async def _score(judge: Judge, template: str, row: dict, low: float, high: float) -> float | None:
+    """A judge's score of a response, scaled to [0, 1]; None without one in two attempts."""
+    fields = {name: row[name] for name in ("question", "ground_truth")}
+    question = template.format(**fields, response=row["response"][:RESPONSE_CHARS])
+    # Answers are kept: what is asked again is asked in other words.
+    for again in ("", f"\nSay nothing but a number from {low:g} to {high:g}."):
+        score = await judge.score(question + again, row["images"], low, high)
+        if score is not None:
+            return (score - low) / (high - low)
+    return None

@@ -11,18 +11,21 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
 
 from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
-from tercet.core.prompts import answer_opening, chat_ids, stage2_text
+from tercet.core.prompts import answer_opening
 from tercet.core.reward_process import RewardProcess
 from tercet.core.rewards import call_reward, keep_group
 from tercet.core.rollout_config import RolloutConfig
-from tercet.core.types import Anchor, Completion, Group, Request, Response, Triplet
+from tercet.core.types import Anchor, Completion, Group, Request, Response
+from tercet.core.weighted_reward import WeightedReward
 from tercet.rollout.engine import Engine, Sampling, together
 from tercet.rollout.step_groups import StepGroups
+from tercet.rollout.training_prompts import Nearest, TrainingPrompts
 
 Progress = Callable[[int], None]
 OVERSAMPLE = 1.25
@@ -53,6 +56,7 @@ class GroupSampler:
         config: group sizes, sampling and what to do when too few groups pass.
         reward: batch reward function (see core.rewards); its process is closed with the sampler.
         names: known sub-category names by super-category, for rewards that need them.
+        nearest: the most similar others of each sub-category, for prompts that show options.
         system_prompt: system message of every prompt.
         seed: of the run.
         is_reserved: whether a metric's name is the trainer's own and must not be the reward's.
@@ -66,8 +70,9 @@ class GroupSampler:
         encoder: PromptEncoder,
         config: RolloutConfig,
         *,
-        reward: Callable | RewardProcess,
+        reward: Callable | RewardProcess | WeightedReward,
         names: dict[str, Sequence[str]],
+        nearest: Nearest = MappingProxyType({}),
         system_prompt: str | None,
         seed: int,
         is_reserved: Callable[[str], bool] = lambda metric: False,
@@ -78,16 +83,13 @@ class GroupSampler:
         self._engine = engine
         self._stream = stream
         self._tokenizer = tokenizer
-        self._encoder = encoder
         self._config = config
+        self.prompts = TrainingPrompts(tokenizer, encoder, config, nearest, system_prompt, seed)
         self._reward = reward
         self._is_reserved = is_reserved
         self._names = names
-        self._system_prompt = system_prompt
         self._seed = seed
         self._group_size = config.n_anchor + config.n_positive
-        self._prompt_ids: dict[str, tuple[int, ...]] = {}
-        """By question."""
         self._passed, self._tried = 1.0, 2.0
         """With streaming: faded counts of the groups that passed and of all groups; one of two at
         the start."""
@@ -96,8 +98,8 @@ class GroupSampler:
         )
 
     def close(self) -> None:
-        """End the reward function's process."""
-        if isinstance(self._reward, RewardProcess):
+        """End the reward function's processes."""
+        if isinstance(self._reward, RewardProcess | WeightedReward):
             self._reward.close()
 
     def state(self) -> dict:
@@ -243,7 +245,8 @@ class GroupSampler:
         triplet = next(self._stream)
         group_id = f"{step}.{result.first + result.prompts_sent}.{triplet.id}"
         result.prompts_sent += 1
-        return Group(group_id, triplet, self._prompt(triplet), [])
+        photos = (triplet.anchor, triplet.positive, triplet.negative)
+        return Group(group_id, triplet, self.prompts.ids(triplet, photos), [])
 
     async def _sample(
         self, groups: Sequence[Group], step: int, result: StepGroups, progress: Progress
@@ -282,30 +285,7 @@ class GroupSampler:
     def check_prompts(self, anchors: Iterable[Anchor]) -> None:
         """Raises ValueError for a prompt that no triplet of these anchors may have."""
         for anchor in anchors:
-            photos = (anchor.image, *anchor.positives, *anchor.negatives)
-            self._checked(anchor.id, anchor.question, photos)
-
-    def _prompt(self, triplet: Triplet) -> tuple[int, ...]:
-        """Prompt ids of a triplet's question; checks the length with each of its three photos."""
-        photos = (triplet.anchor, triplet.positive, triplet.negative)
-        return self._checked(triplet.id, triplet.question, photos)
-
-    def _checked(self, name: str, question: str, photos: Iterable[str]) -> tuple[int, ...]:
-        """Prompt ids of a question that fits the limit with each of the photos."""
-        if question not in self._prompt_ids:
-            messages = [{"role": "user", "content": "<image>" + stage2_text(question)}]
-            ids = chat_ids(self._tokenizer, messages, 1, system_prompt=self._system_prompt)
-            self._prompt_ids[question] = tuple(ids)
-        prompt_ids = self._prompt_ids[question]
-        for image in photos:
-            length = self._encoder.length(prompt_ids, (image,))
-            if length > self._config.max_prompt_tokens:
-                raise ValueError(
-                    f"triplet {name!r}, image {image!r}: the prompt has {length} tokens; "
-                    f"rollout.max_prompt_tokens is {self._config.max_prompt_tokens} (prompts are "
-                    "never cut: lower model.max_pixels or raise the limit)"
-                )
-        return prompt_ids
+            self.prompts.ids(anchor, (anchor.image, *anchor.positives, *anchor.negatives))
 
     def _requests(self, group: Group, step: int) -> list[Request]:
         """One request for the anchor image and one for the positive one, unless n is 0."""
@@ -357,7 +337,10 @@ class GroupSampler:
                 "role": response.role,
                 "group_id": group.id,
                 "finish_reason": response.finish_reason,
+                "super_category": triplet.super_category,
                 "names": tuple(self._names.get(triplet.super_category, ())),
+                "options": self.prompts.options(triplet),
+                "letter": self.prompts.letter(triplet),
             }
             for response in group.responses
         ]
@@ -368,4 +351,4 @@ class GroupSampler:
             penalised = config.cut_off == "penalise" and response.finish_reason == "length"
             response.reward = outcome["overall"] - penalised * config.cut_off_penalty
             response.metrics = {k: v for k, v in outcome.items() if k != "overall"}
-        return keep_group(outcomes)
+        return keep_group(outcomes) or not config.dynamic_sampling

@@ -60,7 +60,8 @@ class StepGroups:
         if self.redrawn is not None:
             figures["redrawn"] = self.redrawn.total() / len(sampled)
         for name in sorted({name for r in sampled for name in r.metrics}):
-            figures[name] = sum(r.metrics.get(name, 0.0) for r in sampled) / len(sampled)
+            values = [r.metrics[name] for r in sampled if name in r.metrics]
+            figures[name] = sum(values) / len(values)
         return figures
 
     def count_redrawn(self, redrawn: Counter[str], step: int) -> None:

@@ -83,24 +83,26 @@ def reference(
     """The loss as the references define it; plain: with logits in the dtype of the weight."""
 
     def score(h):
-        if h is None:
-            return None
         if not plain:
             w = weight.to(dtype)
             pairs = zip(
                 h.to(dtype).split(REFERENCE_ROWS), labels.split(REFERENCE_ROWS), strict=True
             )
-            scored = [linear_logprobs_reference(x, w, of, temperature)[0] for x, of in pairs]
-            return torch.cat(scored) if scored else h.new_empty(0, dtype=dtype)
-        logits = (h @ weight.T).float() / temperature
-        return logits.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+            scored = [linear_logprobs_reference(x, w, of, temperature) for x, of in pairs]
+            empty = h.new_empty(0, dtype=dtype)
+            return [torch.cat(of) for of in zip(*scored, strict=True)] if scored else [empty] * 2
+        log_p = ((h @ weight.T).float() / temperature).log_softmax(-1)
+        return log_p.gather(1, labels[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
     if neg_hidden is not None:
-        rest["neg_logprobs"] = score(neg_hidden)
+        rest["neg_logprobs"], rest["neg_entropy"] = score(neg_hidden)
     rows = {n: x.to(dtype) if isinstance(x, Tensor) else x for n, x in rest.items()}
     order = ("old_logprobs", "neg_logprobs", "advantages")
     first = [rows.pop(name, None) for name in order]
-    return tapo_loss_reference(score(hidden), *first, **rows)
+    logprobs, rows["entropy"] = score(hidden)
+    if rest.get("loss", LossConfig()).entropy_form == "sampled":
+        rows |= {"entropy": None, "neg_entropy": None}
+    return tapo_loss_reference(logprobs, *first, **rows)
 
 
 def error(values: Tensor, exact: Tensor) -> float:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tercet.core.config import PRESETS, LossConfig, SftConfig, TapoConfig
+from tercet.core.config import LossConfig, SftConfig, TapoConfig
+from tercet.core.presets import PRESETS
 from tercet.train.learner.command_line import parse
 
 pytestmark = pytest.mark.core
@@ -21,13 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
     ("option", "value", "allowed"),
     [
         ("update_on", "both", "'anchor' or 'own'"),
+        ("entropy_form", "mean", "'sampled' or 'exact'"),
+        ("policy_term", "ppo", "'clip' or 'cispo'"),
         ("neg_grad", "stop", "'flow' or 'detach'"),
         ("neg_at", "later", "'now' or 'step_start'"),
         ("kl_ratio", "k1", "'neg_over_policy' or 'policy_over_neg'"),
         (
             "mean_over",
             "tokens",
-            "'batch' or 'group' or 'response' or 'virtual_batch' or 'micro_batch'",
+            "'batch' or 'group' or 'response' or 'virtual_batch' or 'constant' or 'micro_batch'",
         ),
         ("clip_low", -0.1, "at least 0"),
         ("clip_low", math.nan, "at least 0"),
@@ -67,6 +70,25 @@ def test_pi_neg_of_the_start_of_a_step_has_no_gradient():
         LossConfig(neg_at="step_start")
 
 
+def test_exact_entropies_are_not_kept_of_the_start_of_a_step():
+    given = {"entropy_form": "exact", "neg_at": "step_start", "neg_grad": "detach"}
+    with pytest.raises(ValueError, match="loss.entropy_form 'exact' needs loss.neg_at 'now'"):
+        LossConfig(**given)
+    LossConfig(**given, neg_entropy_coef=0.0)
+
+
+def test_where_the_negative_entropy_works_against_the_kl():
+    assert "0.03 is at least loss.kl_coef 0.01" in LossConfig().works_against_kl
+    for better in (
+        {"entropy_form": "exact"},
+        {"neg_grad": "detach"},
+        {"neg_entropy_coef": 0.0},
+        {"neg_entropy_coef": 0.009},
+        {"kl_coef": 0.0},
+    ):
+        assert LossConfig(**better).works_against_kl == ""
+
+
 def test_the_options_of_the_loss_cannot_be_changed():
     with pytest.raises(FrozenInstanceError):
         LossConfig().kl_coef = 0.5
@@ -101,7 +123,7 @@ def test_one_loss_config_travels_from_the_command_line(monkeypatch):
         ("rollout.max_rows", "0"),
         ("rollout.max_in_flight", "0"),
         ("rollout.weight_bucket_mib", "0"),
-        ("rollout.n_anchor", "0"),
+        ("rollout.n_anchor", "-1"),
         ("rollout.n_positive", "-1"),
         ("rollout.temperature", "0"),
         ("rollout.top_p", "0.0"),
@@ -109,7 +131,6 @@ def test_one_loss_config_travels_from_the_command_line(monkeypatch):
         ("rollout.request_timeout_s", "0"),
         ("loss.clip_low", "-0.5"),
         ("loss.mean_over_size", "0"),
-        ("loss.ref_kl_coef", "0.1"),
         ("optim.lr", "-0.5"),
         ("optim.groups_per_minibatch", "0"),
         ("optim.max_skipped", "0"),
@@ -136,9 +157,12 @@ def test_stage_1_refuses_them_too(option, value):
     assert option in str(raised.value) and value in str(raised.value)
 
 
-def test_there_is_no_reference_policy_yet():
-    with pytest.raises(ValueError, match="ref_kl_coef must be 0, got 0.1: .* no reference policy"):
-        TapoConfig(loss=LossConfig(ref_kl_coef=0.1))
+@pytest.mark.parametrize("other", [{}, {"policy_term": "cispo"}, {"is_cap": 2.0}])
+def test_a_response_with_one_ratio_has_one_weight(other):
+    given = {"mean_over": "batch"} if not other else {"mean_over": "response", **other}
+    with pytest.raises(ValueError, match="loss.ratio_of 'sequence' needs loss.mean_over 'respons"):
+        LossConfig(ratio_of="sequence", **given)
+    LossConfig(ratio_of="sequence", mean_over="response")
 
 
 def test_numbers_have_plain_types():
@@ -151,15 +175,27 @@ def test_numbers_have_plain_types():
         assert {type(value) for value in section.values()} <= plain
 
 
-def test_the_paper_preset_is_the_default_of_every_option_that_released_sets():
+def test_the_tercet_preset_is_the_default_of_every_option_that_others_set():
     default = TapoConfig()
-    for argv in ([], ["--run.preset=paper"]):
-        paper = parse(TapoConfig, argv, "")[0]
-        assert paper == default
-    released = parse(TapoConfig, ["--run.preset=released"], "")[0]
-    for name, value in PRESETS["released"].items():
-        assert attrgetter(name)(released) == value != attrgetter(name)(default)
-        assert attrgetter(name)(paper) == attrgetter(name)(default)
+    with pytest.warns(FutureWarning, match="run.preset 'paper' is called 'tercet' now"):
+        older = parse(TapoConfig, ["--run.preset=paper"], "")[0]
+    assert older == parse(TapoConfig, ["--run.preset=tercet"], "")[0] == default
+    assert parse(TapoConfig, [], "")[0] == default
+    for preset in ("released", "equation_4"):
+        other = parse(TapoConfig, [f"--run.preset={preset}"], "")[0]
+        for name, value in PRESETS[preset].items():
+            assert attrgetter(name)(other) == value != attrgetter(name)(default)
+
+
+@pytest.mark.filterwarnings("ignore:kl_ratio")
+def test_equation_4_is_the_paper_to_the_letter():
+    """No clamp, pi over pi_neg, mean within the group, and only groups of the step's weights."""
+    config = parse(TapoConfig, ["--run.preset=equation_4"], "")[0]
+    loss = config.loss
+    assert [loss.clip_dual, loss.log_ratio_clamp, loss.kl_log_clamp, loss.kl_clamp] == [None] * 4
+    assert (loss.kl_ratio, loss.mean_over) == ("policy_over_neg", "group")
+    assert (loss.update_on, loss.neg_grad, loss.neg_at) == ("anchor", "flow", "now")
+    assert (loss.entropy_form, config.rollout.surplus) == ("sampled", "drop")
 
 
 def test_a_preset_gives_way_to_yaml_and_yaml_to_the_command_line(tmp_path):
@@ -174,16 +210,17 @@ def test_a_preset_gives_way_to_yaml_and_yaml_to_the_command_line(tmp_path):
     assert (config.loss.neg_at, config.rollout.surplus) == ("step_start", "carry")
     assert config.rollout.max_rounds == 9
     recipe.write_text("run: {preset: released}\nrollout: {max_rounds: 7}\n")
-    config = parse(TapoConfig, [f"--config={recipe}", "--run.preset=paper"], "")[0]
+    config = parse(TapoConfig, [f"--config={recipe}", "--run.preset=tercet"], "")[0]
     assert (config.loss.neg_at, config.rollout.max_rounds) == ("now", 7)
 
 
 def test_the_loss_options_are_named_in_three_files_only():
     """Everything between the command line and the kernels hands them on as one object."""
     read_by_the_trainer = {"update_on", "neg_at", "is_cap", "mean_over", "mean_over_size"}
+    read_by_the_trainer |= {"ratio_of", "advantage_std"}
     at_both_ends = {"neg_grad"}  # also decides which forward passes keep what gradients need
     names = {field.name for field in fields(LossConfig)} - read_by_the_trainer - at_both_ends
-    assert len(names) == 11
+    assert len(names) == 13
     files = {
         file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
         for folder in ("core", "kernels", "rollout", "train/learner")

@@ -15,8 +15,10 @@ import pytest
 
 from tercet.core.data.vision import data_uri
 from tercet.core.rewards import call_reward
-from tercet.rollout import endpoint
-from tercet.rollout.judge import Judge, judged, read_number
+from tercet.core.rollout_config import RolloutConfig
+from tercet.core.weighted_reward import PartFailed
+from tercet.rollout import endpoint, rewarding
+from tercet.rollout.judge import Judge, judged, judged_part, read_number
 from tercet.rollout.server import ServerError, free_ports
 
 pytestmark = pytest.mark.core
@@ -287,7 +289,9 @@ def test_an_endpoint_that_is_down_is_an_error_after_a_while():
 
 def test_a_reward_asks_about_every_response_at_once(photos):
     """Two calls, each in its own event loop, with no more questions in flight than allowed."""
-    chat = Endpoint(lambda body: body["messages"][0]["content"][1]["text"].split()[-1])
+    chat = Endpoint(
+        lambda body: body["messages"][0]["content"][1]["text"].partition("answer ")[2].split()[0]
+    )
     rows = [
         {
             "question": "Which bird?",
@@ -302,12 +306,15 @@ def test_a_reward_asks_about_every_response_at_once(photos):
         reward = judged(Judge(url, "m", concurrency=3), "{question} {ground_truth} {response}")
         for _ in range(2):
             found = asyncio.run(call_reward(reward, rows))
-    assert [f["overall"] for f in found] == [*(n / 10 for n in range(9)), 0.0]
+    # Scores that lack one cannot be compared: the group teaches nothing.
+    assert [f["overall"] for f in found] == [0.0] * 10
     assert [f["unreadable"] for f in found] == [0.0] * 9 + [1.0]
     assert chat.most == 3
     texts = {body["messages"][0]["content"][1]["text"] for body in chat.bodies}
     assert "Which bird? wren answer 10" in texts
-    assert len(chat.bodies) == 10  # the second call found all answers in the cache
+    # One was asked again, in other words; the second call found all answers in the cache.
+    assert len(chat.bodies) == 11
+    assert [text for text in texts if "nothing but a number from 0 to 100" in text]
 
 
 def test_a_reward_whose_judge_is_down_names_its_group(photos):
@@ -315,3 +322,55 @@ def test_a_reward_whose_judge_is_down_names_its_group(photos):
     row = {"question": "", "response": "", "ground_truth": "", "images": [], "group_id": "7.x"}
     with pytest.raises(ValueError, match="group 7.x: it raised ServerError.*no answer in 0 s"):
         asyncio.run(call_reward(judged(judge, "{response}"), [row]))
+
+
+def test_a_part_is_the_scores_of_a_group_or_none_at_all(photos):
+    row = {"question": "", "ground_truth": "wren", "images": [photos[0]]}
+    rows = [row | {"response": str(number)} for number in (0, 25, 100)]
+    chat = Endpoint(lambda body: body["messages"][0]["content"][1]["text"].partition("\n")[0])
+    with serving(chat) as url:
+        part = judged_part(Judge(url, "m"), "{response}")
+        assert asyncio.run(part(rows)) == [0.0, 0.25, 1.0]
+        with pytest.raises(PartFailed):
+            asyncio.run(part([*rows, row | {"response": "good"}]))
+    gone = judged_part(Judge(url, "m", patience_s=0.0), "{response}")
+    with pytest.raises(PartFailed, match="no answer in 0 s"):
+        asyncio.run(gone(rows))
+
+
+def test_a_weighted_reward_goes_on_without_a_judge_that_fails(monkeypatch, photos):
+    """Its weight goes to the other parts, for the whole group, and the group is counted."""
+    monkeypatch.setattr(rewarding, "PATIENCE_S", 0.0)
+    responses = ["<answer>wren</answer>", "<answer>gull</answer>"]
+    rows = [
+        {
+            "question": "",
+            "ground_truth": "wren",
+            "images": [photos[0]],
+            "response": r,
+            "group_id": 1,
+        }
+        for r in responses
+    ]
+    reward = {"format": 0.2, "classification": 0.3, "judge_reasoning": 0.5}
+    with serving(Endpoint(lambda body: "80")) as url:
+        config = RolloutConfig(reward=reward, judge_url=url, judge_model="m")
+        function = rewarding.load_reward(config)
+        found = asyncio.run(call_reward(function, rows))
+    assert [f["overall"] for f in found] == pytest.approx([0.3 + 0.4, 0.4], abs=1e-15)
+    assert [(f["accuracy"], f["judge_reasoning"]) for f in found] == [(1, 0.8), (0, 0.8)]
+    assert [f["judge_reasoning_left_out"] for f in found] == [0.0, 0.0]
+    rows[0]["response"] += " "  # not in the cache
+    found = asyncio.run(call_reward(function, rows))
+    assert [f["overall"] for f in found] == pytest.approx([0.3 / 0.5, 0.0], abs=1e-15)
+    assert [f["judge_reasoning_left_out"] for f in found] == [1.0, 1.0]
+    assert all("judge_reasoning" not in f for f in found)
+
+
+def test_a_judge_that_is_not_there_is_named_at_the_start():
+    url = f"http://127.0.0.1:{free_ports(1)[0]}/v1"
+    options = {"reward": {"format": 1.0, "judge_reasoning": 1.0}}
+    with pytest.raises(ValueError, match="judge_reasoning needs rollout.judge_url and rollout"):
+        rewarding.load_reward(RolloutConfig(**options))
+    with pytest.raises(ValueError, match=f"rollout.judge_url: judge {url}: no answer in 0 s: Conn"):
+        rewarding.load_reward(RolloutConfig(**options, judge_url=url, judge_model="m"))

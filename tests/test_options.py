@@ -75,8 +75,8 @@ def options() -> dict[str, tuple[type, object]]:
 
 def assert_plain(value: object) -> None:
     """What every part of the code and every file can hold."""
-    if isinstance(value, list):
-        for entry in value:
+    if isinstance(value, list | dict):
+        for entry in [*value, *value.values()] if isinstance(value, dict) else value:
             assert_plain(entry)
     elif isinstance(value, str):
         assert type(value) is str and "\0" not in value and value.encode("utf-8") is not None

@@ -193,8 +193,8 @@ def test_update_branch_takes_given_negative_logprobs(photos):
 
 
 @pytest.mark.parametrize("neg_grad", ["flow", "detach"])
-@pytest.mark.parametrize("kl_ratio", ["neg_over_policy", "policy_over_neg"])
-def test_branches_one_at_a_time_have_the_gradient_of_both(photos, neg_grad, kl_ratio):
+@pytest.mark.parametrize("form", ["neg_over_policy", "policy_over_neg", "exact"])
+def test_branches_one_at_a_time_have_the_gradient_of_both(photos, neg_grad, form):
     """In float64, row weights of 0 among them; loss and metrics are the same as well."""
     parts = tiny()
     parts.model.double()
@@ -202,7 +202,9 @@ def test_branches_one_at_a_time_have_the_gradient_of_both(photos, neg_grad, kl_r
     for n, response in enumerate(group.responses):
         response.row_weight = float(n != 3)
     piece = Piece(group, tuple(range(len(LENGTHS))))
-    config = LossConfig(neg_grad=neg_grad, kl_ratio=kl_ratio, kl_coef=0.3, neg_entropy_coef=0.2)
+    name = "entropy_form" if form == "exact" else "kl_ratio"
+    strong = {"kl_coef": 0.3, "entropy_coef": 0.1, "neg_entropy_coef": 0.2}
+    config = LossConfig(neg_grad=neg_grad, **{name: form}, **strong)
     policy = Policy(parts, config)
     batch = micro_batch([piece], encoder, config, 9.0)
     found = []

@@ -11,13 +11,16 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from tercet.core.prompts import (
+    PROMPTS,
     STAGE2_INSTRUCTION,
     chat_ids,
     closed_world_text,
     extract_answer,
     open_world_text,
+    read_prompt,
     squeeze,
     stage2_text,
+    training_text,
 )
 
 pytestmark = pytest.mark.core
@@ -209,3 +212,38 @@ def test_a_template_that_drops_images_is_caught():
 def test_a_tokenizer_without_image_pads_is_named():
     with pytest.raises(ValueError, match=r"the tokenizer has no token <\|image_pad\|>"):
         chat_ids(make_tokenizer(special=SPECIAL[:4]), [user("Hi")], 1)
+
+
+def test_training_prompts_to_the_letter():
+    options = ("gull", "least auklet")
+    listed = "A. gull\nB. least auklet"
+    tagged = "Put the answer within <answer> </answer> tags."
+    assert training_text("stage2", "Which? ", options) == stage2_text("Which?")
+    assert training_text("open", "Which?", options) == open_world_text("Which?")
+    assert training_text("choice", "Which?", options) == (
+        f"Which?\n{listed}\n\nAnswer with the letter from the given choices directly. {tagged}"
+    )
+    assert training_text("both", "Which?", options) == (
+        f"Which?\n{listed}\n\nAnswer the correct choice and its category name. {tagged}"
+    )
+    attribute = training_text("attribute", "Which?", options)
+    assert attribute.startswith(f"Which?\n{listed}\n\n")
+    assert all(f"<{tag}> </{tag}>" in attribute for tag in ("think", "attribute", "answer"))
+    assert training_text("attribute", "Which?").startswith("Which?\n\nFirst")
+    assert training_text("no_thinking", "Which?") == "Which? Please directly output the answer."
+    template = "{question} of {options}: say {it}"
+    assert training_text(template, "Which {options}?", options) == (
+        f"Which {{options}}? of {listed}: say {{it}}"
+    )
+
+
+def test_a_template_is_read_from_a_file(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("Q: {question}")
+    assert read_prompt(str(file)) == "Q: {question}"
+    assert [read_prompt(name) for name in PROMPTS] == list(PROMPTS)
+    file.write_text("Q: {options}")
+    with pytest.raises(ValueError, match=r"the template .*mine.txt has no \{question\}"):
+        read_prompt(str(file))
+    with pytest.raises(ValueError, match="rollout.prompt must be stage2, .* got 'stage3': No"):
+        read_prompt("stage3")

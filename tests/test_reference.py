@@ -396,3 +396,80 @@ def test_bad_arguments_of_the_loss(change, message):
     arguments = dict.fromkeys(["logprobs", "old_logprobs", "neg_logprobs", "advantages"], rows)
     with pytest.raises(ValueError, match=message):
         tapo_loss_reference(**({"num_loss_tokens": 2.0} | arguments | change))
+
+
+def branches(seed=3, rows=9, vocabulary=11):
+    """Logits of both images as leaves, labels, and the log-probs and entropies that follow."""
+    noise = torch.Generator().manual_seed(seed)
+
+    def leaf():
+        logits = 0.7 * torch.randn(rows, vocabulary, generator=noise, dtype=torch.float64)
+        return logits.requires_grad_()
+
+    logits, labels = (leaf(), leaf()), torch.randint(0, vocabulary, (rows,), generator=noise)
+    found = []
+    for of in logits:
+        log_p = of.log_softmax(-1)
+        found.append((log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)))
+    return logits, labels, found
+
+
+@pytest.mark.parametrize("neg_grad", ["flow", "detach"])
+def test_exact_entropies_equal_their_definition(neg_grad):
+    """Value, and the gradient by every logit of both images, written out by hand."""
+    logits, labels, ((a, entropy), (n, neg_entropy)) = branches()
+    rows = len(labels)
+    advantages = torch.linspace(-1, 1, rows, dtype=torch.float64)
+    weight = torch.linspace(0, 1, rows, dtype=torch.float64)
+    loss = LossConfig(entropy_form="exact", neg_grad=neg_grad, kl_coef=0.2, entropy_coef=0.3)
+    given = {"loss": loss, "num_loss_tokens": 5.0, "loss_mask": weight}
+    value, metrics = tapo_loss_reference(
+        a, None, n, advantages, entropy=entropy, neg_entropy=neg_entropy, **given
+    )
+    grads = torch.autograd.grad(value, logits, materialize_grads=True, allow_unused=True)
+    p, q = (of.detach().softmax(-1) for of in logits)
+    h, h_neg = (-(x * x.log()).sum(-1) for x in (p, q))
+    onehot = torch.nn.functional.one_hot(labels, p.shape[1]).double()
+    d = ((q * onehot).sum(-1) / (p * onehot).sum(-1)).log()
+    terms = -advantages - 0.2 * (d.exp() - d - 1) + 0.3 * h + 0.03 * h_neg
+    assert value.item() == pytest.approx(float((weight * terms).sum() / 5), rel=1e-12)
+    w, push = (weight / 5)[:, None], (0.2 * (d.exp() - 1))[:, None]
+    want = w * (-advantages[:, None] + push) * (onehot - p)
+    want -= w * 0.3 * p * (p.log() + h[:, None])
+    torch.testing.assert_close(grads[0], want, rtol=1e-12, atol=1e-15)
+    want = w * -push * (onehot - q) - w * 0.03 * q * (q.log() + h_neg[:, None])
+    want = want if neg_grad == "flow" else torch.zeros_like(want)
+    torch.testing.assert_close(grads[1], want, rtol=1e-12, atol=1e-15)
+    assert metrics["exact_neg_entropy"].item() == pytest.approx(float((weight * h_neg).sum() / 5))
+    for name in ("entropy", "neg_entropy"):
+        known = {"entropy": entropy, "neg_entropy": neg_entropy} | {name: None}
+        with pytest.raises(ValueError, match=rf"^{name}_coef is 0\.\d+, but {name} is None"):
+            tapo_loss_reference(a, None, n, advantages, **known, **given)
+
+
+def test_which_form_lets_the_kl_grow():
+    """Of the sampled form every token's slope pulls the negative towards it; of the exact one only
+    the KL's does, and away from it where the negative finds it less likely."""
+    d = torch.linspace(-9, 2, 100, dtype=torch.float64)
+    n = (d - 2.0).requires_grad_()
+    rows = (torch.full_like(d, -2.0), None, n, torch.zeros_like(d))
+    slopes = {}
+    for form in ("sampled", "exact"):
+        known = {"entropy": torch.zeros_like(d), "neg_entropy": torch.zeros_like(d)}
+        loss = LossConfig(entropy_form=form)
+        value, _ = tapo_loss_reference(*rows, loss=loss, num_loss_tokens=1.0, **known)
+        (slopes[form],) = torch.autograd.grad(value, n)
+    assert (slopes["sampled"] < 0).all()
+    assert torch.equal(slopes["exact"] > 0, d < 0)
+
+
+def test_cispo_equals_its_formula():
+    """-clip(r, 1 - e_low, 1 + e_high) A log pi, the weight a constant (MiniMax-M1, eq. 4)."""
+    rows = make_rows()
+    options = {"policy_term": "cispo", "kl_coef": 0.0, "entropy_coef": 0.0, "neg_entropy_coef": 0.0}
+    loss, (grad, _), metrics = run(rows, **options)
+    r = (rows["logprobs"] - rows["old_logprobs"]).clamp(-20, 20).exp().clamp(0.8, 1.28)
+    slope = -rows["loss_mask"] * rows["is_weights"] * r * rows["advantages"] / 7.0
+    assert loss.item() == pytest.approx(float((slope * rows["logprobs"]).sum()), rel=1e-12)
+    torch.testing.assert_close(grad, slope, rtol=1e-12, atol=1e-15)
+    assert metrics["pg_loss"].item() == pytest.approx(loss.item(), rel=1e-12)

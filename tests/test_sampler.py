@@ -121,6 +121,7 @@ def build(
     engine=None,
     seed=0,
     system_prompt=None,
+    nearest=None,
     is_reserved=lambda name: False,
     **options,
 ):
@@ -133,6 +134,7 @@ def build(
         RolloutConfig(**(defaults | options)),
         reward=reward,
         names=NAMES,
+        nearest=nearest or {},
         system_prompt=system_prompt,
         seed=seed,
         is_reserved=is_reserved,
@@ -299,7 +301,10 @@ def test_what_the_reward_sees(make, parts):
                 "role": response.role,
                 "group_id": group.id,
                 "finish_reason": "length" if response.text == "1.anchor.2" else "stop",
+                "super_category": "bird",
                 "names": NAMES["bird"],
+                "options": (),
+                "letter": None,
             }
     first = result.groups[0].responses
     assert [r.reward for r in first] == [1.0, 0.1, 0.1, 0.1, 0.1]

@@ -23,6 +23,7 @@ from head_cases import (
 )
 
 from tercet.core.config import LossConfig
+from tercet.kernels.reference import linear_logprobs_reference
 from tercet.kernels.tapo_loss import fused_linear_cross_entropy, fused_linear_tapo_loss
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore:kl_ratio")]
@@ -42,7 +43,8 @@ def compare(case, tolerance=None, chunk_rows=None, **options):
     plain_loss, _, plain_grads = run(reference, case, dtype=torch.float32, plain=True, **options)
     assert loss.dtype == torch.promote_types(case["weight"].dtype, torch.float32)
     assert_accurate("loss", loss, plain_loss, want_loss)
-    assert metrics.keys() - want_metrics.keys() == {"exact_entropy"}
+    exact = {"exact_entropy", "exact_neg_entropy"}
+    assert metrics.keys() - exact == want_metrics.keys() - exact and "exact_entropy" in metrics
     for name, want in want_metrics.items():
         assert metrics[name].item() == pytest.approx(want.item(), rel=2e-3, abs=2e-3), name
     for name, want in want_grads.items():
@@ -105,6 +107,30 @@ def test_every_form_and_clamp(clamps, neg_grad, kl_ratio, device):
         metrics = compare(case, 5e-5, **options)
         if kept == optional and clamps is not NO_CLAMPS:
             assert all(metrics[f"clip_frac_{side}"] > 0 for side in ("high", "low", "dual"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("neg_grad", ["flow", "detach"])
+@pytest.mark.parametrize("form", [{"entropy_form": "exact"}, {"policy_term": "cispo"}])
+def test_exact_entropies_and_cispo(form, neg_grad, device):
+    """Loss, metrics and gradients; in float64 to 1e-12."""
+    options = form | {"neg_grad": neg_grad, "temperature": 0.7, "entropy_coef": 0.5}
+    compare(make_case(63, 257, torch.float64), 1e-12, **options)
+    compare(make_case(63, 257, torch.float64), 1e-12, chunk_rows=10, **options)
+    case = make_case(63, 1000, torch.float32, device)
+    compare(case, 2e-5, **options)
+    compare(case | {"old_logprobs": None, "neg_hidden": None}, 2e-5, **options | PLAIN)
+
+
+def test_exact_entropy_of_a_constant_negative():
+    case = make_case(63, 257, torch.float64)
+    with torch.no_grad():
+        found = linear_logprobs_reference(case["neg_hidden"], case["weight"], case["labels"])
+    case |= {"neg_hidden": None, "neg_logprobs": found[0], "neg_entropy": found[1]}
+    compare(case, 1e-12, entropy_form="exact")
+    del case["neg_entropy"]
+    with pytest.raises(ValueError, match="neg_entropy_coef is 0.2, but neg_entropy is None"):
+        compare(case, entropy_form="exact")
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -114,7 +114,11 @@ def remarks(plan: Plan) -> Iterator[str]:
     if rollout.engine == "sglang" and not rollout.colocated:
         yield "Servers are taken to have GPUs of their own (rollout.colocated is false)."
     elif rollout.engine == "sglang" and len(rollout.server_gpus) * plan.server_gpus != plan.gpus:
-        yield f"rollout.server_gpus does not name all {plan.gpus} GPUs."
+        named = len(rollout.server_gpus) * plan.server_gpus
+        yield (
+            f"rollout.server_gpus names {named} GPUs of {plan.gpus}: {plan.servers} servers of "
+            f"{plan.server_gpus} are counted"
+        )
     if plan.config.model.liger or plan.config.model.compile:
         yield "model.liger and model.compile keep less than is counted here."
     if plan.config.parallel.offload:

@@ -3,8 +3,8 @@
 How it differs from DAPO: a group's responses are sampled on the anchor photo and on another photo
 of the same sub-category, but scored (by default) on the anchor alone; and the policy is pushed away
 from what it would say to a photo of the most similar *other* sub-category, by maximising
-KL(pi || pi_neg) and lowering the entropies of both. `--rollout.n_positive 0 --loss.kl_coef 0
---loss.entropy_coef 0 --loss.neg_entropy_coef 0` is DAPO.
+KL(pi || pi_neg) and lowering the entropies of both. GRPO, Dr. GRPO, DAPO, GSPO and CISPO are
+settings of the same loop (docs/algorithm.md; recipes/dapo_3b.yaml is DAPO).
 
     torchrun train/tapo.py                                    # the demo: draws its own data
     torchrun train/tapo.py --data.path photos --model.path MODEL --run.out runs/mine
@@ -41,18 +41,18 @@ from tercet.core.data.stream import TripletStream
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.mismatch import mismatch_figures
 from tercet.core.packing import (
+    Batches,
     Piece,
     by_response,
     micro_batch,
     mini_batches,
-    plain_batch,
-    prompts_of,
+    scored_batch,
     weigh_rows,
 )
-from tercet.core.rewards import load_reward
 from tercet.core.types import Group, MicroBatch, PolicyParts
 from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
+from tercet.rollout.rewarding import load_reward
 from tercet.rollout.sampler import GroupSampler
 from tercet.train.evaluation.held_out import HeldOut
 from tercet.train.learner.assemble import build_policy, open_manifest, open_parts, sampled_parts
@@ -62,6 +62,8 @@ from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.metrics import is_reserved
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
 from tercet.train.learner.optim import Schedule, build_optimizer
+from tercet.train.learner.policy import Policy
+from tercet.train.learner.reference import open_reference
 from tercet.train.learner.run import (
     add_up,
     announce,
@@ -100,6 +102,7 @@ class TapoRun:
         self.engine = self.ranks.on_first(lambda: self._open_engine(sampled)) or IdleEngine()
         temperature = config.rollout.temperature
         self.policy = build_policy(self.parts, config, self.ranks, config.loss, temperature)
+        self.reference = open_reference(config, self.policy, self.ranks)
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         self.checkpoints = Checkpoints(self, config.run, folder)
         self.sampler = self._open_sampler()
@@ -137,10 +140,12 @@ class TapoRun:
             self.ranks.share(self.engine.sleep)
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
         batches = mini_batches(self.groups, size, config.optim.minibatch_by)
-        # The first mini-batch's come from its update, unless importance weights need them first.
+        # The first one's are those of its own update, unless importance weights need them before.
         self._score("old_logprobs", loss.update_on, batches[loss.is_cap is None :])
         if loss.needs_negative and not loss.negative_now:
             self._score("neg_logprobs", "negative", batches)
+        with self.reference() as frozen:
+            self._score("ref_logprobs", loss.update_on, batches if frozen else [], frozen)
         with self.log.phase("update", total=len(self.groups), unit="groups") as phase:
             for batch in batches[self.minibatches_done :]:
                 self.working_on = batch
@@ -160,14 +165,12 @@ class TapoRun:
                 self.minibatches_done, self.working_on = self.minibatches_done + 1, ()
                 if self.minibatches_done == 1 and loss.is_cap is None:
                     self._set("old_logprobs", found)
-        figures = self.figures | mismatch_figures(self.groups, self.steps_done)
-        figures |= mean_figures(self.minibatch_figures)
         with self.log.phase("sync", total=1, unit="update"):
             self._sync(self.steps_done + 1, wake=config.rollout.colocated)
-        figures |= self.held_out.figures()
-        self.steps_done += 1
-        self.shown, self.groups, self.minibatches_done = self.groups[:SAMPLES_SHOWN], [], 0
-        self.figures, self.minibatch_figures = {}, []
+        figures = self.figures | mismatch_figures(self.groups, self.steps_done)
+        figures |= mean_figures(self.minibatch_figures) | self.held_out.figures()
+        self.shown, self.groups, self.figures = self.groups[:SAMPLES_SHOWN], [], {}
+        self.steps_done, self.minibatches_done, self.minibatch_figures = self.steps_done + 1, 0, []
         return figures
 
     def _sample(self) -> None:
@@ -186,26 +189,23 @@ class TapoRun:
 
                 started = time.perf_counter()
                 sampled = asyncio.run(self.sampler.collect(self.steps_done, progress))
-                seconds = time.perf_counter() - started
+                figures = sampled.figures(time.perf_counter() - started)
                 self.log.add_time("reward", sampled.reward_seconds)
-            set_advantages(sampled.groups)
-            return sampled.groups, sampled.figures(seconds)
+            set_advantages(sampled.groups, self.config.loss.advantage_std)
+            return sampled.groups, figures
 
         self.groups, self.figures = self.ranks.share(sample, self.policy.gather_weights)
 
-    def _score(self, field: str, photo: str, batches: Sequence[Sequence[Piece]]) -> None:
-        """Set old_logprobs or neg_logprobs of all responses that lack it, at these weights."""
+    def _score(self, field: str, photo: str, batches: Batches, by: Policy | None = None) -> None:
+        """Set a field of log-probs of all responses that lack it, by these weights or `by`."""
         pieces = [piece for batch in batches for piece in batch]
         pieces = [p for p in pieces if any(getattr(r, field) is None for r in p.chosen())]
         if not pieces:
             return
 
-        def pack(some: Sequence[Piece]) -> MicroBatch:
-            return plain_batch(prompts_of(some, photo, self.encoder), 1.0)
-
-        phase_name = {"old_logprobs": "old", "neg_logprobs": "negative"}[field]
-        self.policy.eval()
-        self.working_on = pieces
+        pack = partial(scored_batch, photo=photo, encode=self.encoder)
+        policy, self.working_on = (by or self.policy).eval(), pieces
+        phase_name = {"old": "old", "neg": "negative", "ref": "reference"}[field[:3]]
         with self.log.phase(phase_name, total=len(pieces), unit="groups") as phase:
             for attempt in self.budget.attempts(self.policy.zero_grad):
                 with attempt:
@@ -213,7 +213,7 @@ class TapoRun:
                     for some, micro in self.micro_batches(pieces, [photo], pack):
                         self.check_stop()
                         with torch.no_grad():
-                            logprobs = self.policy(micro.update, "logprobs", labels=micro.labels)
+                            logprobs = policy(micro.update, "logprobs", labels=micro.labels)
                         found |= by_response(some, logprobs)
                         phase.advance(len(some) * self.ranks.size)
         self._set(field, found)
@@ -221,8 +221,9 @@ class TapoRun:
 
     def _micro_batches(self, batch: Sequence[Piece]) -> Iterator[tuple[list[Piece], MicroBatch]]:
         """This rank's micro-batches of an update; none where no row of the mini-batch counts."""
-        loss = self.config.loss
-        if not (num_loss_tokens := weigh_rows(batch, loss, self.config.rollout.cut_off)):
+        loss, rollout = self.config.loss, self.config.rollout
+        num_loss_tokens = weigh_rows(batch, loss, rollout.cut_off, rollout.max_response_tokens)
+        if not num_loss_tokens:
             return
 
         def pack(pieces: Sequence[Piece]) -> MicroBatch:
@@ -268,12 +269,10 @@ class TapoRun:
         return open_engine(parts, self.encoder, rollout, work_dir, weights, **more)
 
     def _open_sampler(self) -> GroupSampler:
-        config = self.config
-        self.stream = TripletStream(
-            self.manifest.anchors, positive=config.data.positive, seed=config.run.seed
-        )
+        config, anchors, seed = self.config, self.manifest.anchors, self.config.run.seed
+        self.stream = TripletStream(anchors, positive=config.data.positive, seed=seed)
         with self.stop.at_once():
-            reward = self.ranks.on_first(lambda: load_reward(config.rollout.reward))
+            reward = self.ranks.on_first(lambda: load_reward(config.rollout))
         return GroupSampler(
             self.engine,
             self.stream,
@@ -282,8 +281,9 @@ class TapoRun:
             config.rollout,
             reward=reward,
             names=self.manifest.names,
+            nearest=self.manifest.nearest,
             system_prompt=config.model.system_prompt,
-            seed=config.run.seed,
+            seed=seed,
             is_reserved=is_reserved,
         )
 

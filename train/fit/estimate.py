@@ -94,6 +94,22 @@ class Plan:
         return self.config.rollout.server_gpus[0].count(",") + 1
 
     @property
+    def servers(self) -> int:
+        """SGLang servers: colocated ones are as many as the given GPUs hold."""
+        rollout = self.config.rollout
+        named = len(rollout.urls or rollout.server_gpus)
+        fits = self.gpus // self.server_gpus
+        return min(named, fits) if rollout.colocated and not rollout.urls else named
+
+    @property
+    def reference(self) -> float:
+        """Bytes of a frozen reference policy on a GPU; LoRA's takes none."""
+        config = self.config
+        if not config.loss.needs_reference or config.model.lora_rank or config.parallel.offload:
+            return 0.0
+        return self.model.parameters.total * self.model.element_bytes.weight / self.shards
+
+    @property
     def samples_here(self) -> bool:
         """Whether responses are sampled on the GPUs that train."""
         return self.config.rollout.engine == "local" or self.config.rollout.colocated
@@ -124,12 +140,18 @@ class Plan:
             "backward": memory.in_backward(*branches),
             "step": memory.in_step(),
         }
+        if self.reference:
+            found = {
+                name: part._replace(parameters=part.parameters + self.reference)
+                for name, part in found.items()
+            }
         server = self.served / self.server_gpus + SERVER_BYTES
         if config.rollout.engine == "local":
             # Rank 0 keeps its own copy to sample with all the time.
             server = counted.total * sizes.weight if self.is_sharded else 0
             found = {name: part._replace(server=server) for name, part in found.items()}
         here = memory.in_generate(server)
+        here = here._replace(parameters=here.parameters + self.reference)
         return found | {"generate": here if self.samples_here else Breakdown(server=server)}
 
     @property
@@ -155,7 +177,7 @@ class Plan:
         """The engines that sample, with the mean responses that each has room for at once."""
         rollout = self.config.rollout
         local = rollout.engine == "local"
-        count = 1 if local else len(rollout.urls or rollout.server_gpus)
+        count = 1 if local else max(1, self.servers)
         most = rollout.max_rows if local else rollout.max_in_flight // count
         at_once = min(most, int(self.kv_tokens / self._sampled_tokens))
         return Engines(count, self.server_gpus, at_once, self.model.element_bytes.compute)
@@ -189,6 +211,8 @@ class Plan:
             for name, part in self.memory().items()
             if part.total > self.room
         ]
+        if not self.servers and self.config.rollout.engine == "sglang":
+            said.append(f"a server needs {self.server_gpus} GPUs of {self.gpus}")
         if not said and self.kv_tokens < self.longest:
             said.append(
                 f"generate has room for {self.kv_tokens:,} tokens, the longest is {self.longest}"

@@ -82,7 +82,8 @@ class Step:
 
     @property
     def sampled_prompts(self) -> int:
-        return self.groups * (2 if self.config.rollout.n_positive else 1)
+        rollout = self.config.rollout
+        return self.groups * ((rollout.n_anchor > 0) + (rollout.n_positive > 0))
 
     @property
     def minibatches(self) -> int:
@@ -96,8 +97,9 @@ class Step:
     @property
     def update_prompts(self) -> int:
         """Prompts of a group in the update branch."""
-        own = self.config.loss.update_on == "own" and self.config.rollout.n_positive
-        return 2 if own else 1
+        rollout = self.config.rollout
+        both = rollout.n_anchor and rollout.n_positive
+        return 2 if self.config.loss.update_on == "own" and both else 1
 
     @property
     def group_tokens(self) -> int:
@@ -206,6 +208,7 @@ class Step:
             "generate": self.groups * sampled.total,
             "old": self.groups * self.old_share * update.total,
             "negative": self.groups * apart * negative.total,
+            "reference": self.groups * self.config.loss.needs_reference * update.total,
             "update": self.groups * a_group,
         }
 
@@ -221,6 +224,7 @@ class Step:
         return {
             "old": self.old_share * passes * weights,
             "negative": passes * weights,
+            "reference": passes * weights,
             "update": passes * (gathers * weights + self.backwards * gradients),
         }
 

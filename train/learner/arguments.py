@@ -182,8 +182,8 @@ class Arguments:
         number that is not finite, and a text that no file can hold."""
         if value is None and NoneType not in get_args(self.options[name]):
             raise ValueError(self.explained(name))
-        if isinstance(value, list):
-            for entry in value:
+        if isinstance(value, list | dict):
+            for entry in value.values() if isinstance(value, dict) else value:
                 self.check(name, entry)
         elif isinstance(value, int | float) and not abs(value) <= MOST:
             raise ValueError(f"{self.explained(name)} (at most {MOST:,} in size)")

@@ -18,13 +18,14 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
-from tercet.core.config import PRESETS
 from tercet.core.option_types import PathText
+from tercet.core.presets import PRESETS
 from tercet.rollout.server import ServerError
 from tercet.train.learner.arguments import Arguments, load_yaml, one_line, options_of
 from tercet.train.learner.interrupt import Interrupted
 
 Config = TypeVar("Config")
+DEFAULT_PRESET = "tercet"
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 EXTRA = {"config": PathText, "resume": PathText | None}
@@ -72,7 +73,7 @@ def _read(
     arguments = Arguments(sys.argv[1:] if argv is None else argv, options_of(config_class) | extra)
     parser = _parser(config_class, description, bool(extra))
     options = _parse_args(parser, arguments)
-    if "run" in options and options.run.get("preset", "paper") != "paper":
+    if "run" in options and PRESETS.get(options.run.get("preset", DEFAULT_PRESET)):
         parser = _parser(config_class, description, bool(extra), options.run.preset)
         options = _parse_args(parser, arguments)
     made = parser.instantiate(options)
@@ -124,7 +125,7 @@ def help_text(config_class: type, description: str) -> str:
 
 
 def _parser(
-    config_class: type, description: str, trains: bool, preset: str = "paper"
+    config_class: type, description: str, trains: bool, preset: str = DEFAULT_PRESET
 ) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         description=description, exit_on_error=False, allow_abbrev=False, parser_mode="strict_yaml"

@@ -62,6 +62,8 @@ KINDS: dict[str, Kind] = {
     "rollout.request_timeout_s": Kind.FREE,
     "rollout.max_in_flight": Kind.FREE,
     "rollout.max_rows": Kind.FREE,
+    "rollout.judge_url": Kind.FREE,
+    "rollout.judge_cache": Kind.FREE,
     "rollout.n_anchor": Kind.STEP,
     "rollout.n_positive": Kind.STEP,
     "rollout.temperature": Kind.STEP,

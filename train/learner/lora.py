@@ -113,7 +113,7 @@ def whole_weights(
         model: with or without additions.
         dtype: of all tensors; None: each parameter's own.
     """
-    layers = {f"{name}.base_layer.weight": layer for name, layer in _layers(model)}
+    layers = {f"{name}.base_layer.weight": layer for name, layer in added_layers(model)}
     for name, parameter in model.named_parameters():
         if is_added(name):
             continue
@@ -143,7 +143,7 @@ def merge_squares(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     """
     zero = torch.zeros((), dtype=torch.float64, device=device)
     sums = {"added": zero, "lost": zero}
-    for _, layer in _layers(model):
+    for _, layer in added_layers(model):
         low = _whole(layer.lora_A[ADAPTER].weight).to(device)
         parameters = (layer.base_layer.weight, layer.lora_B[ADAPTER].weight)
         weight, high = (_rows(parameter).to(device) for parameter in parameters)
@@ -174,7 +174,7 @@ def save_adapter(model: nn.Module, added: dict[str, Tensor], folder: Path) -> st
     return config.base_model_name_or_path
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def added_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers with additions, by name."""
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from tercet.core.advantages import sequence_old_logprobs
 from tercet.core.config import LossConfig
 from tercet.core.models import family_of
 from tercet.core.types import MicroBatch, PackedBatch, PolicyParts, to_device
 from tercet.kernels.linear_logprobs import linear_logprobs
 from tercet.kernels.prefix_attention import ATTENTION_NAME
-from tercet.kernels.reference import tapo_loss_reference
+from tercet.kernels.reference import entropy_slopes, tapo_loss_reference
 from tercet.kernels.tapo_loss import fused_linear_cross_entropy, fused_linear_tapo_loss
 from tercet.kernels.varlen import VISION_NAME, backend_of
 from tercet.train.learner.lora import whole_weights
@@ -84,11 +85,11 @@ class Policy(nn.Module):
             given: what the task needs besides; `update` takes return_logprobs and apart.
 
         Returns:
-            `logprobs`: [R] float32. Otherwise (loss, metrics): a 0-d tensor, already divided by
-            num_loss_tokens, and 0-d detached tensors that add up over micro-batches and ranks
-            (with return_logprobs also `logprobs` [R], and `neg_logprobs` [R] where they are). With
-            apart the loss ends at the hidden states: `hidden` lists each pack's and the leaf that
-            stands for it.
+            `logprobs`: [R] float32; given entropy=True a pair, the second the exact entropies.
+            Otherwise (loss, metrics): a 0-d tensor, already divided by num_loss_tokens, and 0-d
+            detached tensors that add up over micro-batches and ranks (with return_logprobs also
+            `logprobs` [R], and `neg_logprobs` [R] where they are). With apart the loss ends at the
+            hidden states: `hidden` lists each pack's and the leaf that stands for it.
 
         Raises:
             ValueError: another task.
@@ -111,7 +112,8 @@ class Policy(nn.Module):
                 hidden[side] = output.last_hidden_state[0][pack.hidden_index]
         if task == "logprobs":
             labels = given["labels"].to(self.device)
-            return linear_logprobs(hidden["update"], labels=labels, **self._head())[0]
+            found = linear_logprobs(hidden["update"], labels=labels, **self._head())
+            return found if given.get("entropy") else found[0]
         if task == "cross_entropy":
             rows = {"loss_mask": batch.loss_mask, "num_loss_tokens": batch.num_loss_tokens}
             hidden, labels = hidden["update"], batch.labels
@@ -136,10 +138,16 @@ class Policy(nn.Module):
         Returns:
             The loss and its metrics, detached; `logprobs` [R] among them.
         """
+        if batch.response_index is not None and batch.old_logprobs is not None:
+            # A response's ratio is that of all its tokens: their log-probs are needed first.
+            with torch.no_grad():
+                now = self(batch.update, "logprobs", labels=batch.labels).cpu()
+            old = sequence_old_logprobs(now, batch.old_logprobs.to(now.dtype), batch.response_index)
+            batch = replace(batch, old_logprobs=old)
         if batch.negative is not None and branches == "one_at_a_time":
             with torch.no_grad():
-                neg_logprobs = self(batch.negative, "logprobs", labels=batch.labels)
-            negative_apart = replace(batch, neg_logprobs=neg_logprobs)
+                found = self(batch.negative, "logprobs", labels=batch.labels, entropy=True)
+            negative_apart = replace(batch, neg_logprobs=found[0], neg_entropy=found[1])
             batch = replace(negative_apart, negative=None)
         else:
             negative_apart = None
@@ -201,6 +209,7 @@ class Policy(nn.Module):
             "num_loss_tokens": batch.num_loss_tokens,
             "loss_mask": batch.loss_mask,
             "is_weights": batch.is_weights,
+            "ref_logprobs": batch.ref_logprobs,
         }
 
     def _tapo(
@@ -220,6 +229,7 @@ class Policy(nn.Module):
             **self._loss(batch),
             labels=batch.labels,
             neg_logprobs=batch.neg_logprobs,
+            neg_entropy=batch.neg_entropy,
             return_logprobs=return_logprobs,
         )
         if apart:
@@ -229,10 +239,13 @@ class Policy(nn.Module):
     def _negative(
         self, batch: MicroBatch, neg_hidden: Tensor, logprobs: Tensor
     ) -> tuple[Tensor, Metrics]:
-        neg_logprobs = batch.neg_logprobs.detach().requires_grad_()
+        leaves = [x.detach().requires_grad_() for x in (batch.neg_logprobs, batch.neg_entropy)]
         with torch.enable_grad():
-            value, _ = tapo_loss_reference(logprobs, neg_logprobs=neg_logprobs, **self._loss(batch))
-            (coefficients,) = torch.autograd.grad(value, neg_logprobs)
+            given = {"neg_logprobs": leaves[0], "neg_entropy": leaves[1]}
+            # The entropy of the update's image is a constant here: any will do.
+            given |= {"entropy": torch.zeros_like(logprobs), **self._loss(batch)}
+            value, _ = tapo_loss_reference(logprobs, **given)
+            found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
         return fused_linear_tapo_loss(
             neg_hidden,
             None,
@@ -240,7 +253,8 @@ class Policy(nn.Module):
             labels=batch.labels,
             old_logprobs=None,
             advantages=None,
-            coefficients=coefficients,
+            coefficients=found[0],
+            d_entropy=found[1] if entropy_slopes(self.loss) else None,
             num_loss_tokens=batch.num_loss_tokens,
             loss_mask=batch.loss_mask,
         )

@@ -26,6 +26,9 @@ from tercet.train.learner.ranks import Ranks
 from tercet.train.learner.run_folder import RunFolder
 from tercet.train.learner.run_log import RunLog, SilentLog
 
+FEW_UPDATES = 20
+"""Optimiser steps of a run below which a line warns of it."""
+
 
 class Run(Protocol):
     """What TapoRun and SftRun hold."""
@@ -152,6 +155,8 @@ def clip_and_step(run: Run, lr: float, sums: dict[str, Tensor]) -> dict[str, flo
             )
         )
     figures = {name: value for name, value in sums.items() if math.isfinite(value)}
+    if run.config.loss.needs_negative and {"entropy", "neg_entropy"} <= figures.keys():
+        figures["margin"] = figures["neg_entropy"] - figures["entropy"]
     figures |= {"lr": lr, "skipped_steps": float(not stepped)}
     return figures | ({"grad_norm": norm} if stepped else {})
 
@@ -172,6 +177,27 @@ def report_end(run: Run, draw: Callable[[], None]) -> None:
             run.log.say(f"the figures of the run are not drawn: {error}")
 
 
+def length_lines(config: TapoConfig, steps: int) -> list[str]:
+    """How long a run is, and a warning where that is too short to change much.
+
+    Args:
+        config: every option.
+        steps: rollout steps of the whole run.
+    """
+    rollout, groups = config.rollout, config.rollout.groups_per_step
+    size = config.optim.groups_per_minibatch or groups
+    updates = steps * math.ceil(groups / size)
+    responses = steps * groups * (rollout.n_anchor + rollout.n_positive)
+    counts = f"{updates:,} optimiser steps, {responses:,} responses"
+    lines = [f"{steps:,} steps of {groups:,} groups: {counts}"]
+    if updates < FEW_UPDATES:
+        lines.append(
+            f"{updates} optimiser steps are few (under {FEW_UPDATES}) at optim.lr "
+            f"{config.optim.lr:g}: lower rollout.groups_per_step, or raise run.epochs"
+        )
+    return lines
+
+
 def announce(run: Run, sampled: PolicyParts) -> None:
     """Say what is to be known at a TAPO run's start: of its data, its reward and its sampler.
 
@@ -183,6 +209,10 @@ def announce(run: Run, sampled: PolicyParts) -> None:
         run.log.say(line)
     names = [name for of_super in run.manifest.names.values() for name in of_super]
     if line := read_apart(run.config.rollout.reward, names):
+        run.log.say(line)
+    for line in length_lines(run.config, run.total_steps):
+        run.log.say(line)
+    if line := run.config.loss.works_against_kl:
         run.log.say(line)
     if sampled is not run.parts:
         run.log.say("rank 0 samples on a whole copy of the policy")

@@ -15,7 +15,6 @@ import torch
 
 from tercet.core.mismatch import mismatch_figures
 from tercet.core.packing import Piece, by_response, plain_batch, prompts_of
-from tercet.core.prompts import chat_ids, stage2_text
 from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import Completion, Group, Request, Response, Triplet
 from tercet.rollout.engine import Sampling
@@ -71,9 +70,7 @@ def served_dtype(config: RolloutConfig, trained: torch.dtype) -> str:
 async def _sampled(run: Run) -> Group:
     """A group with responses to the first anchor's photo; looks for signals while it waits."""
     config, anchor = run.config.rollout, run.manifest.anchors[0]
-    messages = [{"role": "user", "content": "<image>" + stage2_text(anchor.question)}]
-    system_prompt = run.config.model.system_prompt
-    ids = tuple(chat_ids(run.parts.tokenizer, messages, 1, system_prompt=system_prompt))
+    ids = run.sampler.prompts.ids(anchor, (anchor.image,))
     image, seed, step = anchor.image, run.config.run.seed, run.steps_done
     request = Request("check.anchor", "check", ids, (image,), SAMPLES, seed, step)
     tokens = min(TOKENS, config.max_response_tokens)

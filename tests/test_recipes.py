@@ -1,0 +1,167 @@
+"""Every recipe of train/tapo.py: planned on the cards it names, and run for two steps on a tiny
+policy, with only paths, engine, dtype, lengths, counts and the judge overridden.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from test_judge import Endpoint, serving
+from test_tapo import workspace as workspace  # a fixture
+
+from tercet.core.config import TapoConfig
+from tercet.train import plan as plan_command
+from tercet.train import tapo
+from tercet.train.learner.arguments import overridden
+from tercet.train.learner.command_line import RECIPES, parse
+from tercet.train.learner.run import length_lines
+
+RUNS = sorted(
+    file.stem
+    for file in RECIPES.glob("*.yaml")
+    if not file.stem.startswith("demo_") and "train/sft.py" not in file.read_text()
+)
+SERVED = [name for name in RUNS if "engine: sglang" in (RECIPES / f"{name}.yaml").read_text()]
+
+
+def run(workspace: Path, out: Path, *more: str, recipe: str | None = None) -> list[dict]:
+    """The lines of metrics.jsonl of two steps."""
+    argv = [
+        *([] if recipe is None else [f"--config={RECIPES / recipe}.yaml"]),
+        *(f"--data.path={workspace / 'photos'}", f"--model.path={workspace / 'policy'}"),
+        *(f"--run.out={out}", "--run.steps=2", "--run.device=cpu", "--model.dtype=float32"),
+        *("--data.shots=3", "--data.sft_shots=0", "--data.embedder=policy"),
+        *("--model.min_pixels=null", "--model.max_pixels=null"),
+        *("--rollout.engine=local", "--rollout.colocated=false"),
+        *("--rollout.groups_per_step=2", "--rollout.prompts_per_batch=2"),
+        *("--rollout.max_prompt_tokens=512", "--rollout.max_response_tokens=8"),
+        *("--rollout.max_rounds=1", "--rollout.on_exhausted=keep_last_round"),
+        *("--optim.groups_per_minibatch=1", "--parallel.micro_batch_tokens=2048"),
+    ]
+    config, _, resolved = parse(TapoConfig, overridden(argv, more), "")
+    tapo.train(config, resolved)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_a_recipe_runs_for_two_steps(recipe, workspace, tmp_path):
+    judged = "judge_reasoning" in (RECIPES / f"{recipe}.yaml").read_text()
+    scores = iter(range(10**6))
+    judge = serving(Endpoint(lambda body: str(next(scores) % 101))) if judged else nullcontext()
+    with judge as url:
+        more = [f"--rollout.judge_url={url}"] if judged else []
+        rows = run(workspace, tmp_path, *more, recipe=recipe)
+    assert [row["step"] for row in rows] == [1, 2]
+    if judged:
+        assert all(0 < row["judge_reasoning"] < 1 for row in rows)
+        assert all(row["judge_reasoning_left_out"] == 0 and row["grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("recipe", SERVED)
+def test_a_recipe_fits_the_cards_that_it_names(recipe):
+    text = (RECIPES / f"{recipe}.yaml").read_text()
+    gpus = re.search(r"--nproc-per-node (\d+)", text)[1]
+    plan, _ = plan_command.read(["--recipe", recipe, "--gpus", gpus, "--gpu", "A6000"])
+    assert plan.lacks == [] and plan.engines.count == int(gpus)
+    words = plan.config.rollout.sglang_args.split()
+    assert float(words[words.index("--mem-fraction-static") + 1]) <= plan.server_share
+
+
+def test_the_plan_counts_the_servers_of_the_cards_it_is_given():
+    for gpus, count in (("1", 1), ("2", 2), ("4", 4), ("8", 4)):
+        plan, _ = plan_command.read(["--recipe", "tapo_3b", "--gpus", gpus, "--gpu", "H200"])
+        assert plan.engines.count == count
+    argv = ["--recipe", "tapo_3b", "--gpus", "1", "--gpu", "H200"]
+    pair, _ = plan_command.read([*argv, "--rollout.server_gpus", "['0,1']"])
+    assert pair.lacks == ["a server needs 2 GPUs of 1"]
+    (said,) = [line for line in plan_command.remarks(plan_command.read(argv)[0]) if "names" in line]
+    assert said == "rollout.server_gpus names 4 GPUs of 1: 1 servers of 1 are counted"
+
+
+def test_the_plan_counts_a_frozen_reference():
+    argv = ["--recipe", "cls_rl", "--gpus", "4", "--gpu", "A6000"]
+    with_copy, without = (
+        plan_command.read([*argv, "--loss.ref_kl_coef", beta])[0] for beta in ("0.04", "0")
+    )
+    shard = with_copy.model.parameters.total * 2 / 4
+    for name, part in with_copy.memory().items():
+        assert part.parameters - without.memory()[name].parameters == shard, name
+    assert {p.name for p in with_copy.phases()} - {p.name for p in without.phases()} == {
+        "reference"
+    }
+    lora = plan_command.read([*argv, "--model.lora_rank", "8"])[0]
+    assert lora.reference == 0
+
+
+GRPO = ("--loss.kl_coef=0", "--loss.entropy_coef=0", "--loss.neg_entropy_coef=0")
+OBJECTIVES = {
+    "gspo": (*GRPO, "--loss.ratio_of=sequence", "--loss.mean_over=response"),
+    "dr_grpo": (*GRPO, "--loss.mean_over=constant", "--loss.advantage_std=false"),
+    "cispo": (*GRPO, "--loss.policy_term=cispo"),
+    "exact": ("--loss.entropy_form=exact", "--parallel.branches=one_at_a_time"),
+    "positive alone": ("--rollout.n_anchor=0", "--rollout.n_positive=4"),
+    "positive alone, own": (
+        *("--rollout.n_anchor=0", "--rollout.n_positive=4"),
+        "--loss.update_on=own",
+    ),
+}
+
+
+@pytest.fixture
+def by_length(monkeypatch):
+    def length(rows):
+        return [
+            {"overall": float(n + row["response_length"]), "accuracy": float(n % 2)}
+            for n, row in enumerate(rows)
+        ]
+
+    monkeypatch.setattr(tapo, "load_reward", lambda config: length)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_trains(name, workspace, tmp_path, by_length):
+    more = ["--rollout.n_anchor=3", "--rollout.n_positive=1", "--optim.lr=1e-3"]
+    rows = run(workspace, tmp_path, *overridden(more, OBJECTIVES[name]))
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["grad_norm"] > 0 and row["skipped_steps"] == 0 for row in rows)
+    assert ("margin" in rows[0]) == (name not in ("gspo", "dr_grpo", "cispo"))
+    if name == "exact":
+        assert all(row["exact_neg_entropy"] > 0 for row in rows)
+        assert all(
+            row["margin"] == pytest.approx(row["neg_entropy"] - row["entropy"], abs=1e-6)
+            for row in rows
+        )
+
+
+@pytest.mark.parametrize("lora", ["0", "4"])
+def test_a_reference_is_what_the_run_began_from(lora, workspace, tmp_path, by_length):
+    """Its KL is 0 until the first update, and then not; LoRA's reference is the base."""
+    more = [*GRPO, "--loss.ref_kl_coef=0.1", f"--model.lora_rank={lora}", "--optim.lr=1e-2"]
+    more += ["--rollout.n_anchor=4", "--rollout.n_positive=0", "--run.save_every=1"]
+    rows = run(workspace, tmp_path, *more, "--optim.groups_per_minibatch=2")
+    assert rows[0]["ref_kl"] == pytest.approx(0, abs=1e-9)
+    assert rows[1]["ref_kl"] > 1e-6
+
+
+def test_without_dynamic_sampling_every_group_is_kept(monkeypatch, workspace, tmp_path):
+    def equal(rows):
+        return [{"overall": 1.0, "accuracy": 1.0} for _ in rows]
+
+    monkeypatch.setattr(tapo, "load_reward", lambda config: equal)
+    rows = run(workspace, tmp_path, "--rollout.dynamic_sampling=false")
+    assert all(row["acceptance"] == 1 and row["filled_up"] == 0 for row in rows)
+
+
+def test_a_run_of_few_optimiser_steps_is_warned_of():
+    config = TapoConfig()  # 384 groups a step in one mini-batch
+    said = length_lines(config, 2)
+    assert said[0] == "2 steps of 384 groups: 2 optimiser steps, 7,680 responses"
+    assert said[1].startswith("2 optimiser steps are few (under 20) at optim.lr 1e-06: lower")
+    config.optim.groups_per_minibatch = 100
+    assert length_lines(config, 5) == [
+        "5 steps of 384 groups: 20 optimiser steps, 19,200 responses"
+    ]

@@ -16,7 +16,7 @@ from tercet.train.learner.ranks import Ranks
 
 pytestmark = pytest.mark.core
 
-SHAPE = Shape(2, 8, 24, 4, 2, 2, 100, 1, 4, 2, 12, 3, 1, 0, 2, 6)
+SHAPE = Shape(2, 8, 24, 4, 2, 2, False, 100, 1, 4, 2, 12, 3, 4, 0, 1, 0, 2, 6)
 
 
 def budget_of(tmp_path, tokens: int, least: int = 8, say=lambda line: None) -> TokenBudget:

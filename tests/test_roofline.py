@@ -17,7 +17,7 @@ from tercet.train.fit.roofline import BUS, Card, Engines, Lengths, Step, Volume,
 from tercet.train.learner.micro_batches import split
 
 pytestmark = pytest.mark.core
-SHAPE = Shape(2, 8, 24, 4, 2, 2, 100, 1, 4, 2, 12, 3, 1, 0, 2, 6)
+SHAPE = Shape(2, 8, 24, 4, 2, 2, False, 100, 1, 4, 2, 12, 3, 4, 0, 1, 0, 2, 6)
 LENGTHS = Lengths(prompt=20, photo=16, response=30)
 
 

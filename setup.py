@@ -40,7 +40,7 @@ setup(
         "tokenizers>=0.22",
         "sentencepiece>=0.2.1",
         "protobuf>=4.25",
-        "numpy>=1.26",
+        "numpy>=2.0",
         "safetensors>=0.8",
         "pillow>=10.3",
         "imagehash>=4.3",

@@ -35,8 +35,9 @@ _ATTRIBUTE = (
     "the final answer, enclosed within <answer> </answer> tags."
 )
 """ReFine-RFT's wording is not published: this is ours."""
-_CHOICE = "Answer with the letter from the given choices directly"
-_BOTH = "Answer the correct choice and its category name"
+CHOICE = "Answer with the letter from the given choices directly"
+BOTH = "Answer the correct choice and its category name"
+"""Of ReFine-RFT, to the letter."""
 _TAGGED = "Put the answer within <answer> </answer> tags."
 PROMPTS = ("stage2", "open", "choice", "both", "attribute", "no_thinking")
 """The training prompts that have a name."""
@@ -91,7 +92,7 @@ def training_text(prompt: str, question: str, options: Sequence[str] = ()) -> st
         return f"{question} {_NO_THINKING}"
     if prompt in WITH_LETTERS:
         asked = f"{question}\n{listed}" if options else question
-        instruction = {"choice": f"{_CHOICE}. {_TAGGED}", "both": f"{_BOTH}. {_TAGGED}"}
+        instruction = {"choice": f"{CHOICE}. {_TAGGED}", "both": f"{BOTH}. {_TAGGED}"}
         return f"{asked}\n\n{instruction.get(prompt, _ATTRIBUTE)}"
     return prompt.replace("{options}", listed).replace("{question}", question)
 

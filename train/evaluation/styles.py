@@ -13,7 +13,14 @@ from typing import Literal
 
 from tercet.core.data.manifest import Manifest
 from tercet.core.names import normal_form
-from tercet.core.prompts import closed_world_text, extract_answer, open_world_text, stage2_text
+from tercet.core.prompts import (
+    BOTH,
+    CHOICE,
+    closed_world_text,
+    extract_answer,
+    open_world_text,
+    stage2_text,
+)
 from tercet.core.types import EvalQuestion, Photo
 from tercet.train.evaluation.answer_file import Mode
 from tercet.train.evaluation.metrics import options_named
@@ -96,12 +103,12 @@ STYLES: dict[StyleName, Style] = {
     "stage2": Style({"open": lambda q: stage2_text(q.question)}),
     "appendix": Style({"closed": _appendix_closed, "open": _appendix_open}),
     "choice": Style(
-        {"closed": _lettered("Answer with the letter from the given choices directly")},
+        {"closed": _lettered(CHOICE)},
         letters=True,
         tags=False,
     ),
     "both": Style(
-        {"closed": _lettered("Answer the correct choice and its category name")},
+        {"closed": _lettered(BOTH)},
         letters=True,
         tags=False,
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.models import family_of
@@ -69,10 +70,7 @@ def open_engine(
     parts.save(work_dir / POLICY)
     sync = _open_sync(parts, config, work_dir)
     dtype = dtype or parts.model.dtype
-    # Left to itself, SGLang serves a float32 model in float16.
-    served = "float32" if config.served_dtype == "float32" else str(dtype).removeprefix("torch.")
-    family = family_of(parts.model.config)
-    arguments = [*SAME_PIXELS, *family.SERVER_ARGUMENTS, "--dtype", served]
+    arguments = _arguments(config, parts.model.config, dtype)
     servers = _make_servers(config, work_dir, api_key, arguments, check_stop)
     endpoints = [
         Endpoint(url, server, bearer(api_key), config.request_timeout_s, check_stop)
@@ -122,6 +120,13 @@ def read_api_key(config: RolloutConfig) -> str | None:
     if key and not (key.isascii() and key.isprintable() and " " not in key):
         raise ValueError(f"{source}: a key is one word of printable ASCII characters")
     return key or None
+
+
+def _arguments(config: RolloutConfig, model: PretrainedConfig, dtype: torch.dtype) -> list[str]:
+    """What every server is started with, so that it computes what the trainer does."""
+    # Left to itself, SGLang serves a float32 model in float16.
+    served = "float32" if config.served_dtype == "float32" else str(dtype).removeprefix("torch.")
+    return [*SAME_PIXELS, *family_of(model).SERVER_ARGUMENTS, "--dtype", served]
 
 
 def _make_servers(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from tercet.core.data.vision import PromptEncoder
-from tercet.core.models import family_of
 from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import PolicyParts
 from tercet.rollout.endpoint import Endpoint, bearer
@@ -70,8 +68,7 @@ def open_engine(
     parts.save(work_dir / POLICY)
     sync = _open_sync(parts, config, work_dir)
     dtype = dtype or parts.model.dtype
-    arguments = _arguments(config, parts.model.config, dtype)
-    servers = _make_servers(config, work_dir, api_key, arguments, check_stop)
+    servers = _make_servers(config, work_dir, api_key, dtype, check_stop)
     endpoints = [
         Endpoint(url, server, bearer(api_key), config.request_timeout_s, check_stop)
         for url, server in zip_longest([s.url for s in servers] or addresses, servers)
@@ -122,18 +119,11 @@ def read_api_key(config: RolloutConfig) -> str | None:
     return key or None
 
 
-def _arguments(config: RolloutConfig, model: PretrainedConfig, dtype: torch.dtype) -> list[str]:
-    """What every server is started with, so that it computes what the trainer does."""
-    # Left to itself, SGLang serves a float32 model in float16.
-    served = "float32" if config.served_dtype == "float32" else str(dtype).removeprefix("torch.")
-    return [*SAME_PIXELS, *family_of(model).SERVER_ARGUMENTS, "--dtype", served]
-
-
 def _make_servers(
     config: RolloutConfig,
     work_dir: Path,
     api_key: str | None,
-    arguments: Sequence[str],
+    dtype: torch.dtype,
     check_stop: Callable[[], None],
 ) -> list[Server]:
     """The servers to start; none where they run already."""
@@ -145,13 +135,16 @@ def _make_servers(
             "rollout.sglang_args: a key on a command line is seen by others: set the variable "
             f"{API_KEY} or rollout.api_key_file"
         )
+    # Left to itself, SGLang serves a float32 model in float16.
+    served = "float32" if config.served_dtype == "float32" else str(dtype).removeprefix("torch.")
+    own = [*SAME_PIXELS, "--dtype", served]
     ports = free_ports(len(config.server_gpus))
     return [
         Server(
             work_dir / POLICY,
             config.sglang_python,
             work_dir / f"server_{number}",
-            arguments=[*arguments, *more],
+            arguments=[*own, *more],
             port=port,
             api_key=api_key,
             start_timeout_s=config.start_timeout_s,

@@ -18,7 +18,7 @@ from sglang_support import processes_in
 
 from tercet.core.rollout_config import RolloutConfig
 from tercet.rollout import guard
-from tercet.rollout.launch import _arguments, _make_servers, open_engine, read_api_key
+from tercet.rollout.launch import _make_servers, open_engine, read_api_key
 from tercet.rollout.server import Server, ServerError, start_all
 
 pytestmark = pytest.mark.core
@@ -174,17 +174,13 @@ def test_what_cannot_be_a_server_is_named(make, tmp_path):
         config(server_gpus=[])
 
 
-def test_servers_compute_in_the_policys_dtype_unless_they_are_asked_otherwise(
-    make, tmp_path, parts
-):
+def test_servers_compute_in_the_policys_dtype_unless_they_are_asked_otherwise(make, tmp_path):
     make()
     (tmp_path / "model").rename(tmp_path / "policy")
     for dtype in (torch.float32, torch.bfloat16):
-        options = config(sglang_args="--dtype half")
-        arguments = _arguments(options, parts.model.config, dtype)
-        (server,) = _make_servers(options, tmp_path, None, arguments, lambda: None)
-        precise = "--enable-precise-embedding-interpolation" in server.arguments
-        assert precise == (parts.model.config.model_type == "qwen3_vl")
+        (server,) = _make_servers(
+            config(sglang_args="--dtype half"), tmp_path, None, dtype, lambda: None
+        )
         place = server.arguments.index("--dtype")
         assert server.arguments[place + 1] == str(dtype).removeprefix("torch.")
         assert server.arguments[-2:] == ("--dtype", "half")
@@ -215,7 +211,7 @@ def test_a_key_among_the_options_is_refused_without_repeating_it(make, tmp_path)
     assert "geheim" not in str(caught.value)
     with pytest.raises(ValueError, match="rollout.sglang_args: a key on a command line") as caught:
         arguments = config(sglang_args="--api-key geheim")
-        _make_servers(arguments, tmp_path, None, [], lambda: None)
+        _make_servers(arguments, tmp_path, None, None, lambda: None)
     assert "geheim" not in str(caught.value)
 
 

@@ -56,8 +56,6 @@ class Family(Protocol):
     `vision_start`, `vision_end`, `image`, `video`, and those that only CHAT_TEMPLATE needs."""
     CHAT_TEMPLATE: str
     """Of a tiny model's tokenizer; renders image items."""
-    SERVER_ARGUMENTS: tuple[str, ...]
-    """What an SGLang server needs besides, so that it computes what transformers does."""
     SERVER_HASHES: bool
     """Whether SGLang takes hashes of photos; else it knows photos by their bytes."""
     TINY_PROCESSOR: dict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tercet.core.data.vision import PromptEncoder
-from tercet.core.models import family_of
 from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import PolicyParts
 from tercet.rollout.endpoint import Endpoint, bearer
@@ -69,11 +68,7 @@ def open_engine(
     parts.save(work_dir / POLICY)
     sync = _open_sync(parts, config, work_dir)
     dtype = dtype or parts.model.dtype
-    # Left to itself, SGLang serves a float32 model in float16.
-    served = "float32" if config.served_dtype == "float32" else str(dtype).removeprefix("torch.")
-    family = family_of(parts.model.config)
-    arguments = [*SAME_PIXELS, *family.SERVER_ARGUMENTS, "--dtype", served]
-    servers = _make_servers(config, work_dir, api_key, arguments, check_stop)
+    servers = _make_servers(config, work_dir, api_key, dtype, check_stop)
     endpoints = [
         Endpoint(url, server, bearer(api_key), config.request_timeout_s, check_stop)
         for url, server in zip_longest([s.url for s in servers] or addresses, servers)
@@ -132,7 +127,7 @@ def _make_servers(
     config: RolloutConfig,
     work_dir: Path,
     api_key: str | None,
-    arguments: Sequence[str],
+    dtype: torch.dtype,
     check_stop: Callable[[], None],
 ) -> list[Server]:
     """The servers to start; none where they run already."""
@@ -144,13 +139,16 @@ def _make_servers(
             "rollout.sglang_args: a key on a command line is seen by others: set the variable "
             f"{API_KEY} or rollout.api_key_file"
         )
+    # Left to itself, SGLang serves a float32 model in float16.
+    served = "float32" if config.served_dtype == "float32" else str(dtype).removeprefix("torch.")
+    own = [*SAME_PIXELS, "--dtype", served]
     ports = free_ports(len(config.server_gpus))
     return [
         Server(
             work_dir / POLICY,
             config.sglang_python,
             work_dir / f"server_{number}",
-            arguments=[*arguments, *more],
+            arguments=[*own, *more],
             port=port,
             api_key=api_key,
             start_timeout_s=config.start_timeout_s,

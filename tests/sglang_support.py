@@ -13,7 +13,6 @@ from PIL import Image
 from support import tiny
 
 from tercet.core.data.vision import PromptEncoder
-from tercet.core.models import family_of
 from tercet.core.types import Request
 from tercet.rollout.endpoint import Endpoint
 from tercet.rollout.engine import Sampling
@@ -38,8 +37,7 @@ QUESTION = "<|vision_start|><|image_pad|><|vision_end|>What bird is this?"
 def make_server(parts, folder: Path, **options) -> Server:
     if not (folder / "config.json").exists():
         parts.save(folder)
-    more = family_of(parts.model.config).SERVER_ARGUMENTS
-    options = {"arguments": [*FLAGS, *more], "start_timeout_s": 180.0} | options
+    options = {"arguments": FLAGS, "start_timeout_s": 180.0} | options
     return Server(folder, PYTHON, folder.parent / "server", **options)
 
 

@@ -89,12 +89,7 @@ PARSED_ONLY = {
     ".": "is the shell's own",
 }
 """Commands, by an option or by their first word, that are not run, and why."""
-FOREIGN = {
-    "--dtype",
-    "--enable-memory-saver",
-    "--enable-precise-embedding-interpolation",
-    "--mem-fraction-static",
-}
+FOREIGN = {"--dtype", "--enable-memory-saver", "--mem-fraction-static"}
 FOREIGN |= {"--model", "--model_args", "--tasks", "--batch_size"}
 """Options of SGLang's servers and of lmms-eval."""
 COMMANDS = ("make", "pip", "pytest", "python", "torchrun", ".")

@@ -40,6 +40,11 @@ def test_names_are_those_of_published_checkpoints(parts):
     found = {
         name for name, _ in checkpoint_names(parts.model.config, parts.model.named_parameters())
     }
+    if parts.model.config.model_type == "qwen3_vl":
+        assert "model.language_model.layers.0.self_attn.q_norm.weight" in found
+        assert "model.visual.deepstack_merger_list.1.linear_fc1.weight" in found
+        assert all(name.startswith(("model.visual.", "model.language_model.")) for name in found)
+        return
     assert "model.layers.0.self_attn.q_proj.weight" in found and "model.norm.weight" in found
     assert all(name.startswith(("model.", "visual.", "lm_head.")) for name in found)
     assert not any("language_model" in name or "model.visual" in name for name in found)

@@ -46,7 +46,6 @@ CHAT_TEMPLATE = (
     "{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-SERVER_ARGUMENTS: tuple[str, ...] = ()
 SERVER_HASHES = True
 TINY_PROCESSOR: dict = {}
 VISION = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}

@@ -25,8 +25,6 @@ CHAT_TEMPLATE = qwen2_vl.CHAT_TEMPLATE.replace(
     "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}",
     "",
 )
-# By default it interpolates the vision tower's positions in another way.
-SERVER_ARGUMENTS = ("--enable-precise-embedding-interpolation",)
 SERVER_HASHES = False  # SGLang 0.5.23 names image tokens before it reads them, and breaks down
 TINY_PROCESSOR = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 VISION = {

@@ -53,7 +53,7 @@ setup(
         "pyyaml>=6.0",
         "rich>=14.3",
         "matplotlib>=3.9",
-        "tensorboard>=2.17",
+        "tensorboard>=2.18",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8", "liger-kernel>=0.6"],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_packing import encode, make_group, whole
 
-from tercet.core.config import LossConfig, ParallelConfig, RunConfig, TapoConfig
+from tercet.core.config import LossConfig, ParallelConfig, TapoRunConfig, TapoConfig
 from tercet.core.costs import Shape
 from tercet.core.packing import Piece, micro_batch, pack, prompts_of
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches, split
@@ -20,7 +20,7 @@ SHAPE = Shape(2, 8, 24, 4, 2, 2, False, 100, 1, 4, 2, 12, 3, 4, 0, 1, 0, 2, 6)
 
 
 def budget_of(tmp_path, tokens: int, least: int = 8, say=lambda line: None) -> TokenBudget:
-    config = TapoConfig(run=RunConfig(out=str(tmp_path)))
+    config = TapoConfig(run=TapoRunConfig(out=str(tmp_path)))
     config.parallel.micro_batch_tokens = tokens
     return TokenBudget(config, Ranks(torch.device("cpu"), ParallelConfig()), least, say, False)
 

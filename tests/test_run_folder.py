@@ -383,11 +383,9 @@ def test_the_lock_is_gone_with_its_process(config):
     holder = os.fork()
     if holder == 0:
         folder = open_folder(config, None)
-        child = os.fork()
-        if child == 0:
+        if os.fork() == 0:
             folder.lock.release()  # has no effect on its parent's
-            time.sleep(60)
-        os.write(tell, child.to_bytes(4, "little"))
+            os.write(tell, os.getpid().to_bytes(4, "little"))
         time.sleep(60)
         os._exit(0)
     orphan = int.from_bytes(os.read(ready, 4), "little")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_packing import encode, make_group, whole
 
-from tercet.core.config import LossConfig, ParallelConfig, TapoRunConfig, TapoConfig
+from tercet.core.config import LossConfig, ParallelConfig, TapoConfig, TapoRunConfig
 from tercet.core.costs import Shape
 from tercet.core.packing import Piece, micro_batch, pack, prompts_of
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches, split

@@ -112,6 +112,7 @@ def test_choices_are_those_of_a_plain_loop(make, kind, tmp_path, monkeypatch):
     lines = write_questions(tmp_path, 40 if kind == "one" else 8)
     model = make(tmp_path / "clip")
     more = [f"--questions={tmp_path / 'my_seen.jsonl'}", f"--clip={model}", "--modes=closed"]
+    more.append("--model.path=")
     (row,) = evaluate(monkeypatch, tmp_path, *more, f"--clip_templates={kind}")
     found = {a["line"]: a["output"] for a in answers_in(tmp_path)}
     expected = by_hand(model, tmp_path / "photos", lines, templates_of(kind))
@@ -133,6 +134,7 @@ def test_what_is_no_clip_is_named(tmp_path, monkeypatch):
     write_questions(tmp_path, 1)
     (tmp_path / "empty").mkdir()
     more = [f"--questions={tmp_path / 'my_seen.jsonl'}", f"--clip={tmp_path / 'empty'}"]
+    more.append("--model.path=")
     with pytest.raises(ValueError, match="--clip chooses among the options: it needs --modes"):
         evaluate(monkeypatch, tmp_path, *more)
     with pytest.raises(ValueError, match=r"--clip '.*empty' cannot be loaded: (?!.*null)"):

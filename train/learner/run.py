@@ -155,7 +155,7 @@ def clip_and_step(run: Run, lr: float, sums: dict[str, Tensor]) -> dict[str, flo
             )
         )
     figures = {name: value for name, value in sums.items() if math.isfinite(value)}
-    if run.config.loss.needs_negative and {"entropy", "neg_entropy"} <= figures.keys():
+    if {"entropy", "neg_entropy"} <= figures.keys() and run.config.loss.needs_negative:
         figures["margin"] = figures["neg_entropy"] - figures["entropy"]
     figures |= {"lr": lr, "skipped_steps": float(not stepped)}
     return figures | ({"grad_norm": norm} if stepped else {})

@@ -314,6 +314,7 @@ class TapoRunConfig(RunConfig):
     """Held-out photos of seen and as many of unseen sub-categories for them, drawn once."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.preset == "paper":
             warnings.warn("run.preset 'paper' is called 'tercet' now", FutureWarning, stacklevel=3)
             self.preset = "tercet"

@@ -66,7 +66,7 @@ def test_a_recipe_fits_the_cards_that_it_names(recipe):
     text = (RECIPES / f"{recipe}.yaml").read_text()
     gpus = re.search(r"--nproc-per-node (\d+)", text)[1]
     plan, _ = plan_command.read(["--recipe", recipe, "--gpus", gpus, "--gpu", "A6000"])
-    assert plan.lacks == [] and plan.engines.count == int(gpus)
+    assert plan.lacks == [] and plan.engines.count * plan.engines.gpus == int(gpus)
     words = plan.config.rollout.sglang_args.split()
     assert float(words[words.index("--mem-fraction-static") + 1]) <= plan.server_share
 

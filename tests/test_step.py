@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import shutil
 import sys
-import time
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -185,16 +184,21 @@ def test_memory_is_the_peak_above_what_is_returned():
     assert kept[0].sum() == 2**18 and extra == pytest.approx(4, abs=0.01)
 
 
-def test_calls_take_turns_and_the_cpu_clock_does_not_count_waiting():
-    order = []
-    calls = {
-        "work": lambda: order.append("work") or sum(range(300_000)),
-        "wait": lambda: order.append("wait") or time.sleep(0.1),
-    }
+def test_calls_take_turns_by_either_clock(monkeypatch):
+    """Clocks of our own: work takes 2 s of both, waiting 3 s of the wall's alone."""
+    order, now = [], {"wall": 0.0, "cpu": 0.0}
+    clocks = {name: (lambda name=name: now[name]) for name in now}
+    monkeypatch.setattr(measure, "CLOCKS", clocks)
+
+    def spend(name: str, wall: float, cpu: float) -> None:
+        order.append(name)
+        now["wall"], now["cpu"] = now["wall"] + wall, now["cpu"] + cpu
+
+    calls = {"work": lambda: spend("work", 2, 2), "wait": lambda: spend("wait", 3, 0)}
     wall, cpu = (measure.interleaved(calls, 3, 1, False, clock) for clock in ("wall", "cpu"))
     assert order == ["work", "wait"] * 8
-    assert wall["wait"][0] >= 100 and cpu["wait"][0] < 50
-    assert wall["work"][0] <= wall["work"][1] <= wall["work"][2]
+    assert wall == {"work": (2000.0,) * 3, "wait": (3000.0,) * 3}
+    assert cpu == {"work": (2000.0,) * 3, "wait": (0.0,) * 3}
 
 
 def test_a_ledger_keeps_its_columns(tmp_path):

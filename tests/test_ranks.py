@@ -142,11 +142,15 @@ def test_mixed_precision_on_two_ranks(workspace):
         train(workspace, f"mixed{ranks}", ranks, *options, mixed)
     first = load_file(workspace / "policy" / "model.safetensors")
     exact, one, two = (weights(workspace, out, 1) for out in ("exact", "mixed1", "mixed2"))
+    rounded = 0
     for name, weight in exact.items():
         assert one[name].dtype == torch.float32
         rounding, found = ((x[name] - weight).norm() for x in (one, two))
-        assert 0 < rounding < 0.1 * (weight - first[name]).norm(), name
-        assert found <= 2 * rounding, name
+        ulp = torch.finfo(torch.float32).eps * weight.abs().max()  # one element may round otherwise
+        rounded += bool(rounding > ulp)
+        assert rounding < 0.1 * (weight - first[name]).norm(), name
+        assert found <= 2 * rounding + ulp, name
+    assert rounded > len(exact) / 2  # it was computed in bfloat16
 
 
 def test_a_run_goes_on_after_a_rank_was_killed(workspace, alone):

@@ -26,10 +26,11 @@ from tercet.core.types import EvalQuestion, PolicyParts
 from tercet.rollout.engine import Engine, Sampling
 from tercet.rollout.local import LocalEngine
 from tercet.train.evaluation.asking import Asked, Asker, every_answer
+from tercet.train.evaluation.styles import Wording
 
 RESULTS = Path(__file__).parent / "results" / "evaluation.csv"
 NAMES = ("Crested Auklet", "Least Auklet", "Parakeet Auklet", "Rhinoceros Auklet")
-PROMPTS = {"closed": "closed_world", "open": "open_world"}
+MODES = ("closed", "open")
 BATCH = 2
 LOOP = f"transformers' generate, batches of {BATCH}"
 
@@ -75,7 +76,7 @@ def make_questions(photos: Sequence[str]) -> list[EvalQuestion]:
 
 def by_engine(engine: Engine, parts: PolicyParts, wanted: Sequence[Asked], tokens: int) -> dict:
     """Text of each answer by its key, from an engine."""
-    asker = Asker(engine, parts, PROMPTS, Sampling(0.0, max_tokens=tokens))
+    asker = Asker(engine, parts, Wording("released"), Sampling(0.0, max_tokens=tokens))
 
     async def collect() -> dict:
         return {answer.key: answer.output async for answer in asker.answers(wanted)}
@@ -86,10 +87,10 @@ def by_engine(engine: Engine, parts: PolicyParts, wanted: Sequence[Asked], token
 @torch.no_grad()
 def by_transformers(parts: PolicyParts, wanted: Sequence[Asked], tokens: int) -> dict:
     """Text of each answer by its key, from a plain loop."""
-    asker, found = Asker(None, parts, PROMPTS, Sampling(0.0)), {}
+    asker, found = Asker(None, parts, Wording("released"), Sampling(0.0)), {}
     pad = parts.tokenizer.pad_token_id
     image = parts.banned_ids[0]
-    for mode in PROMPTS:
+    for mode in MODES:
         left = [asked for asked in wanted if asked.mode == mode]
         for start in range(0, len(left), BATCH):
             part = left[start : start + BATCH]
@@ -153,7 +154,7 @@ def main() -> None:
     parts = make_policy()
     with tempfile.TemporaryDirectory() as folder:
         questions = make_questions(noise_photos(Path(folder), options.questions, 112))
-        wanted = every_answer(questions, list(PROMPTS), 1)
+        wanted = every_answer(questions, MODES, 1)
         local = LocalEngine(parts, PromptEncoder(parts))
         ways = {
             LOOP: lambda: by_transformers(parts, wanted, options.tokens),

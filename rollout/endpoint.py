@@ -236,15 +236,7 @@ class Endpoint:
 
     async def ask(self, client: httpx.AsyncClient, path: str, body: dict) -> bytes:
         """The whole reply to a POST for a sample; raises what `exchange` raises."""
-        reply = await exchange.exchange(
-            client,
-            "POST",
-            self.url + path,
-            body,
-            seconds=self.timeout_s,
-            most_bytes=_most_bytes(body),
-        )
-        return reply.content
+        return (await self._sample(client, path, body)).content
 
     async def stream(
         self, client: httpx.AsyncClient, path: str, body: dict, on_first: Callable[[], None]
@@ -261,18 +253,27 @@ class Endpoint:
             last = message
             on_first()
 
-        await exchange.exchange(
+        await self._sample(client, path, body, keep)
+        if not last:
+            raise Again("the reply is empty")
+        return last
+
+    async def _sample(
+        self,
+        client: httpx.AsyncClient,
+        path: str,
+        body: dict,
+        on_message: Callable[[bytes], None] | None = None,
+    ) -> exchange.Reply:
+        return await exchange.exchange(
             client,
             "POST",
             self.url + path,
             body,
             seconds=self.timeout_s,
             most_bytes=_most_bytes(body),
-            on_message=keep,
+            on_message=on_message,
         )
-        if not last:
-            raise Again("the reply is empty")
-        return last
 
     async def abort(self, client: httpx.AsyncClient, rid: str) -> None:
         """Stop a request that nobody waits for; a server that does not answer is left alone."""

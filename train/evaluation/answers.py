@@ -1,4 +1,4 @@
-"""Questions to answers, answers to scores, scores to a table, all in memory: for runs and the demo."""
+"""Questions to answers, answers to scores, scores to a table, in memory: for runs and the demo."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ def main(folder: str, *words: str) -> None:
     }
     if ranks.is_first:
         torch.save(whole, out)
-    ranks.exchange(None)
+    ranks.exchange(None)  # none ends before the others are done
+    ranks.close()
 
 
 if __name__ == "__main__":

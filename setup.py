@@ -41,6 +41,7 @@ setup(
         "sentencepiece>=0.2.1",
         "protobuf>=4.25",
         "numpy>=2.0",
+        "packaging>=24.0",
         "safetensors>=0.8",
         "pillow>=10.3",
         "imagehash>=4.3",

@@ -287,6 +287,16 @@ class PlanConfig:
 
 
 @dataclass
+class DoctorConfig:
+    """Options of train/doctor.py, beside those of train/tapo.py."""
+
+    start_server: bool = False
+    """Start an SGLang server on the model, ask it whether it is well, and stop it."""
+    json: bool = False
+    """Print a JSON object a line instead of text."""
+
+
+@dataclass
 class SeedsConfig:
     """Options of the demo, beside those of train/tapo.py."""
 

@@ -29,7 +29,16 @@ from torch.distributed.run import get_args_parser
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.data.eval_files import DATASETS
 from tercet.core.tool_config import EvalConfig
-from tercet.train import analyse, eval_fgvr, make_cot, make_triplets, plan, predict, prepare
+from tercet.train import (
+    analyse,
+    doctor,
+    eval_fgvr,
+    make_cot,
+    make_triplets,
+    plan,
+    predict,
+    prepare,
+)
 from tercet.train.demo import __main__ as demo
 from tercet.train.learner.arguments import options_of, overridden
 from tercet.train.learner.command_line import parse, read_options
@@ -185,7 +194,8 @@ def check_options(name: str, argv: list[str]) -> None:
     elif name == "predict":
         predict.read(argv)
     else:
-        {"plan": plan, "prepare": prepare, "make_cot": make_cot}[name].read(argv)
+        readers = {"plan": plan, "prepare": prepare, "make_cot": make_cot, "doctor": doctor}
+        readers[name].read(argv)
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +347,7 @@ def known_options() -> set[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", "--help"])
-        commands = (analyse, eval_fgvr, make_cot, make_triplets, plan, predict, prepare)
+        commands = (analyse, doctor, eval_fgvr, make_cot, make_triplets, plan, predict, prepare)
         mains = [command.main for command in commands]
         texts = [helped(show) for show in (*mains, lambda: demo.main(["--help"]))]
     texts += [helped(lambda c=c: parse(c, ["--help"], "")) for c in (TapoConfig, SftConfig)]

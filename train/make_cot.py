@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from tercet.core.tool_config import CotConfig
 from tercet.rollout.server import API_KEY
+from tercet.train.learner.arguments import bare_flags
 from tercet.train.learner.command_line import check_output, command, read_options
 
 if TYPE_CHECKING:
@@ -134,12 +135,7 @@ def _said(out: Path, count: int) -> int:
 
 def read(words: Sequence[str]) -> CotConfig:
     """The options; FLAGS may stand without a value."""
-    after = [*words[1:], "--"]
-    argv = [
-        f"{word}=true" if word in FLAGS and then.startswith("--") else word
-        for word, then in zip(words, after, strict=True)
-    ]
-    return read_options(CotConfig, argv, __doc__.split("\n")[0])
+    return read_options(CotConfig, bare_flags(words, FLAGS), __doc__.split("\n")[0])
 
 
 def main() -> None:

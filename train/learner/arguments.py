@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -86,6 +86,15 @@ def join_arguments(found: Sequence[tuple[str, list[str]]]) -> list[str]:
             words.append(f"--{name}={values[0]}" if values else f"--{name}")
         words += values[1:] if name else values
     return words
+
+
+def bare_flags(argv: Sequence[str], flags: Collection[str]) -> list[str]:
+    """The command line with `=true` behind each of `flags` that stands without a value."""
+    after = [*argv, "--"][1:]
+    return [
+        f"{word}=true" if word in flags and then.startswith("--") else word
+        for word, then in zip(argv, after, strict=True)
+    ]
 
 
 def overridden(argv: Sequence[str], by: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ ROOMS = [
     "train/evaluation",
     "train/demo",
     "train/cot",
+    "train/publish",
     "bench",
 ]
 
@@ -37,6 +38,7 @@ setup(
         "transformers>=5.17",
         "peft>=0.18",
         "accelerate>=1.6",
+        "huggingface_hub>=1.0",
         "tokenizers>=0.22",
         "sentencepiece>=0.2.1",
         "protobuf>=4.25",

@@ -33,6 +33,7 @@ from tercet.train import (
     analyse,
     doctor,
     eval_fgvr,
+    export,
     make_cot,
     make_triplets,
     plan,
@@ -89,6 +90,8 @@ PARSED_ONLY = {
     "--chat.url": "needs an endpoint",
     "--judge.url": "needs an endpoint",
     "tercet.train.prepare": "needs the six data sets",
+    "tercet.train.doctor": "looks at this machine",
+    "tercet.train.export": "needs a checkpoint, or a file of records",
     "lmms_eval": "is another project's",
     "--teacher": "needs a teacher",
     "--reviewed": "needs a page that a person corrected",
@@ -194,8 +197,8 @@ def check_options(name: str, argv: list[str]) -> None:
     elif name == "predict":
         predict.read(argv)
     else:
-        readers = {"plan": plan, "prepare": prepare, "make_cot": make_cot, "doctor": doctor}
-        readers[name].read(argv)
+        readers = (doctor, export, make_cot, plan, prepare)
+        next(r for r in readers if r.__name__.endswith(f".{name}")).read(argv)
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +350,8 @@ def known_options() -> set[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", "--help"])
-        commands = (analyse, doctor, eval_fgvr, make_cot, make_triplets, plan, predict, prepare)
+        commands = (analyse, doctor, eval_fgvr, export)
+        commands += (make_cot, make_triplets, plan, predict, prepare)
         mains = [command.main for command in commands]
         texts = [helped(show) for show in (*mains, lambda: demo.main(["--help"]))]
     texts += [helped(lambda c=c: parse(c, ["--help"], "")) for c in (TapoConfig, SftConfig)]

@@ -19,6 +19,7 @@ ROOMS = (
     "train/demo",
     "train",
     "train/cot",
+    "train/publish",
     "train/evaluation",
     "train/fit",
     "train/learner",
@@ -31,7 +32,7 @@ ROOMS = (
 """From the top down: a room imports from itself and from those below it."""
 FILES = sorted(file for room in ROOMS for file in (ROOT / room).glob("*.py"))
 COMMANDS = ("tapo", "sft", "plan", "make_triplets", "eval_fgvr", "predict", "analyse")
-COMMANDS += ("prepare", "make_cot", "doctor")
+COMMANDS += ("prepare", "make_cot", "doctor", "export")
 TRAINER = {f"tercet.train.learner.{name}" for name in ("policy", "ranks", "optim", "checkpoint")}
 
 

@@ -37,7 +37,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5.17",
         "peft>=0.18",
-        "accelerate>=1.6",
+        "accelerate>=1.11",
         "huggingface_hub>=1.0",
         "tokenizers>=0.22",
         "sentencepiece>=0.2.1",
@@ -68,6 +68,7 @@ setup(
             "ruff>=0.9",
             "pre-commit>=4.0",
             "gguf>=0.17",
+            "wandb>=0.20",
         ],
     },
 )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -247,6 +248,12 @@ def test_our_own_warnings_are_findings_and_those_of_others_are_not(monkeypatch):
     assert [*run_check("data", warns)] == []
     monkeypatch.setattr(sys.modules["tercet.train.fit.finding"], "__file__", __file__)
     assert only(run_check("data", warns))[:2] == ("warning", "too few photos")
+
+
+def test_trackers_that_are_not_installed_are_named():
+    assert only(inputs.trackers(configured()))[:2] == ("ok", "tensorboard")
+    level, said, _ = only(inputs.trackers(configured("--run.log_to", "tensorboard", "swanlab")))
+    assert find_spec("swanlab") or (level == "error" and "swanlab" in said)
 
 
 def test_rewards_and_judges_are_tried(tmp_path, monkeypatch):

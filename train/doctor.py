@@ -63,6 +63,7 @@ def checks(options: DoctorConfig, config: TapoConfig) -> Iterator[tuple[str, Che
         yield "model", partial(inputs.model, config.model)
     if config.data.path:
         yield "data", partial(inputs.data, config)
+    yield "trackers", partial(inputs.trackers, config)
     yield "reward", partial(inputs.reward, config)
     if config.rollout.engine == "sglang":
         yield "server", partial(inputs.servers, config)

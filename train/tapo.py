@@ -330,7 +330,7 @@ def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
                 run.check_stop()
                 saved = finish_step(run, run.step()) or saved
             run.checkpoints.wait()
-        report_end(run, lambda: draw_figures(run.out, run.shown))
+            report_end(run, lambda: draw_figures(run.out, run.shown))
     return saved
 
 

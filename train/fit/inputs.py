@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -141,6 +142,16 @@ def _left_out(manifest: Manifest) -> Iterator[Finding]:
     if manifest.skipped:
         said = f"{len(manifest.skipped)} photos are left out, the first: {manifest.skipped[0]}"
         yield Finding("data", "warning", said, "put them right, or leave data.on_bad_image at skip")
+
+
+def trackers(config: TapoConfig) -> Iterator[Finding]:
+    """The packages of what gets the metrics."""
+    missing = [name for name in config.run.log_to if find_spec(name) is None]
+    for name in missing:
+        said = f"run.log_to names {name}, which is not installed"
+        yield Finding("trackers", "error", said, f"pip install {name}, or leave it out")
+    if not missing:
+        yield Finding("trackers", "ok", ", ".join(config.run.log_to) or "metrics.jsonl alone")
 
 
 def reward(config: TapoConfig) -> Iterator[Finding]:

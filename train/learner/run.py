@@ -16,8 +16,10 @@ from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.packing import Piece
 from tercet.core.rewards import read_apart
 from tercet.core.types import PolicyParts
+from tercet.train.learner.arguments import options_of as types_of
 from tercet.train.learner.checkpoint import Checkpoints
 from tercet.train.learner.failed import set_aside
+from tercet.train.learner.identity import shared_options
 from tercet.train.learner.interrupt import Interrupted
 from tercet.train.learner.merged import lora_figures
 from tercet.train.learner.optim import HALF_UPDATED, Schedule, optimizer_step
@@ -25,6 +27,7 @@ from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
 from tercet.train.learner.run_folder import RunFolder
 from tercet.train.learner.run_log import RunLog, SilentLog
+from tercet.train.learner.trackers import Trackers
 
 FEW_UPDATES = 20
 """Optimiser steps of a run below which a line warns of it."""
@@ -57,7 +60,10 @@ def open_log(run: Run, resolved: str) -> RunLog | SilentLog:
 
     def make() -> RunLog:
         run.folder.write()
-        log = RunLog(run.config.run.out, run.total_steps, resolved, run.config.run.wandb)
+        options = run.config.run
+        shared = shared_options(run.folder.identity.options, types_of(type(run.config)))
+        trackers = Trackers(options.log_to, options.project, Path(options.out), shared)
+        log = RunLog(options.out, run.total_steps, resolved, options.log_to, trackers)
         for line in run.folder.lines:
             log.say(line)
         log.resume_at(run.steps_done + 1)
@@ -173,6 +179,7 @@ def report_end(run: Run, draw: Callable[[], None]) -> None:
     if run.ranks.is_first:
         try:
             draw()
+            run.log.picture("samples", run.folder.path / "samples.png")
         except Exception as error:
             run.log.say(f"the figures of the run are not drawn: {error}")
 

@@ -1,4 +1,4 @@
-"""What people see of a run: progress bars, a line per step, metrics.jsonl, TensorBoard, W&B.
+"""What people see of a run: progress bars, a line per step, metrics.jsonl, TensorBoard, others.
 
     with RunLog("runs/tapo", total_steps=300, config_yaml=text) as log:
         for step in range(1, 301):
@@ -23,7 +23,6 @@ from collections.abc import Collection, Iterator
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from types import ModuleType
 
 from rich.console import Console
 from rich.progress import (
@@ -46,6 +45,7 @@ from tercet.train.learner.metrics import (
     whole_lines,
 )
 from tercet.train.learner.scalars import Scalars
+from tercet.train.learner.trackers import Trackers
 
 LINE_WIDTH = 160
 """Characters: a step longer than this takes more than one line."""
@@ -93,11 +93,9 @@ class RunLog:
         out: folder of the run; gets config.yaml, metrics.jsonl and tensorboard/.
         total_steps: steps of the whole run.
         config_yaml: the resolved options as YAML.
-        wandb: Weights & Biases project; None: not used.
+        log_to: words of run.log_to; of them TensorBoard is written here.
+        trackers: the others; None: there are none.
         console: where lines and bars are shown; None: standard output.
-
-    Raises:
-        ValueError: `wandb` is set but the package is not installed.
     """
 
     def __init__(
@@ -105,7 +103,8 @@ class RunLog:
         out: Path | str,
         total_steps: int,
         config_yaml: str,
-        wandb: str | None = None,
+        log_to: Collection[str] = ("tensorboard",),
+        trackers: Trackers | None = None,
         console: Console | None = None,
     ):
         self.out = Path(out)
@@ -118,7 +117,7 @@ class RunLog:
         self._phases: list[Phase] = []
         self._clock: float | None = None
         self._shown: dict[str, None] = {}  # every name so far, in the order of its first step
-        self._wandb = None if wandb is None else _start_wandb(wandb, self.out, config_yaml)
+        self._log_to, self._trackers = log_to, trackers
         self.console = console or _Lines(highlight=False, force_terminal=sys.stdout.isatty())
         self.progress = Progress(
             TextColumn("{task.description:>9}"),
@@ -180,7 +179,8 @@ class RunLog:
         self.progress.reset(self._run, completed=max(0, step - 1))
         self._next_step = step
         try:
-            self._scalars = Scalars(self.out / "tensorboard", step)
+            if "tensorboard" in self._log_to:
+                self._scalars = Scalars(self.out / "tensorboard", step)
         except OSError as error:
             self._without_scalars(error)
 
@@ -213,22 +213,38 @@ class RunLog:
                 self._scalars.add(step, {tensorboard_tag(n): value for n, value in numbers.items()})
         except OSError as error:
             self._without_scalars(error)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
         self._last_step = step
         self._shown |= dict.fromkeys(numbers)
         self.say(step_line(step, numbers, self._shown))
+        if self._trackers is not None:
+            self._say_all(self._trackers.log(step, numbers))
         self.progress.advance(self._run)
 
     def say(self, text: str) -> None:
         """Show a line of text, above the bars."""
         self.console.print(text, soft_wrap=True, markup=False)
 
+    def picture(self, name: str, png: Path) -> None:
+        """Show a picture, if it is there, beside the metrics of the last step."""
+        if not png.is_file() or self._last_step is None:
+            return
+        try:
+            if self._scalars is not None:
+                self._scalars.picture(self._last_step, name, png.read_bytes())
+        except OSError as error:
+            self._without_scalars(error)
+        if self._trackers is not None:
+            self._say_all(self._trackers.picture(name, png, self._last_step))
+
+    def _say_all(self, lines: list[str]) -> None:
+        for line in lines:
+            self.say(line)
+
     def close(self) -> None:
         """Remove the bars, restore the terminal and close the files."""
         self.progress.stop()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._trackers is not None:
+            self._say_all(self._trackers.close())
         if self._scalars is not None:
             self._scalars.close()
 
@@ -334,22 +350,6 @@ def _drop_from(path: Path, step: int) -> int:
         os.fsync(file.fileno())
     os.replace(partial, path)
     return damaged
-
-
-def _start_wandb(project: str, out: Path, config_yaml: str) -> ModuleType:
-    """Start a run of Weights & Biases; a run and those that resume it share a group."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            f"run.wandb is {project!r} but the package wandb is not installed: "
-            "`pip install wandb`, or leave run.wandb out"
-        ) from error
-    import yaml
-
-    config = yaml.safe_load(config_yaml)
-    wandb.init(project=project, group=out.name, dir=str(out), config=config)
-    return wandb
 
 
 class SilentLog:

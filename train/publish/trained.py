@@ -8,25 +8,13 @@ from typing import Any
 
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.data.manifest import MANIFEST_NAME, Manifest
-from tercet.core.option_types import Host, PathOrEmpty, PathText, Url
 from tercet.core.prompts import stage2_text
 from tercet.train.learner.arguments import options_of as types_of
 from tercet.train.learner.complete import problem_of, read_complete
-from tercet.train.learner.identity import Identity, options_of
+from tercet.train.learner.identity import Identity, options_of, shared_options
 from tercet.train.learner.metrics import METRICS_FILE, read_metrics
 
 CONFIGS = {"tapo": TapoConfig, "sft": SftConfig}
-OF_THE_PLACE = (
-    "data.path",
-    "model.path",
-    "run.out",
-    "run.device",
-    "run.threads",
-    "rollout.sglang_python",
-    "rollout.server_gpus",
-    "rollout.api_key_file",
-)
-"""Options that say where a run was, and not how it was trained."""
 QUESTION = "What is the name of the object in this photo?"
 MOST_STAGES = 8
 """Stages of training behind one another that are followed to find the base."""
@@ -74,21 +62,15 @@ class Trained:
         return self.folder.resolve().parents[1]
 
     def recipe(self) -> dict[str, dict[str, Any]]:
-        """Options that differ from their defaults, by section; paths by their last part alone."""
+        """Options that differ from their defaults, by section; see `shared_options`."""
         if self.identity is None:
             return {}
         config = CONFIGS[self.identity.command]
-        defaults, types = options_of(config()), types_of(config)
-        found: dict[str, dict[str, Any]] = {}
-        for name, value in self.identity.options.items():
-            if name in OF_THE_PLACE or name not in types or value == defaults.get(name):
-                continue
-            if _mentions(types[name], Url, Host):
-                continue
-            if isinstance(value, str) and _mentions(types[name], PathText, PathOrEmpty):
-                value = Path(value).name
+        defaults, found = options_of(config()), {}
+        for name, value in shared_options(self.identity.options, types_of(config)).items():
             section, _, option = name.partition(".")
-            found.setdefault(section, {})[option] = value
+            if name != "model.path" and self.identity.options[name] != defaults.get(name):
+                found.setdefault(section, {})[option] = value
         return found
 
     def question(self) -> str:
@@ -109,8 +91,3 @@ class Trained:
                 return path
             identity = Identity.of((read_complete(Path(path)) or {}).get("identity"))
         return None
-
-
-def _mentions(hint: object, *types: object) -> bool:
-    """Whether a type is one of some, or holds one of them."""
-    return hint in types or any(_mentions(part, *types) for part in getattr(hint, "__args__", ()))

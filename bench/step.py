@@ -51,10 +51,11 @@ from tercet.bench.step_case import (
     qwen3_4b,
     qwen_3b,
 )
-from tercet.bench.step_peers import METHODS, Method, RunStep, accumulate, flat, padded
+from tercet.bench.step_peers import GPU_METHODS, METHODS, Method, RunStep, accumulate, flat, padded
 from tercet.core.costs import Shape, forward_flops
 from tercet.train.learner.policy import Policy
 
+ALL = METHODS | GPU_METHODS
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 MODELS = {
     "qwen2_5_vl_3b": ("qwen2.5-vl-3b", qwen_3b, CPU_MODEL),
@@ -207,7 +208,7 @@ class Bench:
             **self.common,
             packed_tokens=sum(pack.num_tokens for pack in packs),
             response_tokens=sum(len(m.batch.labels) for m in micros),
-            tflop=step_flops(METHODS[name], micros, self.shape, self.checkpointing) / 1e12,
+            tflop=step_flops(ALL[name], micros, self.shape, self.checkpointing) / 1e12,
         )
 
     def times(self, calls: dict) -> dict:
@@ -243,13 +244,14 @@ class Bench:
             self.policy.zero_grad(set_to_none=True)
             self.gate.zero_grad(set_to_none=True)
 
-    def methods(self, workload: Workload, methods: Sequence[str] = tuple(METHODS)) -> list[Row]:
+    def methods(self, workload: Workload, methods: Sequence[str] = ()) -> list[Row]:
         """Compare every method's gradients on one step, then time them in common rounds."""
+        methods = methods or (ALL if self.on_gpu else METHODS)
         micros = make_micros(workload, self.policy)
         exact = exact_gradients(self.gate, micros)
         rows, calls = {name: self.row(name, workload, micros) for name in methods}, {}
         for name, row in rows.items():
-            run = self.check(row, METHODS[name], micros, exact)
+            run = self.check(row, ALL[name], micros, exact)
             calls[name] = lambda run=run: gradients(self.policy, run)
         del exact
         gate, base = measure.GATE[self.dtype], rows.get("one_by_one")
@@ -300,7 +302,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="qwen2_5_vl_3b")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--rounds", type=int, default=3)
-    parts = ("anchor", "own", *SWEEPS)
+    parts = ("anchor", "own", "four", *SWEEPS)
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--checkpointing", type=int, choices=(0, 1), help="default: 1 on a GPU")
     parser.add_argument("--clock", choices=measure.CLOCKS, default="wall")
@@ -319,7 +321,9 @@ def main() -> None:
     peak = measure.peak_flops(device, dtype, options.clock)
     bench = Bench(policy, options.rounds, peak, gate, options.clock, name)
     shared = measure.conditions(device, options.commit)
-    parts = {on: lambda on=on: bench.methods(Workload(update_on=on)) for on in ("anchor", "own")}
+    steps = {on: Workload(update_on=on) for on in ("anchor", "own")}
+    steps["four"] = Workload(groups=4, in_flight=4)
+    parts = {name: lambda step=step: bench.methods(step) for name, step in steps.items()}
     parts |= {item[0]: lambda item=item: bench.grow(*item) for item in SWEEPS.items()}
     for part in options.parts:
         rows = parts[part]()

@@ -94,12 +94,12 @@ def run_part(part: Part, out: Path, device: str, limit_s: float) -> tuple[str, f
         How it ended ("ok", "failed: exit code 1", "stopped after 150 s"), its seconds, its output.
     """
     words = [*part.arguments, *(part.rehearsal if device == "cpu" else ())]
-    command = [sys.executable, *(word.format(out=out, device=device) for word in words)]
+    words = [word.replace("{out}", str(out)).replace("{device}", device) for word in words]
     start, log = time.monotonic(), out / "gpu.log"
     with log.open("ab") as file:
         begin = file.tell()
         process = subprocess.Popen(
-            command,
+            [sys.executable, *words],
             cwd=ROOT,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -7,7 +7,8 @@
 Every method in `peers` computes the same loss, forward and backward. Before a method is timed, its
 gradients are compared with those of plain PyTorch in float32; a method whose error is over the gate
 gets a row without times. (In 16 bits the gate is at least twice the error of `eager`, which rounds
-its logits to 16 bits, as do most peers: `grad_error` is what that costs.) Memory is a call's peak above its inputs and the gradients it returns.
+its logits to 16 bits, as most peers do: `grad_error` shows what that costs.) Memory is a call's
+peak above its inputs and the gradients it returns.
 """
 
 from __future__ import annotations
@@ -131,16 +132,22 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds
     return list(rows.values())
 
 
+def _shape(text: str) -> tuple[int, ...]:
+    rows, hidden, vocabulary = map(int, text.split(","))
+    return rows, hidden, vocabulary
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shapes", type=_shape, nargs="+", metavar="R,D,V", default=())
     parser.add_argument("--commit", default=commit())
     options = parser.parse_args()
-    shapes, dtype = CPU_SHAPES, torch.float32
+    shapes, dtype = options.shapes or CPU_SHAPES, torch.float32
     if options.device == "cuda":
-        shapes, dtype = GPU_SHAPES, torch.bfloat16
+        shapes, dtype = options.shapes or GPU_SHAPES, torch.bfloat16
     for shape in shapes:
         rows = measure(shape, dtype, options.device, options.rounds)
         for row in rows:

@@ -1,7 +1,7 @@
 """One update step beside other ways to compute it: gradients first, then time and memory.
 
     make bench-step        # a small model on this machine, into bench/results/step.csv
-    make bench-gpu-step    # Qwen2.5-VL-3B's shape on a GPU, random weights
+    make bench-gpu-step    # Qwen2.5-VL-3B's shape on a GPU, random weights; --model: others
     make bench             # a tiny one, by pytest-benchmark
 
 A step is a mini-batch of groups (5 + 5 responses of about 350 tokens on prompts of 316 tokens, 256
@@ -50,6 +50,7 @@ from tercet.bench.step_case import (
     make_micros,
     qwen3_4b,
     qwen_3b,
+    qwen_7b,
 )
 from tercet.bench.step_peers import GPU_METHODS, METHODS, Method, RunStep, accumulate, flat, padded
 from tercet.core.costs import Shape, forward_flops
@@ -59,9 +60,10 @@ ALL = METHODS | GPU_METHODS
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 MODELS = {
     "qwen2_5_vl_3b": ("qwen2.5-vl-3b", qwen_3b, CPU_MODEL),
+    "qwen2_5_vl_7b": ("qwen2.5-vl-7b", qwen_7b, None),
     "qwen3_vl_4b": ("qwen3-vl-4b", qwen3_4b, QWEN3_CPU_MODEL),
 }
-"""Name in the ledger, configuration, and sizes of the small model that a CPU measures."""
+"""Name in the ledger, configuration, and sizes of the small model that a CPU measures, if any."""
 SWEEPS = {
     "groups": [Workload(groups=n, in_flight=n) for n in (1, 2, 3, 4)],
     "responses": [Workload(n_anchor=n, n_positive=n) for n in (1, 2, 5, 8)],
@@ -310,9 +312,12 @@ def main() -> None:
     options = parser.parse_args()
     on_gpu, device = options.device == "cuda", options.device
     (published, make_config, small), dtype, gate = MODELS[options.model], torch.float32, None
-    name, config = f"2 layers of {small['hidden']} as in {published}", make_config(**small)
     if on_gpu:
         name, config, dtype = published, make_config(), torch.bfloat16
+    elif small:
+        name, config = f"2 layers of {small['hidden']} as in {published}", make_config(**small)
+    else:
+        parser.error(f"--model {options.model} needs --device cuda")
     checkpointing = on_gpu if options.checkpointing is None else bool(options.checkpointing)
     measure.keep_memory()
     if on_gpu:

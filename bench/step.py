@@ -39,6 +39,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from tercet.bench import measure
 from tercet.bench.step_case import (
@@ -64,6 +65,22 @@ MODELS = {
     "qwen3_vl_4b": ("qwen3-vl-4b", qwen3_4b, QWEN3_CPU_MODEL),
 }
 """Name in the ledger, configuration, and sizes of the small model that a CPU measures, if any."""
+
+
+def model_of(model: str, on_gpu: bool) -> tuple[str, PretrainedConfig]:
+    """Name in the ledger and configuration of what a device measures.
+
+    Raises:
+        ValueError: a CPU has no small form of it.
+    """
+    published, make_config, small = MODELS[model]
+    if on_gpu:
+        return published, make_config()
+    if not small:
+        raise ValueError(f"--model {model} needs --device cuda")
+    return f"2 layers of {small['hidden']} as in {published}", make_config(**small)
+
+
 SWEEPS = {
     "groups": [Workload(groups=n, in_flight=n) for n in (1, 2, 3, 4)],
     "responses": [Workload(n_anchor=n, n_positive=n) for n in (1, 2, 5, 8)],
@@ -311,17 +328,13 @@ def main() -> None:
     parser.add_argument("--commit", default=measure.commit())
     options = parser.parse_args()
     on_gpu, device = options.device == "cuda", options.device
-    (published, make_config, small), dtype, gate = MODELS[options.model], torch.float32, None
-    if on_gpu:
-        name, config, dtype = published, make_config(), torch.bfloat16
-    elif small:
-        name, config = f"2 layers of {small['hidden']} as in {published}", make_config(**small)
-    else:
-        parser.error(f"--model {options.model} needs --device cuda")
+    dtype, gate = (torch.bfloat16 if on_gpu else torch.float32), None
+    name, config = model_of(options.model, on_gpu)
     checkpointing = on_gpu if options.checkpointing is None else bool(options.checkpointing)
     measure.keep_memory()
     if on_gpu:
-        gate = build_policy(make_config(layers=2, vision_layers=2), dtype, device, checkpointing)
+        shallow = MODELS[options.model][1](layers=2, vision_layers=2)
+        gate = build_policy(shallow, dtype, device, checkpointing)
     policy = build_policy(config, dtype, device, checkpointing)
     peak = measure.peak_flops(device, dtype, options.clock)
     bench = Bench(policy, options.rounds, peak, gate, options.clock, name)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention
 
-from tercet.bench import attention
-from tercet.bench.attention import Heads, Sizes
+from tercet.bench import attention, attention_peers
+from tercet.bench.attention_peers import METHODS, Heads, Sizes, make_case
 
 HEADS, SIZES = Heads("tiny", 4, 2, 16), Sizes(7, 3, 5, 2)
 
 
 def tiny_case(dtype=torch.float64):
-    return attention.make_case(HEADS, SIZES, dtype, "cpu")
+    return make_case(HEADS, SIZES, dtype, "cpu")
 
 
 def masked_attention(case, seen):
@@ -43,18 +43,18 @@ def test_every_method_has_the_gradients_of_the_masked_attention():
     _, wanted = masked_attention(case, seen_by_hand())
     for one, other in zip(attention.exact_gradients(case), wanted, strict=True):
         assert (one - other).abs().max() < 1e-12
-    for name in attention.METHODS.keys() - attention.GPU_ONLY:
-        found = attention.METHODS[name](case)
+    for name in METHODS.keys() - attention_peers.GPU_ONLY:
+        found = METHODS[name](case)
         for one, other in zip(found.gradients(), wanted, strict=True):
             assert (found.packed(one) - other).abs().max() < 1e-12, name
 
 
 def test_flex_attention_has_the_same_output(monkeypatch):
     """Uncompiled; it has no gradients on a CPU."""
-    monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention.flex_attention)
-    monkeypatch.setattr(attention, "PACK", 256)
+    monkeypatch.setattr(attention_peers, "compiled_flex", lambda: flex_attention.flex_attention)
+    monkeypatch.setattr(attention_peers, "PACK", 256)
     case = tiny_case()
-    found = attention.flex(case)
+    found = attention_peers.flex(case)
     out = found.packed(found.attend(*found.tensors))
     assert (
         found.tokens == 256
@@ -65,29 +65,29 @@ def test_flex_attention_has_the_same_output(monkeypatch):
 def test_pairs_are_those_that_see_each_other(monkeypatch):
     """Causal ones count as half a square, as FLOPs of attention do."""
     case = tiny_case()
-    assert attention.ours(case).pairs == 2 * (49 / 2 + 3 * (25 / 2 + 35))
-    assert attention.one_by_one(case).pairs == 6 * 144 / 2
-    assert attention.dense(case).pairs == 44**2
-    assert attention.ours(case).tokens == 44 and attention.one_by_one(case).tokens == 72
+    assert attention_peers.ours(case).pairs == 2 * (49 / 2 + 3 * (25 / 2 + 35))
+    assert attention_peers.one_by_one(case).pairs == 6 * 144 / 2
+    assert attention_peers.dense(case).pairs == 44**2
+    assert attention_peers.ours(case).tokens == 44 and attention_peers.one_by_one(case).tokens == 72
     # Five blocks of 128 tokens behind the pack see themselves alone.
-    monkeypatch.setattr(attention, "PACK", 6 * 128)
-    assert attention.flex(case).pairs == 6 * 128**2
+    monkeypatch.setattr(attention_peers, "PACK", 6 * 128)
+    assert attention_peers.flex(case).pairs == 6 * 128**2
 
 
 def test_a_gpu_s_packs_are_full():
     for heads, sizes in attention.GPU_CASES:
-        assert attention.PACK // 2 < sizes.groups * sizes.group <= attention.PACK, sizes
+        assert attention_peers.PACK // 2 < sizes.groups * sizes.group <= attention_peers.PACK, sizes
         assert heads.heads % heads.key_heads == 0 and heads.head_dim == 128
 
 
 def test_what_is_not_exact_is_not_timed(monkeypatch):
     def wrong(case):
-        late = attention.make_case(HEADS, SIZES, torch.float32, "cpu")
+        late = make_case(HEADS, SIZES, torch.float32, "cpu")
         late.tensors[0].mul_(1.01)
-        return attention.ours(late)
+        return attention_peers.ours(late)
 
-    monkeypatch.setitem(attention.METHODS, "wrong", wrong)
-    monkeypatch.setitem(attention.METHODS, "broken", lambda case: 1 / 0)
+    monkeypatch.setitem(METHODS, "wrong", wrong)
+    monkeypatch.setitem(METHODS, "broken", lambda case: 1 / 0)
     rows = {row.method: row for row in attention.run_case(tiny_case(torch.float32), 2, 1e11)}
     assert "over the gate of 0.0001" in rows["wrong"].note and rows["wrong"].grad_error > 1e-3
     assert rows["broken"].note == "ZeroDivisionError: division by zero"
@@ -95,7 +95,7 @@ def test_what_is_not_exact_is_not_timed(monkeypatch):
     assert all(rows[name].ms_50 is None for name in ("wrong", "broken", "flex"))
     ours, base = rows["ours"], rows["one_by_one"]
     assert ours.note == "" and ours.ms_20 <= ours.ms_50 <= ours.ms_80
-    assert ours.tflop == pytest.approx(14 * 4 * 16 * attention.ours(tiny_case()).pairs / 1e12)
+    assert ours.tflop == pytest.approx(14 * 4 * 16 * attention_peers.ours(tiny_case()).pairs / 1e12)
     assert ours.peak_share == pytest.approx(ours.tflop / (ours.ms_50 / 1e3) / 0.1)
     assert ours.ratio == pytest.approx(base.ms_50 / ours.ms_50) and base.ratio == 1
 
@@ -106,6 +106,6 @@ def test_the_command_writes_rows(tmp_path, monkeypatch, capsys):
     attention.main()
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == list(attention.METHODS)
+    assert [row["method"] for row in rows] == list(METHODS)
     assert {(row["prompt"], row["responses"], row["length"]) for row in rows} == {("7", "3", "5")}
     assert "needs a GPU" in capsys.readouterr().out

@@ -69,6 +69,8 @@ setup(
             "pre-commit>=4.0",
             "gguf>=0.17",
             "wandb>=0.20",
+            "mkdocs-material>=9.6",
+            "latex2mathml>=3.77",
         ],
     },
 )

@@ -47,7 +47,11 @@ from tercet.train.learner.command_line import parse, read_options
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
 }
 HEADINGS = [
     "Status",
@@ -103,6 +107,7 @@ PARSED_ONLY = {
 """Commands, by an option or by their first word, that are not run, and why."""
 FOREIGN = {"--dtype", "--enable-memory-saver", "--mem-fraction-static"}
 FOREIGN |= {"--model", "--model_args", "--tasks", "--batch_size"}
+FOREIGN |= {"--model-path", "--host", "--port", "--image-processor-backend"}
 """Options of SGLang's servers and of lmms-eval."""
 COMMANDS = ("make", "pip", "pytest", "python", "torchrun", ".")
 
@@ -418,8 +423,23 @@ def test_readme_has_its_parts_in_order_and_is_short():
 
 
 def test_docs_are_all_reached_from_readme():
-    for name in TEXTS.keys() - {"README.md"}:
-        assert f"]({name})" in TEXTS["README.md"], name
+    """By its links, and theirs."""
+    reached, found = set(), {"README.md"}
+    while found:
+        reached |= found
+        links = {
+            os.path.normpath(Path(name).parent / link)
+            for name in found
+            for link in re.findall(r"\]\(([\w./-]+\.md)(?:#[\w-]+)?\)", TEXTS[name])
+        }
+        found = (links & TEXTS.keys()) - reached
+    assert not TEXTS.keys() - reached
+
+
+def test_docs_are_all_in_the_site():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    listed = {f"docs/{name}" for name in re.findall(r": ([\w-]+\.md)$", nav, re.MULTILINE)}
+    assert listed == TEXTS.keys() - {"README.md", "CONTRIBUTING.md"} | {"docs/CONTRIBUTING.md"}
 
 
 def test_every_make_target_says_what_it_does():

@@ -1,7 +1,7 @@
 """Will a run work here? Looks at the machine and at a run's inputs, and says what to do.
 
     python -m tercet.train.doctor
-    python -m tercet.train.doctor --config my.yaml --start_server
+    python -m tercet.train.doctor --config train/recipes/tapo_7b.yaml --start_server
 
 Options of train/tapo.py say which model, data, servers and reward are looked at; what is not named
 is left out. Nothing is trained, downloaded or changed. The exit code is 1 where there is an error.

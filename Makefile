@@ -64,7 +64,7 @@ test-core: $(STAMP)  ## the quick tests that need no trained model
 
 docs: $(STAMP)  ## the documentation as a site, in build/docs; broken links are errors
 	$(BIN)/python docs/make_pages.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(STAMP)  ## ruff and its formatter, changing nothing
 	$(BIN)/ruff check .

@@ -115,7 +115,7 @@ def test_a_cpu_build_beside_a_gpu_is_an_error(tmp_path, monkeypatch):
     tool.write_text("#!/bin/sh\necho 'NVIDIA RTX A6000, 550.54.14, 49140'\n")
     tool.chmod(0o755)
     driver, gpu = machine.gpus()
-    assert driver.said == "NVIDIA RTX A6000: driver 550.54.14, 48 GiB"
+    assert driver.said == "NVIDIA RTX A6000: driver 550.54.14, 49140 MiB"
     assert gpu.level == "error" and "CPU build" in gpu.said
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "update the driver" in [*machine.gpus()][1].advice

@@ -54,8 +54,7 @@ def checks(options: DoctorConfig, config: TapoConfig) -> Iterator[tuple[str, Che
     yield "gpu", machine.gpus
     yield "attention", machine.attention
     yield "triton", machine.triton
-    needed = inputs.checkpoint_bytes(config)
-    yield "disk", partial(machine.disk, Path(config.run.out), needed)
+    yield "disk", lambda: machine.disk(Path(config.run.out), inputs.checkpoint_bytes(config))
     yield "shared memory", machine.shared_memory
     yield "ports", machine.ports
     yield "all-reduce", machine.all_reduce

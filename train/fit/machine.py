@@ -129,7 +129,7 @@ def _driver_lines() -> list[str]:
         return []
     rows = [line.split(",") for line in done.stdout.splitlines()] if done.returncode == 0 else []
     return [
-        f"{name.strip()}: driver {driver.strip()}, {int(mib) / 1024:.0f} GiB"
+        f"{name.strip()}: driver {driver.strip()}, {mib.strip()} MiB"
         for name, driver, mib in (row for row in rows if len(row) == 3)
     ]
 

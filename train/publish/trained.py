@@ -47,7 +47,7 @@ class Trained:
         if problem := problem_of(folder):
             raise ValueError(f"{folder} is no whole checkpoint: {problem}")
         complete = read_complete(folder)
-        run, step = folder.resolve().parents[1], complete["step"]
+        run, step = folder.resolve().parent.parent, complete["step"]
         log, triplets = run / METRICS_FILE, run / MANIFEST_NAME
         return cls(
             folder,
@@ -59,7 +59,8 @@ class Trained:
 
     @property
     def run_folder(self) -> Path:
-        return self.folder.resolve().parents[1]
+        """Where its run's files are, unless the checkpoint was moved."""
+        return self.folder.resolve().parent.parent
 
     def recipe(self) -> dict[str, dict[str, Any]]:
         """Options that differ from their defaults, by section; see `shared_options`."""

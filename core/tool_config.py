@@ -294,5 +294,7 @@ class SeedsConfig:
     """Seeds that are run beside their controls."""
     names: Literal["spelled", "opaque"] = "spelled"
     """Whether a sub-category's name spells its attributes."""
+    architecture: Word | None = None
+    """Family of the policy, a file of core/families; None: the first of them."""
     out: PathText = "runs/demo_seeds"
     """Folder that gets a folder for each seed."""

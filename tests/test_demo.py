@@ -188,6 +188,7 @@ def test_a_folder_of_other_options_is_refused(tmp_path):
     for other, more, said in (
         (Seed(tmp_path, 1, "spelled"), [], "run.seed 0 -> 1"),
         (Seed(tmp_path, 0, "opaque"), [], "names spelled -> opaque"),
+        (Seed(tmp_path, 0, "spelled", "qwen3_vl"), [], "architecture qwen2_5_vl -> qwen3_vl"),
         (seed, ["--loss.kl_coef=0.5"], "loss.kl_coef [0-9.]+ -> 0.5"),
     ):
         with pytest.raises(ValueError, match=f"holds the demo with other options .{said}.: give"):
@@ -224,6 +225,7 @@ def test_a_folder_of_another_version_is_moved_aside(tmp_path, capsys, then):
         (["--seeds"], "seeds"),
         (["--out", "x"], "out is for several seeds"),
         (["--names", "latin"], "names.*latin"),
+        (["--architecture", "llama"], "architecture must be one of qwen2_5_vl, .*, got 'llama'"),
         (["--data.path", "x"], "data.path cannot be given"),
     ],
 )
@@ -291,6 +293,20 @@ def test_a_killed_run_of_all_arms_goes_on_where_it_was(small, tmp_path, monkeypa
     commands.main(argv)
     table = (tmp_path / "out" / "table.md").read_text()
     assert table.strip() in before and table.strip() in capsys.readouterr().out
+
+
+def test_the_demo_of_another_family(small, tmp_path, capsys):
+    """Base stage, stage 1, triplets, TAPO and scores of a tiny Qwen3-VL."""
+    out = tmp_path / "out"
+    commands.main(["--architecture=qwen3_vl", f"--run.out={out}", *small])
+    rows = arms.read_rows(out / LEDGER)
+    assert [r.arm for r in rows] == [START, TAPO]
+    (trained,) = (out / "tapo" / "checkpoints").glob("step_*")
+    for folder in (out / "random", trained):
+        assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3_vl"
+    side = json.loads((trained / "preprocessor_config.json").read_text())["size"]["longest_edge"]
+    assert side == 32**2  # pictures of 28 pixels: one token
+    assert (out / "table.md").read_text().strip() in capsys.readouterr().out
 
 
 def test_every_arm_is_trained_from_the_same_start(small, tmp_path, monkeypatch):

@@ -345,10 +345,14 @@ def build_tiny(
         **{f"{name}_token_id": ids[name] for name in IMAGE_TOKENS},
     )
     processor = family.IMAGE_PROCESSOR(**family.TINY_PROCESSOR)
-    cell = processor.patch_size * processor.merge_size
-    side = cell * max(1, round((image_size or 4 * cell) / cell))
-    processor.size = {"shortest_edge": side**2 // 2, "longest_edge": side**2}
+    processor.size = _tiny_size(processor, image_size)
     return PolicyParts(_random_model(family, config, seed), tokenizer, processor)
+
+
+def _tiny_size(processor: BaseImageProcessor, image_size: int | None) -> dict[str, int]:
+    side = processor.patch_size * processor.merge_size
+    side *= max(1, round(image_size / side)) if image_size else 4
+    return {"shortest_edge": side**2 // 2, "longest_edge": side**2}
 
 
 def _random_model(family: Family, config: PretrainedConfig, seed: int) -> PreTrainedModel:

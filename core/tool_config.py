@@ -60,6 +60,9 @@ class TripletsConfig:
     """File for the released columns; None: it is not written."""
     sheet: FewOrNone = 24
     """Most triplets on the contact sheet, triplets.png; 0: it is not drawn."""
+    by_layer: bool = False
+    """With data.genus: say for every layer of the embedder how often the nearest sub-category is of
+    the same genus. It embeds the anchors again."""
 
 
 @dataclass

@@ -213,7 +213,8 @@ def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
     if config.genus is not None:
         genera = read_genera(config.genus)
         if similar.nearest:
-            notes.append(neighbours_note(similar, genera, config.embedder))
+            layer = "" if config.embedder_layer is None else f", layer {config.embedder_layer}"
+            notes.append(neighbours_note(similar, genera, config.embedder + layer))
     names = defaultdict(list)
     for super_category, sub_category in sorted(partitions):
         names[super_category].append(sub_category)

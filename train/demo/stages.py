@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -155,7 +156,8 @@ def choose_triplets(seed: Seed, start: Path, argv: Sequence[str]) -> None:
     data = parse_tapo(argv).data
     data.path, data.questions = str(seed.data), str(seed.data / "questions.yaml")
     data.seed = seed.number
-    embed = embedder(data.embedder, lambda: load_policy(ModelConfig(path=str(start))))
+    load = partial(load_policy, ModelConfig(path=str(start)))
+    embed = embedder(data.embedder, load, layer=data.embedder_layer)
     prepare_manifest(data, embed).write(seed.triplets)
 
 

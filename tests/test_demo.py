@@ -20,7 +20,7 @@ from tercet.train.demo.arms import ARMS, DAPO, LABELS, LEDGER, PERMUTED, START, 
 from tercet.train.demo.progress import Progress
 from tercet.train.demo.scores import ACCURACIES, GREYS, Scores, wilson, write_greys
 from tercet.train.demo.stages import VERSION, Seed, claim
-from tercet.train.evaluation.answers import Answer
+from tercet.train.evaluation.answers import Result
 
 
 def test_permuted_rewards_keep_what_a_group_earns_and_lose_who_earned_it():
@@ -67,9 +67,9 @@ def test_wilson_bounds_lie_1_96_standard_errors_from_the_share(hits, questions):
 def test_attribute_shares_are_those_of_the_one_name_in_the_answer():
     known = ("azure dusky skipper", "azure misty skipper", "amber dusky skipper")
 
-    def answer(output: str) -> Answer:
+    def answer(output: str) -> Result:
         question = EvalQuestion("x.png", "?", known, known[0], "butterfly", "seen")
-        return Answer(question, output, {})
+        return Result(question, output, {})
 
     said = [
         f"<think>.</think><answer>{known[0]}</answer>",

@@ -23,7 +23,7 @@ from tercet.core.types import PolicyParts, Request
 from tercet.rollout.engine import Engine, Sampling
 from tercet.rollout.local import LocalEngine
 from tercet.train.demo.species import ATTRIBUTES, QUESTIONS, SUPER_CATEGORY, Names, species_of
-from tercet.train.evaluation.answers import Answer, ask
+from tercet.train.evaluation.answers import Result, ask
 from tercet.train.learner.device import set_up
 
 PARTITIONS = ("seen", "unseen")
@@ -116,10 +116,10 @@ def _named(text: str, known: Sequence[str]) -> list[str]:
 
 
 def _attribute_shares(
-    answers: Sequence[Answer], known: Sequence[str], names: Names
+    results: Sequence[Result], known: Sequence[str], names: Names
 ) -> dict[str, float]:
     values = {species.name: species.values for species in species_of(names)}
-    pairs = [(values[a.question.truth], _named(a.output, known)) for a in answers]
+    pairs = [(values[r.question.truth], _named(r.output, known)) for r in results]
     return {
         attribute: mean(any(values[name][i] == true[i] for name in named) for true, named in pairs)
         for i, attribute in enumerate(ATTRIBUTES)

@@ -22,8 +22,8 @@ Prompt = Literal["stage2", "open_world", "closed_world"]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A question with the model's answer and its scores."""
+class Result:
+    """A question, what the model said, and its scores."""
 
     question: EvalQuestion
     output: str
@@ -40,7 +40,7 @@ def ask(
     system_prompt: str | None = None,
     max_tokens: int = 2048,
     on_answer: Callable[[], None] = lambda: None,
-) -> list[Answer]:
+) -> list[Result]:
     """Greedy answers with their scores, in the order of the questions.
 
     Args:
@@ -69,7 +69,7 @@ def ask(
 
     outputs = asyncio.run(collect())
     return [
-        Answer(q, outputs[n], _scores(q, outputs[n], prompt, names.get(q.super_category)))
+        Result(q, outputs[n], _scores(q, outputs[n], prompt, names.get(q.super_category)))
         for n, q in enumerate(questions)
     ]
 
@@ -84,13 +84,13 @@ def _scores(question: EvalQuestion, output: str, prompt: str, names) -> dict[str
     return scores
 
 
-def table(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+def table(results: Sequence[Result]) -> dict[str, dict[str, float]]:
     """By partition: the mean of every score in percent, and the number of answers as `n`."""
-    by_partition: dict[str, list[Answer]] = defaultdict(list)
-    for answer in answers:
-        by_partition[answer.question.partition or "all"].append(answer)
+    by_partition: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        by_partition[result.question.partition or "all"].append(result)
     return {
         partition: {"n": float(len(group))}
-        | {name: 100 * sum(a.scores[name] for a in group) / len(group) for name in group[0].scores}
+        | {name: 100 * sum(r.scores[name] for r in group) / len(group) for name in group[0].scores}
         for partition, group in sorted(by_partition.items())
     }

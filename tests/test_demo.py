@@ -20,7 +20,7 @@ from tercet.train.demo.arms import ARMS, DAPO, LABELS, LEDGER, PERMUTED, START, 
 from tercet.train.demo.progress import Progress
 from tercet.train.demo.scores import ACCURACIES, GREYS, Scores, wilson, write_greys
 from tercet.train.demo.stages import VERSION, Seed, claim
-from tercet.train.evaluation.answers import Result
+from tercet.train.evaluation.held_out import Result
 
 
 def test_permuted_rewards_keep_what_a_group_earns_and_lose_who_earned_it():

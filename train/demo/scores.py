@@ -23,7 +23,7 @@ from tercet.core.types import PolicyParts, Request
 from tercet.rollout.engine import Engine, Sampling
 from tercet.rollout.local import LocalEngine
 from tercet.train.demo.species import ATTRIBUTES, QUESTIONS, SUPER_CATEGORY, Names, species_of
-from tercet.train.evaluation.answers import Result, ask
+from tercet.train.evaluation.held_out import Result, ask
 from tercet.train.learner.device import set_up
 
 PARTITIONS = ("seen", "unseen")

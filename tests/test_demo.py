@@ -18,7 +18,7 @@ from tercet.train.demo import __main__ as commands
 from tercet.train.demo import arms, comparison, scores, stages
 from tercet.train.demo.arms import ARMS, DAPO, LABELS, LEDGER, PERMUTED, START, TAPO, Row
 from tercet.train.demo.progress import Progress
-from tercet.train.demo.scores import ACCURACIES, GREYS, Scores, wilson, write_greys
+from tercet.train.demo.scores import ACCURACIES, GREYS, Scores, write_greys
 from tercet.train.demo.stages import VERSION, Seed, claim
 from tercet.train.evaluation.held_out import Result
 
@@ -52,16 +52,6 @@ def made(seen: str, unseen: str = "01", **more) -> Scores:
 
 def row(seed: int, arm: str, seen: str, unseen: str = "01", equal: str = "responses") -> Row:
     return Row(seed, arm, equal, 60, 80.0, made(seen, unseen))
-
-
-@pytest.mark.parametrize(("hits", "questions"), [(0, 10), (3, 10), (300, 600), (400, 400)])
-def test_wilson_bounds_lie_1_96_standard_errors_from_the_share(hits, questions):
-    share = hits / questions
-    for bound in wilson(hits, questions):
-        p = bound / 100
-        assert abs(share - p) == pytest.approx(1.96 * np.sqrt(p * (1 - p) / questions), abs=1e-9)
-    low, high = wilson(hits, questions)
-    assert low <= 100 * share + 1e-9 and 100 * share <= high + 1e-9
 
 
 def test_attribute_shares_are_those_of_the_one_name_in_the_answer():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,15 +54,6 @@ class Scores:
     def accuracy(self, name: str) -> float:
         """Accuracy (%) of one of ACCURACIES."""
         return 100 * mean(map(int, self.hits[name]))
-
-
-def wilson(hits: int, questions: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, as (low, high) in percent."""
-    share, spread = hits / questions, z * z / questions
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / questions + spread / (4 * questions))
-    half /= 1 + spread
-    return 100 * (middle - half), 100 * (middle + half)
 
 
 def write_greys(folder: Path, size: int) -> list[str]:

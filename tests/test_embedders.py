@@ -213,6 +213,8 @@ def test_a_photo_is_embedded_once_until_it_changes(tmp_path, monkeypatch, passes
         assert len(passes) == 3
         start(**other)
         assert passes == []
+    with pytest.raises(ValueError, match="a photo cannot be read: .*gone.png"):
+        embedder("policy", lambda: build_tiny(["a bird"]))([str(tmp_path / "gone.png")])
     monkeypatch.setattr("tercet.core.data.embedders.KEPT_AT_ONCE", 1)
     assert torch.equal(start(), changed) and passes == []
 

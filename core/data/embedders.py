@@ -80,7 +80,8 @@ class Encoder:
     ):
         self._model, self._processor, self._run = model, processor, run
         self._at_once, self._pool, self._layer = at_once, pool, layer
-        self._blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+        lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+        self._blocks = next(lists, nn.ModuleList())
         if layer is not None and not -self.layers <= layer < self.layers:
             raise ValueError(
                 f"data.embedder_layer must be under {self.layers}, the embedder's layers, or from "
@@ -97,9 +98,9 @@ class Encoder:
         found = blake2b(digest_size=16)
         said = (self._processor.to_dict(), self._pool.__name__, self._layer)
         found.update(repr(said).encode())
-        for name, parameter in self._model.named_parameters():
-            found.update(f"\0{name}\0{parameter.dtype}\0{tuple(parameter.shape)}\0".encode())
-            flat = parameter.detach().cpu().contiguous().reshape(-1)
+        for name, weight in self._model.state_dict().items():
+            found.update(f"\0{name}\0{weight.dtype}\0{tuple(weight.shape)}\0".encode())
+            flat = weight.cpu().contiguous().reshape(-1)
             found.update(flat.view(torch.uint8).numpy().data)
         return found.digest()
 
@@ -192,7 +193,10 @@ def _kept(encoder: Encoder, keys: list[str]) -> Tensor:
         )
         return encoder(keys)
     identity = encoder.identity()
-    ids = [blake2b(identity + content_digest(key), digest_size=16).digest() for key in keys]
+    try:
+        ids = [blake2b(identity + content_digest(key), digest_size=16).digest() for key in keys]
+    except OSError as error:
+        raise ValueError(f"a photo cannot be read: {error}") from error
 
     def make(places: list[int]) -> np.ndarray:
         return encoder([keys[place] for place in places]).numpy()

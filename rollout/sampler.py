@@ -27,7 +27,7 @@ from tercet.rollout.engine import Engine, Sampling, together
 from tercet.rollout.step_groups import StepGroups
 from tercet.rollout.training_prompts import Nearest, TrainingPrompts
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, StepGroups], None]
 OVERSAMPLE = 1.25
 """With streaming: groups in flight, as a multiple of the groups expected to fill the step."""
 REWARDS_AT_ONCE = 32
@@ -38,11 +38,11 @@ class NotEnoughGroups(ValueError):
     """Too few groups passed within `max_rounds`, and `on_exhausted` is `error`."""
 
 
-async def _beat(progress: Progress) -> None:
-    """Call progress(0) every second, for ever."""
+async def _beat(progress: Progress, result: StepGroups) -> None:
+    """Call progress(0, result) every second, for ever."""
     while True:
         await asyncio.sleep(1.0)
-        progress(0)
+        progress(0, result)
 
 
 class GroupSampler:
@@ -110,7 +110,7 @@ class GroupSampler:
         """Go on from where `state` was taken; earlier versions stored no `sent`."""
         self.carried, self._sent = state["carried"], tuple(state.get("sent", (0, 0)))
 
-    async def collect(self, step: int, progress: Progress = lambda responses: None) -> StepGroups:
+    async def collect(self, step: int, progress: Progress = lambda *_: None) -> StepGroups:
         """Sample until the step has its groups or `max_rounds` are used up.
 
         After any exception the stream and the carried groups are as they were before the call. A
@@ -119,8 +119,8 @@ class GroupSampler:
 
         Args:
             step: rollout step; part of every sample's seed.
-            progress: called with the number of responses that just came in, and with 0 every
-                second in between; an exception it raises ends the step.
+            progress: called with the number of responses that just came in, 0 every second in
+                between, and what the step has so far; an exception it raises ends the step.
 
         Raises:
             NotEnoughGroups: too few groups passed and `on_exhausted` is `error`.
@@ -146,7 +146,7 @@ class GroupSampler:
         passing = {group.id for group in result.groups}
         fill = self._stream_in if config.streaming else self._rounds
         async with together() as tasks:
-            beat = tasks.create_task(_beat(progress))
+            beat = tasks.create_task(_beat(progress, result))
             await fill(step, limit, result, passing, progress)
             beat.cancel()
         if len(result.groups) < wanted and config.on_exhausted == "error":
@@ -266,10 +266,11 @@ class GroupSampler:
             async for completion in self._engine.generate(requests, self._sampling):
                 group_id = completion.request_id.rpartition(".")[0]
                 done[group_id].append(completion)
-                progress(1)
+                progress(1, result)
                 if len(done[group_id]) == self._group_size:
                     self._fill(by_id[group_id], done[group_id])
-                    rewarding[group_id] = tasks.create_task(self._reward_group(by_id[group_id]))
+                    rewarded = self._reward_group(by_id[group_id], result)
+                    rewarding[group_id] = tasks.create_task(rewarded)
             sampled = time.perf_counter()
             await asyncio.gather(*rewarding.values())
             if not self._config.streaming:
@@ -277,9 +278,8 @@ class GroupSampler:
         if missing := [group_id for group_id in by_id if group_id not in rewarding]:
             raise RuntimeError(f"step {step}: the engine did not finish group(s) {missing}")
         passes = {group_id: task.result() for group_id, task in rewarding.items()}
-        result.groups_done += len(groups)
-        result.groups_kept += sum(passes.values())
         result.sampled += [response for group in groups for response in group.responses]
+        progress(0, result)
         return passes
 
     def check_prompts(self, anchors: Iterable[Anchor]) -> None:
@@ -323,8 +323,8 @@ class GroupSampler:
                 )
             )
 
-    async def _reward_group(self, group: Group) -> bool:
-        """Reward a complete group; returns whether it passes the filter."""
+    async def _reward_group(self, group: Group, result: StepGroups) -> bool:
+        """Reward a complete group; returns whether it passes the filter, and counts it."""
         triplet, config = group.triplet, self._config
         images = {"anchor": triplet.anchor, "positive": triplet.positive}
         rows = [
@@ -351,4 +351,7 @@ class GroupSampler:
             penalised = config.cut_off == "penalise" and response.finish_reason == "length"
             response.reward = outcome["overall"] - penalised * config.cut_off_penalty
             response.metrics = {k: v for k, v in outcome.items() if k != "overall"}
-        return keep_group(outcomes) or not config.dynamic_sampling
+        passes = keep_group(outcomes) or not config.dynamic_sampling
+        result.groups_done += 1
+        result.groups_kept += passes
+        return passes

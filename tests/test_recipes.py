@@ -156,6 +156,19 @@ def test_without_dynamic_sampling_every_group_is_kept(monkeypatch, workspace, tm
     assert all(row["acceptance"] == 1 and row["filled_up"] == 0 for row in rows)
 
 
+def test_a_reward_that_ties_every_group_is_told_while_sampling(
+    monkeypatch, workspace, tmp_path, capsys
+):
+    def equal(rows):
+        return [{"overall": 1.0, "accuracy": 1.0} for _ in rows]
+
+    monkeypatch.setattr(tapo, "load_reward", lambda config: equal)
+    more = ("--rollout.max_rounds=4", "--rollout.on_exhausted=error")
+    with pytest.raises(ValueError, match="0 of 2 groups passed in rollout.max_rounds = 4"):
+        run(workspace, tmp_path, *more)
+    assert capsys.readouterr().out.count("step 1: 0 of 2 groups kept so far\n") == 1
+
+
 def test_a_run_of_few_optimiser_steps_is_warned_of():
     config = TapoConfig()  # 384 groups a step in one mini-batch
     said = length_lines(config, 2)

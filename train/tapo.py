@@ -72,6 +72,7 @@ from tercet.train.learner.run import (
     mean_figures,
     open_log,
     report_end,
+    sampling_progress,
     saved_on_error,
 )
 from tercet.train.learner.run_folder import RunFolder, open_folder
@@ -182,12 +183,7 @@ class TapoRun:
 
         def sample() -> tuple[list[Group], dict[str, float]]:
             with self.log.phase("generate", total=responses, unit="responses") as phase:
-
-                def progress(count: int) -> None:
-                    phase.advance(count)
-                    self.stop.check()
-
-                started = time.perf_counter()
+                started, progress = time.perf_counter(), sampling_progress(self, phase)
                 sampled = asyncio.run(self.sampler.collect(self.steps_done, progress))
                 figures = sampled.figures(time.perf_counter() - started)
                 self.log.add_time("reward", sampled.reward_seconds)

@@ -16,6 +16,7 @@ from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.packing import Piece
 from tercet.core.rewards import read_apart
 from tercet.core.types import PolicyParts
+from tercet.rollout.step_groups import StepGroups
 from tercet.train.learner.checkpoint import Checkpoints
 from tercet.train.learner.failed import set_aside
 from tercet.train.learner.interrupt import Interrupted
@@ -24,7 +25,7 @@ from tercet.train.learner.optim import HALF_UPDATED, Schedule, optimizer_step
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
 from tercet.train.learner.run_folder import RunFolder
-from tercet.train.learner.run_log import RunLog, SilentLog
+from tercet.train.learner.run_log import Phase, RunLog, SilentLog
 
 FEW_UPDATES = 20
 """Optimiser steps of a run below which a line warns of it."""
@@ -175,6 +176,26 @@ def report_end(run: Run, draw: Callable[[], None]) -> None:
             draw()
         except Exception as error:
             run.log.say(f"the figures of the run are not drawn: {error}")
+
+
+def sampling_progress(run: Run, phase: Phase) -> Callable[[int, StepGroups], None]:
+    """What a TAPO run does while it samples: moves the bar, and stops where it is told to.
+
+    Once a step it says that none of the first `groups_per_step` groups passed: a reward that ties
+    every group is noticed before the last round.
+    """
+    said = False
+
+    def progress(responses: int, so_far: StepGroups) -> None:
+        nonlocal said
+        phase.advance(responses, so_far.kept)
+        if not (said or so_far.groups_kept):
+            said = so_far.groups_done >= run.config.rollout.groups_per_step
+            if said:
+                run.log.say(f"step {run.steps_done + 1}: {so_far.kept} so far")
+        run.stop.check()
+
+    return progress
 
 
 def length_lines(config: TapoConfig, steps: int) -> list[str]:

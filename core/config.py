@@ -341,7 +341,7 @@ class TapoConfig:
             raise ValueError("rollout.n_anchor + rollout.n_positive must be at least 2, got 1")
         if not 0 < rollout.top_p <= 1:
             raise ValueError(f"rollout.top_p must lie in (0, 1], got {rollout.top_p}")
-        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+        longest = rollout.max_prompt_tokens + rollout.longest_response
         if self.parallel.micro_batch_tokens < longest:
             raise ValueError(
                 f"parallel.micro_batch_tokens is {self.parallel.micro_batch_tokens}; it must hold "

@@ -104,7 +104,8 @@ class GroupSampler:
 
     def state(self) -> dict:
         """What a checkpoint needs to go on from here, beside the stream's state."""
-        return {"carried": self.carried, "sent": self._sent}
+        groups = {"groups_per_step": self._config.groups_per_step}
+        return {"carried": self.carried, "sent": self._sent} | groups
 
     def restore(self, state: dict) -> None:
         """Go on from where `state` was taken; earlier versions stored no `sent`."""

@@ -55,6 +55,7 @@ from tercet.rollout.launch import open_engine
 from tercet.rollout.rewarding import load_reward
 from tercet.rollout.sampler import GroupSampler
 from tercet.train.evaluation.held_out import HeldOut
+from tercet.train.fit.estimate import run_time
 from tercet.train.learner.assemble import build_policy, open_manifest, open_parts, sampled_parts
 from tercet.train.learner.checkpoint import Checkpoints, load_state
 from tercet.train.learner.figures import draw_figures
@@ -74,6 +75,7 @@ from tercet.train.learner.run import (
     report_end,
     sampling_progress,
     saved_on_error,
+    settle,
 )
 from tercet.train.learner.run_folder import RunFolder, open_folder
 from tercet.train.learner.sampler_check import check_sampler
@@ -99,6 +101,8 @@ class TapoRun:
         self.parts = open_parts(config.model, self.ranks, resume)
         self.encoder = PromptEncoder(self.parts, config.parallel.pixel_cache_mib * 2**20)
         self.manifest = open_manifest(config.data, self.parts, self.ranks, folder, config.loss)
+        state = load_state(resume) if resume else {}
+        self.total_steps = settle(config, self.parts, len(self.manifest.anchors), state)
         sampled = sampled_parts(self.parts, config, self.ranks)
         self.engine = self.ranks.on_first(lambda: self._open_engine(sampled)) or IdleEngine()
         temperature = config.rollout.temperature
@@ -108,8 +112,6 @@ class TapoRun:
         self.checkpoints = Checkpoints(self, config.run, folder)
         self.sampler = self._open_sampler()
         self.ranks.share(lambda: self.sampler.check_prompts(self.manifest.anchors))
-        per_epoch = len(self.manifest.anchors) / config.rollout.groups_per_step
-        self.total_steps = config.run.steps or max(1, int(config.run.epochs * per_epoch))
         self.schedule = Schedule(config.optim, self.total_steps)
         self.held_out = HeldOut(self)
         self.steps_done = self.minibatches_done = self.skipped = 0
@@ -119,14 +121,16 @@ class TapoRun:
         self.working_on: Sequence[Piece] = ()
         self.shown: list[Group] = []
         if resume:
-            self._restore(resume)
+            self._restore(resume, state)
         self._sync(self.steps_done)
         self.log = open_log(self, resolved)
         longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
         self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
         given = {"encode": self.encoder, "shape": self.policy.shape, "ranks": self.ranks}
         self.micro_batches = partial(micro_batches, **given, budget=self.budget)
-        announce(self, sampled)
+        model, ranks = self.parts.model.config, self.ranks
+        hours = run_time(config, model, self.total_steps, ranks.device, ranks.size)
+        announce(self, sampled, hours)
         check_sampler(self)
 
     def step(self) -> dict[str, float]:
@@ -296,8 +300,7 @@ class TapoRun:
         state |= {"stream": self.stream.state(), **self.sampler.state()}
         return self.checkpoints.save(self.steps_done, state, keep)
 
-    def _restore(self, folder: Path) -> None:
-        state = load_state(folder)
+    def _restore(self, folder: Path, state: dict) -> None:
         if state["groups"]:
             self.folder.check_step()
         for name in STATE:

@@ -16,15 +16,14 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from tercet.core.model_config import ModelConfig
 from tercet.core.option_types import (
     Decay,
     Device,
     Epsilon,
-    FewOrNone,
     PathOrEmpty,
     PathText,
     PerStep,
-    Regex,
     Seed,
     Share,
     Threads,
@@ -73,36 +72,6 @@ class DataConfig:
     """A photo under two labels, or both learnt and held out: left out of the tests, or an error."""
     seed: Seed = 0
     """Seed of the split, the shots and the triplets."""
-
-
-@dataclass
-class ModelConfig:
-    path: PathOrEmpty = ""
-    """Folder or hub id of the model."""
-    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
-    """Parameter dtype; auto: as stored."""
-    min_pixels: PositiveInt | None = None
-    """Fewest pixels of a resized image; None: the image processor's own."""
-    max_pixels: PositiveInt | None = None
-    """Most pixels of a resized image; None: the image processor's own."""
-    system_prompt: str | None = None
-    """System message of every prompt; None: the chat template's own default."""
-    freeze_vision: bool = False
-    """Do not train the vision tower (its merger is another option)."""
-    freeze_merger: bool = False
-    """Do not train the merger between vision tower and language model."""
-    gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass instead of keeping their activations."""
-    lora_rank: FewOrNone = 0
-    """Train LoRA adapters of this rank and nothing else; 0: train the weights themselves."""
-    lora_alpha: PositiveInt = 128
-    """Adapters are scaled by lora_alpha / lora_rank."""
-    lora_targets: Regex = r".*language_model\.layers\..*_proj"
-    """Linear layers with adapters: a regular expression that matches the layer's whole name."""
-    compile: bool = False
-    """torch.compile the parts of each decoder layer, except attention itself."""
-    liger: bool = False
-    """Liger's RMSNorm and SwiGLU (on a GPU; needs liger-kernel)."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +256,9 @@ class RunConfig:
     stop_after: PositiveInt | None = None
     """End after so many values of `keep_best` in a row without a new best; steps that do not have
     it do not count. None: never."""
+    save_lora: Literal["both", "adapter", "merged"] = "both"
+    """What a checkpoint has of a policy with LoRA: a folder that transformers loads, which has the
+    adapter merged, the adapter by itself in PEFT's form (adapter/), or both."""
     async_save: bool = False
     """Write checkpoints in the background, from a copy in CPU memory."""
     device: Device = "auto"

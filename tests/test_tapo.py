@@ -254,6 +254,19 @@ def test_lora_does_not_go_on_from_the_weights_that_hold_it(monkeypatch, workspac
         train(monkeypatch, overridden(argv, ["--model.lora_alpha=64"]), resume="auto")
 
 
+def test_lora_goes_on_from_the_adapter_alone(monkeypatch, workspace, tmp_path):
+    """Bit for bit, with no other weights in the checkpoint."""
+    lora = ("--model.lora_rank=2", "--run.save_lora=adapter")
+    whole = train(monkeypatch, options(workspace, tmp_path / "whole", *lora))
+    train(monkeypatch, options(workspace, tmp_path / "parts", "--run.steps=1", *lora))
+    went_on = train(monkeypatch, options(workspace, tmp_path / "parts", *lora), resume="auto")
+    assert went_on.name == whole.name == "step_000002" and not [*whole.glob("*.safetensors")]
+    ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (went_on, whole))
+    assert ours.keys() == theirs.keys() and any(w.any() for n, w in ours.items() if "lora_B" in n)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert figures(tmp_path / "whole")[1] == figures(tmp_path / "parts")[1]
+
+
 def test_a_step_that_has_begun_goes_on_as_it_began(monkeypatch, workspace, tmp_path, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(tapo, "clip_and_step", lambda *_: (_ for _ in ()).throw(Interrupted(15)))

@@ -116,6 +116,9 @@ class LossConfig:
     """Weights of pi_neg: the current ones, or those at the start of the rollout step."""
     is_cap: float | None = None
     """Weigh each token's policy term by min(pi_old / pi_sampler, is_cap); None: off."""
+    carried_cap: float | None = 2.0
+    """The same bound for carried groups alone, which older weights sampled, where is_cap is off;
+    with ratio_of sequence there are no weights."""
     mean_over: Literal["batch", "group", "response", "virtual_batch", "constant", "micro_batch"] = (
         "batch"
     )
@@ -140,7 +143,7 @@ class LossConfig:
             ("clip_low clip_high", lambda x: x is not None and x >= 0, "at least 0"),
             ("clip_dual", lambda x: x is None or x >= 1, "at least 1, or None for off"),
             (
-                "log_ratio_clamp kl_log_clamp kl_clamp is_cap",
+                "log_ratio_clamp kl_log_clamp kl_clamp is_cap carried_cap",
                 lambda x: x is None or x > 0,
                 "positive, or None for off",
             ),

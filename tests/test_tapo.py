@@ -337,6 +337,25 @@ def test_importance_weights_scale_the_policy_term(monkeypatch, workspace, tmp_pa
     assert found["0.5"]["kl"] == pytest.approx(found["null"]["kl"], rel=1e-5)
 
 
+def test_carried_groups_are_weighed_against_the_weights_that_sampled_them(
+    monkeypatch, workspace, tmp_path
+):
+    """The first step samples all groups of the second: a cap near 0 takes their policy term away,
+    and nothing of the first step's."""
+    found = {}
+    for cap in ("null", "1e-9"):
+        out = tmp_path / cap
+        more = [f"--loss.{name}=0" for name in ("kl_coef", "entropy_coef", "neg_entropy_coef")]
+        more += ["--loss.update_on=own", f"--loss.carried_cap={cap}", "--rollout.max_rounds=3"]
+        more += ["--rollout.prompts_per_batch=8", "--rollout.groups_per_step=3"]
+        argv = options(workspace, out, *more, "--optim.groups_per_minibatch=3")
+        train(monkeypatch, argv, reward=by_parity)
+        found[cap] = figures(out)
+    assert found["null"][0] == found["1e-9"][0] and "reward" not in found["null"][1]
+    plain, weighed = (found[cap][1]["grad_norm"] for cap in ("null", "1e-9"))
+    assert plain > 1e-3 and weighed == pytest.approx(1e-9 * plain, rel=1e-3)
+
+
 @pytest.mark.parametrize("mean_over", ["batch", "group", "response", "virtual_batch"])
 def test_the_token_budget_does_not_change_the_step(monkeypatch, workspace, tmp_path, mean_over):
     more = ["--run.steps=1", f"--loss.mean_over={mean_over}", "--optim.lr=1e-4"]

@@ -43,6 +43,7 @@ from tercet.core.mismatch import mismatch_figures
 from tercet.core.packing import (
     Batches,
     Piece,
+    are_weighed,
     by_response,
     micro_batch,
     mini_batches,
@@ -128,9 +129,8 @@ class TapoRun:
         self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
         given = {"encode": self.encoder, "shape": self.policy.shape, "ranks": self.ranks}
         self.micro_batches = partial(micro_batches, **given, budget=self.budget)
-        model, ranks = self.parts.model.config, self.ranks
-        hours = run_time(config, model, self.total_steps, ranks.device, ranks.size)
-        announce(self, sampled, hours)
+        cards, model = (self.ranks.device, self.ranks.size), self.parts.model.config
+        announce(self, sampled, run_time(config, model, self.total_steps, *cards))
         check_sampler(self)
 
     def step(self) -> dict[str, float]:
@@ -146,7 +146,8 @@ class TapoRun:
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
         batches = mini_batches(self.groups, size, config.optim.minibatch_by)
         # The first one's are those of its own update, unless importance weights need them before.
-        self._score("old_logprobs", loss.update_on, batches[loss.is_cap is None :])
+        before = are_weighed(batches[0], loss, self.steps_done)
+        self._score("old_logprobs", loss.update_on, batches[not before :])
         if loss.needs_negative and not loss.negative_now:
             self._score("neg_logprobs", "negative", batches)
         with self.reference() as frozen:
@@ -168,7 +169,7 @@ class TapoRun:
                     lr = self.schedule.rate(self.steps_done, self.minibatches_done, len(batches))
                     self.minibatch_figures.append(clip_and_step(self, lr, sums))
                 self.minibatches_done, self.working_on = self.minibatches_done + 1, ()
-                if self.minibatches_done == 1 and loss.is_cap is None:
+                if self.minibatches_done == 1 and not before:
                     self._set("old_logprobs", found)
         with self.log.phase("sync", total=1, unit="update"):
             self._sync(self.steps_done + 1, wake=config.rollout.colocated)
@@ -227,7 +228,7 @@ class TapoRun:
             return
 
         def pack(pieces: Sequence[Piece]) -> MicroBatch:
-            return micro_batch(pieces, self.encoder, loss, num_loss_tokens)
+            return micro_batch(pieces, self.encoder, loss, num_loss_tokens, self.steps_done)
 
         photos = [loss.update_on, "negative"] if loss.negative_now else [loss.update_on]
         self.policy.train()

@@ -253,7 +253,8 @@ def make_sampler(
 
 
 def stragglers(engine: SglangEngine, parts: PolicyParts, options, folder: Path) -> list[Row]:
-    """Seconds of a sampling step in which half of the groups pass, in batches and as a stream.
+    """Seconds of a sampling step in which half of the groups pass, whatever their lengths, and mean
+    lengths of what it keeps: in batches, as a stream, and as an ordered one.
 
     One token of 64 ends a response, so lengths are distributed as 1/64 exp(-length / 64).
     """
@@ -264,20 +265,26 @@ def stragglers(engine: SglangEngine, parts: PolicyParts, options, folder: Path) 
     ]
     generation = parts.model.generation_config
     generation.eos_token_id = list(range(7, len(parts.tokenizer), 64))
-    found: dict[str, list[float]] = {"batch": [], "stream": []}
+    found: dict[str, list[float]] = {name: [] for name in ("batch", "stream", "ordered")}
+    lengths: dict[str, list[float]] = {name: [] for name in found}
     for turn in range(options.rounds + 1):
         for dispatch, seconds in found.items():
             sampler = make_sampler(engine, parts, anchors, dispatch, options.concurrency, turn)
             started = time.perf_counter()
-            asyncio.run(sampler.collect(turn))
+            groups = asyncio.run(sampler.collect(turn)).groups
             if turn:  # the first round is the warm-up
                 seconds.append(time.perf_counter() - started)
-    saved = [1 - b / a for a, b in zip(found["batch"], found["stream"], strict=True)]
+                kept = [len(r.token_ids) for group in groups for r in group.responses]
+                lengths[dispatch].append(sum(kept) / len(kept))
     note = "12 groups of 6, half of them pass, mean length 64, at most 512"
+    saved = {
+        name: [1 - b / a for a, b in zip(found["batch"], found[name], strict=True)]
+        for name in ("stream", "ordered")
+    }
     return [
-        row("step in batches", "s", found["batch"], note),
-        row("step on a stream", "s", found["stream"], note),
-        row("time saved by streaming", "share", saved, note),
+        *(row(f"step, {name}", "s", seconds, note) for name, seconds in found.items()),
+        *(row(f"time saved, {name}", "share", shares, note) for name, shares in saved.items()),
+        *(row(f"length kept, {name}", "tokens", means, note) for name, means in lengths.items()),
     ]
 
 

@@ -90,10 +90,12 @@ class RolloutConfig:
     groups_per_step: PerStep | Literal["auto"] = "auto"
     """Groups (prompts) that a rollout step keeps for training. auto: at most 384, and so few that
     all epochs together are at least 20 steps; chosen at the start of a run."""
-    dispatch: Literal["auto", "batch", "stream"] = "auto"
+    dispatch: Literal["auto", "batch", "stream", "ordered"] = "auto"
     """batch: each batch of prompts is finished before the next; every run gets the same groups.
     stream: enough prompts are always in flight, and the rest is aborted once the step is full;
-    nothing waits for the slowest response. auto: stream with SGLang, batch in this process."""
+    nothing waits for the slowest response, and short ones are favoured. ordered: the same, but
+    groups count in the order in which they were asked for, so that none is. auto: AUTO with
+    SGLang, batch in this process."""
     prompts_per_batch: PerStep | None = None
     """Prompts of a batch; None: `groups_per_step`."""
     dynamic_sampling: bool = True
@@ -169,4 +171,5 @@ class RolloutConfig:
 
     @property
     def streaming(self) -> bool:
-        return self.dispatch == "stream" or (self.dispatch == "auto" and self.engine == "sglang")
+        is_auto = self.dispatch == "auto"
+        return self.dispatch in ("stream", "ordered") or (is_auto and self.engine == "sglang")

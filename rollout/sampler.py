@@ -11,6 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
@@ -187,13 +188,16 @@ class GroupSampler:
     async def _stream_in(
         self, step: int, limit: float, result: StepGroups, passing: set[str], progress: Progress
     ) -> None:
-        """Keep enough groups in flight, and count each one as soon as it has its rewards.
+        """Keep enough groups in flight, and count each one as soon as it has its rewards; with
+        `ordered` as soon as all that were asked for before it have theirs too.
 
-        When the step is full, the groups still in flight are aborted and their triplets go back to
-        the stream. Without a limit `keep_last_round` keeps a round's worth of groups of which none
-        passed, as batches do: the step would never end.
+        When the step is full, the groups that were not counted are aborted and their triplets go
+        back to the stream, finished or not with `ordered`: which groups a step gets does not depend
+        on how long they take. Without a limit `keep_last_round` keeps a round's worth of groups of
+        which none passed, as batches do: the step would never end.
         """
         config, wanted = self._config, self._config.groups_per_step
+        ordered = config.dispatch == "ordered"
         keeps = config.on_exhausted == "keep_last_round"
         endless, round_size = keeps and math.isinf(limit), config.prompts_per_batch or wanted
         running: dict[asyncio.Task[dict[str, bool]], Group] = {}
@@ -217,15 +221,21 @@ class GroupSampler:
                     running[task] = group
                 if not running:
                     break
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in [task for task in running if task in done]:
-                    count(task)
+                if unfinished := [task for task in running if not task.done()]:
+                    await asyncio.wait(unfinished, return_when=asyncio.FIRST_COMPLETED)
+                if ordered:
+                    done = list(takewhile(asyncio.Task.done, running))
+                else:
+                    done = [task for task in running if task.done()]
+                for task in done:
+                    if not ordered or len(result.groups) < wanted:
+                        count(task)
                 if endless and len(failed) >= round_size:
                     result.groups += failed[: max(0, wanted - len(result.groups))]
                     failed.clear()
             for task in running:
                 task.cancel()
-        for task in [task for task in running if not task.cancelled()]:
+        for task in [task for task in running if not (ordered or task.cancelled())]:
             count(task)  # it had finished before it could be cancelled
         self._stream.put_back([group.triplet for group in running.values()])
         if keeps and missing > 0:

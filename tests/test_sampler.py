@@ -786,6 +786,30 @@ def test_a_stream_does_not_wait_for_slow_responses(make, parts):
     assert [g.triplet.id for g in again.groups] == returned[:4]
 
 
+def test_an_ordered_stream_takes_groups_as_they_were_asked_for(make, parts):
+    """However long each takes: later ones that have finished come again in the next step."""
+    engine = TimedEngine(parts.tokenizer, lambda rank: 200 - 20 * rank)
+    everyone = set(range(100))
+    sampler = make(Script(everyone - {1}, everyone), engine=engine, dispatch="ordered")
+    result = collect(sampler)
+    assert ranks(result.groups) == ["0.0", "0.2", "0.3", "0.4"]
+    assert result.prompts_sent > 5 and result.groups_done == result.prompts_sent
+    assert sampler.carried == [] and engine.running == 0
+    returned = [t.id for t in sampler._stream.state()["returned"]]
+    assert returned == [triplet_of(sampler, rank) for rank in range(5, result.prompts_sent)]
+
+
+@pytest.mark.parametrize(("dispatch", "long_ones"), [("stream", 8), ("ordered", 18)])
+def test_which_lengths_a_stream_keeps(make, parts, dispatch, long_ones):
+    """Every second group takes long; the others are the first to finish."""
+    engine = TimedEngine(parts.tokenizer, lambda rank: 100 if rank % 2 else 1)
+    everyone = set(range(100))
+    sampler = make(Script(*[everyone] * 9), engine=engine, dispatch=dispatch, surplus="drop")
+    steps = [ranks(collect(sampler, step).groups) for step in range(9)]
+    kept = [int(rank.split(".")[1]) % 2 for step in steps for rank in step]
+    assert len(kept) == 9 * 4 and sum(kept) == long_ones
+
+
 def triplet_of(sampler: GroupSampler, rank: int) -> str:
     """Id of the triplet at a rank of a new stream with the same seed."""
     fresh = TripletStream(sampler._stream._anchors, positive="redraw", seed=0)

@@ -273,7 +273,7 @@ class TapoRun:
         config, anchors, seed = self.config, self.manifest.anchors, self.config.run.seed
         self.stream = TripletStream(anchors, positive=config.data.positive, seed=seed)
         with self.stop.at_once():
-            reward = self.ranks.on_first(lambda: load_reward(config.rollout))
+            reward = self.ranks.on_first(lambda: load_reward(config))
         return GroupSampler(
             self.engine,
             self.stream,

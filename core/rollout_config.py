@@ -122,8 +122,8 @@ class RolloutConfig:
     """Part of a weighted reward that says whether an answer is correct; None: accuracy,
     accuracy_strict, classification or direct_answer, whichever is there first."""
     judge_url: Url | None = None
-    """Address, ending in /v1, of the chat endpoint that the part judge_reasoning asks. Its key is
-    read from the variable TERCET_JUDGE_API_KEY."""
+    """Address, ending in /v1, of the chat endpoint that judge_reasoning and best_of_rollouts ask.
+    Its key is read from the variable TERCET_JUDGE_API_KEY."""
     judge_model: Word | None = None
     """Name of the model that it serves."""
     judge_cache: PathText | None = None

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -32,6 +33,12 @@ RUNS = sorted(
     if not file.stem.startswith("demo_") and "train/sft.py" not in file.read_text()
 )
 SERVED = [name for name in RUNS if "engine: sglang" in (RECIPES / f"{name}.yaml").read_text()]
+
+
+CARD_FILES = sorted((RECIPES / "cards").glob("*.yaml"))
+ALGORITHM = (Path(__file__).parents[1] / "docs" / "algorithm.md").read_text(encoding="utf-8")
+ABLATIONS = re.findall(r"`(--.*?)`", ALGORITHM.partition("| ablation |")[2].partition("\n\n")[0])
+"""Options of docs/algorithm.md's table of ablations, in addition to the recipe tapo_3b."""
 
 
 def run(workspace: Path, out: Path, *more: str, recipe: str | None = None) -> list[dict]:
@@ -75,6 +82,36 @@ def test_a_recipe_fits_the_cards_that_it_names(recipe):
     assert plan.lacks == [] and plan.engines.count * plan.engines.gpus == int(gpus)
     words = plan.config.rollout.sglang_args.split()
     assert float(words[words.index("--mem-fraction-static") + 1]) <= plan.server_share
+
+
+@pytest.mark.parametrize("file", CARD_FILES, ids=lambda file: file.stem)
+def test_a_preset_of_cards_fits_them_and_runs(file, workspace, tmp_path):
+    """As the command in its first lines has it, on top of the recipe that it names."""
+    (command,) = re.findall(r"tercet\.train\.plan (.*)", file.read_text())
+    argv = shlex.split(command.replace("train/recipes/cards", str(file.parent)))
+    plan, _ = plan_command.read(argv)
+    assert plan.lacks == [] and plan.engines.count * plan.engines.gpus == plan.gpus
+    words = plan.config.rollout.sglang_args.split()
+    assert float(words[words.index("--mem-fraction-static") + 1]) <= plan.server_share
+    assert ("--tp" in words) == (plan.engines.gpus > 1)
+    recipe = argv[argv.index("--recipe") + 1]
+    rows = run(workspace, tmp_path, f"--config={file}", recipe=recipe)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(("lora_merge_error" in row) == (plan.config.model.lora_rank > 0) for row in rows)
+
+
+@pytest.mark.parametrize("options", ABLATIONS)
+def test_an_ablation_is_the_recipe_with_these_options(options, workspace, tmp_path):
+    argv = ["--recipe", "tapo_3b", "--gpus", "4", "--gpu", "A6000", *shlex.split(options)]
+    plan, _ = plan_command.read(argv)
+    assert plan.lacks == [] and plan.step.group_size == 10
+    if "coef" in options:  # another forward pass; the others differ in counts alone
+        rows = run(workspace, tmp_path, *shlex.split(options.replace(" 0", "=0")), recipe="tapo_3b")
+        assert [row["step"] for row in rows] == [1, 2] and not any("margin" in row for row in rows)
+
+
+def test_every_ablation_is_in_the_table():
+    assert len(ABLATIONS) == len(set(ABLATIONS)) == 6
 
 
 def test_the_plan_counts_the_servers_of_the_cards_it_is_given():

@@ -28,7 +28,7 @@ from torch.distributed.run import get_args_parser
 
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.data.eval_files import DATASETS
-from tercet.core.tool_config import EvalConfig
+from tercet.core.tool_config import EvalConfig, SeedsConfig
 from tercet.train import (
     analyse,
     doctor,
@@ -201,6 +201,8 @@ def check_options(name: str, argv: list[str]) -> None:
         read_options(EvalConfig, argv, "")
     elif name == "predict":
         predict.read(argv)
+    elif name == "demo":
+        read_options(SeedsConfig, argv, "")
     else:
         readers = (doctor, export, make_cot, plan, prepare)
         next(r for r in readers if r.__name__.endswith(f".{name}")).read(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -173,6 +174,15 @@ def test_an_adapter_on_its_base_is_the_merged_model(lora, tmp_path):
     torch.testing.assert_close(adapted, whole, atol=1e-4, rtol=1e-4)
     assert (adapted - plain).abs().max() > 0.01
     assert not (merged / "adapter").exists()
+    bare = tmp_path / "bare" / "checkpoints" / "step_000001"  # as run.save_lora adapter leaves it
+    bare.mkdir(parents=True)
+    shutil.copytree(lora / "adapter", bare / "adapter")
+    write_complete(bare, 1, 1, None)
+    with pytest.raises(ValueError, match="run.save_lora adapter.: give --adapter"):
+        exported(bare, tmp_path / "none")
+    again = exported(bare, tmp_path / "again", "--adapter", "--base", BASE)
+    weights = "adapter_model.safetensors"
+    assert (again / weights).read_bytes() == (out / weights).read_bytes()
 
 
 def test_the_base_is_followed_through_stages(run, tmp_path):

@@ -156,7 +156,7 @@ def trackers(config: TapoConfig) -> Iterator[Finding]:
 
 def reward(config: TapoConfig) -> Iterator[Finding]:
     """The reward function, and the judge where one is asked."""
-    function = load_reward(config.rollout)
+    function = load_reward(config)
     if close := getattr(function, "close", None):
         close()
     judge = f", judge at {config.rollout.judge_url}" if config.rollout.judge_url else ""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from tercet.core.config import SftConfig, TapoConfig
+from tercet.core.data.cells import table_of
 from tercet.core.data.files import regular
 from tercet.core.option_types import Flags, Host, PathOrEmpty, PathText, Url
 
@@ -230,8 +231,7 @@ def photos_digest(keys: Iterable[str], root: str) -> str:
     """
     found: dict[str, str] = {}
     for key in keys:
-        head, parquet, _ = key.rpartition(".parquet#")
-        file = f"{head}.parquet" if parquet else key
+        file = table_of(key) or key
         if file not in found:
             try:
                 found[file] = _file_digest(Path(file))

@@ -29,11 +29,15 @@ def write_merged(checkpoint: Path, out: Path, shard_bytes: int = SHARD_BYTES) ->
         shard_bytes: most bytes of a file of weights.
 
     Raises:
-        ValueError: the checkpoint holds no weights.
+        ValueError: the checkpoint holds no weights, or those of an adapter alone.
     """
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{checkpoint} holds no weights (*.safetensors)")
+        alone = (checkpoint / ADAPTER_FOLDER).is_dir()
+        raise ValueError(
+            f"{checkpoint} holds no weights"
+            + (" but those of its adapter (run.save_lora adapter): give --adapter" if alone else "")
+        )
     write_weights(_tensors(files), checkpoint, out, shard_bytes)
     for name in OF_THE_TRAINER:
         (out / name).unlink(missing_ok=True)

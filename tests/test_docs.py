@@ -187,8 +187,10 @@ def check_foreign(words: list[str]) -> None:
         pytest_ = Path(sys.executable).with_name("pytest")
         quick = ["--noconftest", "--markers", "-p", "no:cacheprovider"]
         subprocess.run([pytest_, *rest, *quick], cwd=ROOT, check=True, capture_output=True)
+    elif command == "python" and rest[0] != "-m":
+        assert (ROOT / rest[0]).is_file()
     elif command == "python":
-        assert rest[0] == "-m" and (rest[1] == "lmms_eval" or find_spec(rest[1]))
+        assert rest[1] == "lmms_eval" or find_spec(rest[1])
     else:
         assert words == [".", ".venv/bin/activate"]
 

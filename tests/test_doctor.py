@@ -236,6 +236,8 @@ def test_a_hub_id_is_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     level, said, advice = only(inputs.model(configured("--model.path=some/model").model))
     assert level == "warning" and "hf download some/model" in advice
+    level, said, _ = only(inputs.model(configured(f"--model.path={tmp_path}/typo").model))
+    assert level == "error" and "typo' is no folder here" in said
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +34,7 @@ IMPORT_S = 300.0
 """Longest that SGLang may take to be imported."""
 MOST_HEADER = 64 << 20
 """Bytes of the header of a file of weights."""
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 LOOK = "import json, sglang, torch; print(json.dumps([sglang.__version__, torch.__version__]))"
 
 
@@ -44,11 +47,14 @@ def model(config: ModelConfig) -> Iterator[Finding]:
     if folder is None:
         said = f"model.path {config.path!r} is no folder here, nor a model that was downloaded"
         advice = f"hf download {config.path} fetches it beforehand; a run does so itself"
-        yield Finding("model", "warning", said, advice)
+        if HUB_ID.fullmatch(config.path):
+            yield Finding("model", "warning", said, advice)
+        else:
+            yield Finding("model", "error", said, "a hub id is USER/NAME: look at the path")
         return
     files, size = weights(folder)
     yield Finding("weights", "ok", f"{files} files, {size / 2**30:.2f} GiB, all of them whole")
-    parts = load_policy(ModelConfig(**vars(config) | {"path": str(folder)}), "meta")
+    parts = load_policy(replace(config, path=str(folder)), "meta")
     question = stage2_text("What bird is this?")
     ids = chat_ids(parts.tokenizer, [{"role": "user", "content": question}], images=1)
     count = sum(parameter.numel() for parameter in parts.model.parameters())
@@ -112,7 +118,7 @@ def checkpoint_bytes(config: TapoConfig) -> int:
     """Bytes of all checkpoints that a run keeps, and of the one being written."""
     folder = local_folder(config.model.path) if config.model.path else None
     if folder is not None:
-        config = TapoConfig(**vars(config) | {"model": _at(config.model, folder)})
+        config = replace(config, model=replace(config.model, path=str(folder)))
     try:
         sizes = ModelSizes.of(config)
     except ValueError:  # the check of the model says what is wrong
@@ -120,10 +126,6 @@ def checkpoint_bytes(config: TapoConfig) -> int:
     bytes_of, count = sizes.element_bytes, sizes.parameters
     kept = config.run.keep_last + 1 + bool(config.run.keep_best)
     return kept * (count.total * bytes_of.weight + count.trained * bytes_of.states)
-
-
-def _at(config: ModelConfig, folder: Path) -> ModelConfig:
-    return ModelConfig(**vars(config) | {"path": str(folder)})
 
 
 def data(config: TapoConfig) -> Iterator[Finding]:

@@ -80,7 +80,7 @@ def write_model(options: ExportConfig, out: Path) -> str:
     trained = Trained.read(Path(options.source))
     base = options.base or trained.base()
     if options.adapter:
-        write_adapter(trained.folder, out, base)
+        base = write_adapter(trained.folder, out, base)
     else:
         write_merged(trained.folder, out)
     card = model_card(

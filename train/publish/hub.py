@@ -42,7 +42,10 @@ def push(folder: Path, repository: str, kind: Literal["model", "dataset"], priva
         )
     except HfHubHTTPError as error:
         said = " ".join(str(error).split())[:500]
-        raise ValueError(f"--push {repository}: the hub refuses: {said}") from error
+        raise ValueError(
+            f"--push {repository}: the hub refuses: {said} (the folder is written: hf upload "
+            f"{repository} {folder} sends it)"
+        ) from error
     return str(made)
 
 

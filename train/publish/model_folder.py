@@ -67,13 +67,16 @@ def adapter_of(checkpoint: Path) -> Path:
     )
 
 
-def write_adapter(checkpoint: Path, out: Path, base: str | None) -> None:
+def write_adapter(checkpoint: Path, out: Path, base: str | None) -> str:
     """Write a folder that PEFT loads.
 
     Args:
         checkpoint: of a run with LoRA.
         out: an empty folder.
         base: hub id of the base; None: the adapter's own is kept.
+
+    Returns:
+        Hub id of the base.
 
     Raises:
         ValueError: there is no adapter, or its base is a folder of this machine.
@@ -89,3 +92,4 @@ def write_adapter(checkpoint: Path, out: Path, base: str | None) -> None:
     config["base_model_name_or_path"] = base
     (out / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shutil.copy(folder / ADAPTER_WEIGHTS, out / ADAPTER_WEIGHTS)
+    return base

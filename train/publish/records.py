@@ -75,13 +75,9 @@ def records_card(samples: list[SftSample], *, name: str, licence: str | None, ph
     words = sorted(len(answer.split()) for answer in answers)
     listed = ", ".join(f"{n} ({k})" for n, k in sorted(names.items())[:MOST_NAMES])
     more = f", and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    where = (
-        f"{photos:,} photos are in `{PHOTOS}/`."
-        if photos
-        else (
-            "The photos are not part of this repository: paths are relative to their common folder."
-        )
-    )
+    where = "The photos are not part of this repository: paths are relative to their common folder."
+    if photos:
+        where = f"{photos:,} photos are in `{PHOTOS}/`."
     return f"""---
 {yaml.safe_dump(fields, sort_keys=False)}---
 

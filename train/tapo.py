@@ -58,6 +58,7 @@ from tercet.train.evaluation.held_out import HeldOut
 from tercet.train.learner.assemble import build_policy, open_manifest, open_parts, sampled_parts
 from tercet.train.learner.checkpoint import Checkpoints, load_state
 from tercet.train.learner.figures import draw_figures
+from tercet.train.learner.group_log import GroupLog
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.metrics import is_reserved
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
@@ -120,7 +121,7 @@ class TapoRun:
         if resume:
             self._restore(resume)
         self._sync(self.steps_done)
-        self.log = open_log(self, resolved)
+        self.log, self.group_log = open_log(self, resolved), GroupLog(self)
         longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
         self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
         given = {"encode": self.encoder, "shape": self.policy.shape, "ranks": self.ranks}
@@ -155,9 +156,8 @@ class TapoRun:
                         for pieces, micro in self._micro_batches(batch):
                             self.check_stop()
                             value, metrics = policy.accumulate(micro, config.parallel.branches)
-                            logprobs = metrics.pop("logprobs")
+                            found |= self.group_log.take(pieces, metrics)
                             add_up(sums, {"loss": value} | metrics)
-                            found |= by_response(pieces, logprobs, weighted=True)
                             phase.advance(len(pieces) * self.ranks.size / len(batches))
                 if sums:  # else no row of the mini-batch counts
                     lr = self.schedule.rate(self.steps_done, self.minibatches_done, len(batches))
@@ -169,6 +169,7 @@ class TapoRun:
             self._sync(self.steps_done + 1, wake=config.rollout.colocated)
         figures = self.figures | mismatch_figures(self.groups, self.steps_done)
         figures |= mean_figures(self.minibatch_figures) | self.held_out.figures()
+        self.group_log.write(self.groups)
         self.shown, self.groups, self.figures = self.groups[:SAMPLES_SHOWN], [], {}
         self.steps_done, self.minibatches_done, self.minibatch_figures = self.steps_done + 1, 0, []
         return figures
@@ -192,6 +193,7 @@ class TapoRun:
                 figures = sampled.figures(time.perf_counter() - started)
                 self.log.add_time("reward", sampled.reward_seconds)
             set_advantages(sampled.groups, self.config.loss.advantage_std)
+            self.group_log.sampled = sampled
             return sampled.groups, figures
 
         self.groups, self.figures = self.ranks.share(sample, self.policy.gather_weights)

@@ -139,6 +139,7 @@ PHASES = {
     "update": "upd",
     "sync": "sync",
     "eval": "eval",
+    "log": "log",
 }
 """The phases of a step in their order, with their labels on the terminal."""
 

@@ -64,6 +64,9 @@ class StepGroups:
             "filled_up": float(self.filled_up),
             "tokens_per_s": self.tokens / seconds,
         }
+        kept = [len(r.token_ids) for group in self.groups for r in group.responses]
+        if kept:
+            figures["kept_length"] = sum(kept) / len(kept)
         if self.redrawn is not None:
             figures["redrawn"] = self.redrawn.total() / len(sampled)
         for name in sorted({name for r in sampled for name in r.metrics}):

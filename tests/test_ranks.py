@@ -46,7 +46,7 @@ def train(workspace: Path, out: str, ranks: int, *more: str) -> str:
 
 
 def figures(
-    workspace: Path, out: str, timed=("seconds_", "tokens_per_s", "mismatch_")
+    workspace: Path, out: str, timed=("seconds_", "tokens_per_s", "peak_mem_gib", "mismatch_")
 ) -> list[dict]:
     rows = [json.loads(line) for line in (workspace / out / "metrics.jsonl").open()]
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]

@@ -45,6 +45,12 @@ PANELS = {
     "Response length and groups kept": "share kept",
 }
 """The panels of curves.png in their order: the title, and the label of the right axis."""
+MORE_PANELS = {
+    "Sampler against trainer": "maximum",
+    "Tokens a second": "",
+    "Memory": "",
+}
+"""Further panels of the report page."""
 
 # fmt: off
 METRICS = (
@@ -55,12 +61,16 @@ METRICS = (
            1, "acc", "5.3f", "Reward", "accuracy"),
     Metric("several_names", "share of responses whose answer holds more than one known name",
            1, "several", "5.3f", "Reward", "several names"),
-    Metric("format", "share of responses in the format that the prompt asks for"),
+    Metric("format", "share of responses in the format that the prompt asks for",
+           panel="Reward", curve="format"),
     Metric("acceptance", "share of the step's sampled groups that passed dynamic sampling",
            1, "kept", "5.3f", "Response length and groups kept", "share of groups kept", True),
     Metric("response_length", "mean length of a response, in tokens",
            1, "len", "6.1f", "Response length and groups kept", "tokens a response"),
-    Metric("cut_off", "share of responses that were cut off at rollout.max_response_tokens"),
+    Metric("kept_length", "the same of the responses that are trained on",
+           panel="Response length and groups kept", curve="tokens a kept response"),
+    Metric("cut_off", "share of responses that were cut off at rollout.max_response_tokens",
+           panel="Response length and groups kept", curve="share cut off", right=True),
     Metric("redrawn", "responses drawn again because of what was drawn, as a share of all"),
     Metric("groups", "groups that the step trains on"),
     Metric("filled_up", "groups trained on although they did not pass dynamic sampling"),
@@ -88,7 +98,8 @@ METRICS = (
            1, "Hneg", "6.3f", "Entropy and KL", "H negative"),
     Metric("margin", "mean of log-prob on the anchor - on the negative, of sampled tokens",
            panel="Entropy and KL", curve="margin"),
-    Metric("ref_kl", "KL to the reference policy (k3 estimate), after its clamps"),
+    Metric("ref_kl", "KL to the reference policy (k3 estimate), after its clamps",
+           panel="Entropy and KL", curve="KL to reference", right=True),
     Metric("exact_neg_entropy", "entropy of the next-token distribution on the negative photo"),
     Metric("exact_entropy", "entropy of the policy's whole next-token distribution",
            1, "Hexact", "5.3f", "Entropy and KL", "H exact"),
@@ -111,12 +122,18 @@ METRICS = (
            2, "merge", "7.1e"),
     # Of the sampler.
     Metric("tokens_per_s", "response tokens sampled in a second",
-           2, "tok/s", "5.0f"),
+           2, "tok/s", "5.0f", "Tokens a second", "sampled"),
     # The sampler against the trainer, over the tokens of responses on the anchor photo.
-    Metric("mismatch_mean", "mean of |log-prob of the trainer - log-prob of the sampler|"),
-    Metric("mismatch_max", "maximum of |log-prob of the trainer - log-prob of the sampler|"),
-    Metric("mismatch_kl", "KL(sampler || trainer) (k3 estimate)"),
-    Metric("mismatch_over", "share of tokens whose log-probs differ by more than 0.1"),
+    Metric("mismatch_mean", "mean of |log-prob of the trainer - log-prob of the sampler|",
+           panel="Sampler against trainer", curve="mean difference"),
+    Metric("mismatch_max", "maximum of |log-prob of the trainer - log-prob of the sampler|",
+           panel="Sampler against trainer", curve="maximum", right=True),
+    Metric("mismatch_kl", "KL(sampler || trainer) (k3 estimate)",
+           panel="Sampler against trainer", curve="KL"),
+    Metric("mismatch_over", "share of tokens whose log-probs differ by more than 0.1",
+           panel="Sampler against trainer", curve="share above 0.1"),
+    Metric("peak_mem_gib", "most GiB of memory so far, of rank 0: the GPU's, else the process's",
+           panel="Memory", curve="peak, GiB"),
 )
 # fmt: on
 """Every metric that the training commands write, in the order of the terminal's two lines."""

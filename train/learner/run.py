@@ -17,6 +17,7 @@ from tercet.core.packing import Piece
 from tercet.core.rewards import read_apart
 from tercet.core.types import PolicyParts
 from tercet.train.learner.checkpoint import Checkpoints
+from tercet.train.learner.environment import peak_memory_gib, write_environment
 from tercet.train.learner.failed import set_aside
 from tercet.train.learner.interrupt import Interrupted
 from tercet.train.learner.merged import lora_figures
@@ -61,6 +62,7 @@ def open_log(run: Run, resolved: str) -> RunLog | SilentLog:
         for line in run.folder.lines:
             log.say(line)
         log.resume_at(run.steps_done + 1)
+        write_environment(log.out, run.ranks.device, run.ranks.size, run.total_steps)
         log.say(f"attention: {run.policy.attention}")
         return log
 
@@ -109,6 +111,7 @@ def _save_from(run: Run, error: BaseException) -> None:
 def finish_step(run: Run, figures: dict[str, float]) -> Path | None:
     """Log a step, and save it where one is due; returns the checkpoint's folder."""
     figures = figures | lora_figures(run.policy, run.ranks)
+    figures["peak_mem_gib"] = peak_memory_gib(run.ranks.device)
     run.ranks.share(run.folder.check)
     try:
         run.log.step(run.steps_done, figures)  # before anything else can fail

@@ -16,12 +16,14 @@ from test_tapo import by_length, by_parity, options, train, workspace  # noqa: F
 from tercet.core.data.manifest import Manifest
 from tercet.core.types import Group, Response, Triplet
 from tercet.rollout.step_groups import StepGroups
-from tercet.train.learner.group_log import TokenTexts, step_files, thin_out, why
+from tercet.train.learner.group_files import read_groups, step_files, thin_out
+from tercet.train.learner.group_log import TokenTexts, why
 
 
 def lines_of(out: Path, step: int) -> list[dict]:
-    text = gzip.decompress(step_files(out / "groups")[step].read_bytes()).decode()
-    return [json.loads(line) for line in text.splitlines()]
+    lines, problem = read_groups(step_files(out / "groups")[step])
+    assert not problem
+    return lines
 
 
 def unpacked(text: str) -> np.ndarray:
@@ -180,3 +182,18 @@ def test_the_oldest_files_are_thinned_out(tmp_path):
     (tmp_path / "step_000041.jsonl.gz").write_bytes(b"x" * 5000)
     thin_out(tmp_path, 850)
     assert list(step_files(tmp_path)) == [41]  # the newest stays, whatever its size
+
+
+@pytest.mark.core
+def test_a_damaged_file_gives_what_is_good_and_says_what_is_not(tmp_path):
+    file, good = tmp_path / "step_000001.jsonl.gz", b'{"step": 1}\n{"step": 1}\n'
+    file.write_bytes(gzip.compress(good + b'{"step'))
+    groups, problem = read_groups(file)
+    assert groups == [{"step": 1}] * 2 and problem == f"{file.name}, line 3: not a JSON object"
+    for content in (b"", b"no gzip", gzip.compress(good)[:-9]):
+        file.write_bytes(content)
+        assert read_groups(file)[0] == []
+    assert (
+        "cannot be read" in read_groups(file)[1]
+        and "step_000002" in read_groups(file.with_name("step_000002.jsonl.gz"))[1]
+    )

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-ENVIRONMENT = "environment.json"
+from tercet.train.learner.metrics import ENVIRONMENT
+
 PACKAGES = ("torch", "triton", "transformers", "peft", "flash-attn", "liger-kernel", "numpy")
 
 

@@ -1,22 +1,16 @@
 """Groups on disk: what the policy said in some groups of a step, and what the step made of it.
 
-groups/step_000012.jsonl.gz holds a JSON object a line, one a group: its triplet, whether it was
-kept and why, and its responses with reward, advantage and a log-prob a token under each policy.
-Nothing is computed for it: a log-prob that the step did not need is null. Log-probs are float16 in
-base64, `tokens` the text of each token. Photos are keys relative to the `root` of triplets.json.
+Nothing is computed for it: a log-prob that the step did not need is null (see group_files for what
+a file holds).
 """
 
 from __future__ import annotations
 
-import base64
-import gzip
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -27,10 +21,10 @@ from tercet.core.packing import Piece, by_response
 from tercet.core.rewards import is_correct
 from tercet.core.types import Group, PolicyParts, Response
 from tercet.rollout.step_groups import StepGroups
+from tercet.train.learner.group_files import GROUPS, packed, step_files, thin_out, write_groups
 from tercet.train.learner.ranks import Ranks
 from tercet.train.learner.run_log import RunLog, SilentLog
 
-GROUPS, ENDING = "groups", ".jsonl.gz"
 ROWS = ("logprobs", "neg_logprobs")
 """Log-probs of an update, on its own photo and on the negative."""
 Place = tuple[str, int]
@@ -165,14 +159,8 @@ class GroupLog:
         }
 
     def _write(self, step: int, lines: list[dict]) -> None:
-        file = self._folder / f"step_{step:06d}{ENDING}"
-        partial = file.with_name(f".{file.name}.partial")
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         try:
-            self._folder.mkdir(exist_ok=True)
-            content = text.encode("utf-8", errors="backslashreplace")
-            partial.write_bytes(gzip.compress(content, 6, mtime=0))
-            os.replace(partial, file)
+            write_groups(self._folder, step, lines)
             thin_out(self._folder, self._options.log_groups_mib * 2**20)
         except OSError as error:
             self._run.log.say(f"the groups of step {step} are not written: {error}")
@@ -196,13 +184,6 @@ def why(group: Group, kept: bool, sampled: StepGroups | None) -> str:
         return "filled up"
     marks = {is_correct(r.metrics) for r in group.responses if "accuracy" in r.metrics}
     return {(True,): "all right", (False,): "all wrong"}.get(tuple(marks), "rewards alike")
-
-
-def packed(values: Tensor | Sequence[float] | None) -> str | None:
-    """Numbers as float16 in base64."""
-    if values is None:
-        return None
-    return base64.b64encode(np.asarray(values, dtype="<f2").tobytes()).decode()
 
 
 class TokenTexts:
@@ -229,20 +210,3 @@ class TokenTexts:
                 texts[start:place] = [whole, *[""] * (place - start - 1)]
                 start = None
         return texts
-
-
-def step_files(folder: Path) -> dict[int, Path]:
-    """The files of a folder of groups by step, ascending."""
-    files = {file.name[5:11]: file for file in folder.glob(f"step_??????{ENDING}")}
-    return {int(number): files[number] for number in sorted(files) if number.isdigit()}
-
-
-def thin_out(folder: Path, most_bytes: int) -> None:
-    """Remove every second file of the older half, again and again, until the rest fits."""
-    files = list(step_files(folder).values())
-    sizes = {file: file.stat().st_size for file in files}
-    while len(files) > 1 and sum(sizes[file] for file in files) > most_bytes:
-        older = files[: max(2, len(files) // 2)]
-        for file in older[::2]:
-            file.unlink()
-        files = [*older[1::2], *files[len(older) :]]

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-METRICS_FILE = "metrics.jsonl"  # in run.out
+METRICS_FILE, ENVIRONMENT = "metrics.jsonl", "environment.json"  # in run.out
 SECONDS = "seconds_"
 """What the name of a phase's seconds begins with."""
 

@@ -1,10 +1,12 @@
-"""Options of what a run shows of itself: the terminal's lines and the groups that are kept."""
+"""Options of what people see of a run: the terminal's lines, the logged groups, the report."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from tercet.core.option_types import PathText, Port, Seed
 
 
 @dataclass
@@ -22,3 +24,21 @@ class GroupLogConfig:
     """Steps from one whose groups are written to the next."""
     log_groups_mib: PositiveInt = 1024
     """Most MiB of these files; beyond that every second one of the oldest is removed."""
+
+
+@dataclass
+class ReportConfig:
+    """Options of train/report.py."""
+
+    runs: list[PathText]
+    """Folders of runs, laid over each other; they may also be given first, without --runs."""
+    out: PathText | None = None
+    """File of the page; None: report.html in the first run's folder."""
+    evaluations: list[PathText] = field(default_factory=list)
+    """Folders of evaluations of the run, beside those inside its own folder."""
+    serve: bool = False
+    """Show the page live, on this machine alone, in place of writing it."""
+    port: Port = 8123
+    """Port of the live page; 0: any that is free."""
+    seed: Seed = 0
+    """Of the groups that are chosen at random, one a step."""

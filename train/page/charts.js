@@ -2,10 +2,17 @@
 // Curves: a Plotly figure for each panel, drawn when it comes into view.
 
 const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c"];
-const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
+const DASHES = {
+  solid: "",
+  dash: "7 4",
+  dot: "2 3",
+  dashdot: "7 3 2 3",
+  longdash: "12 4",
+  longdashdot: "12 3 2 3",
+}; // names of Plotly's, and how the legend draws them
 const FEW_STEPS = 12; // up to so many are markers too
 const drawn = new Set();
-const figures = new Map(); // title -> {plot, make}
+const figures = new Map(); // title -> {plot, legend, hidden, make}
 
 function colourOf(place) {
   return COLOURS[place % COLOURS.length];
@@ -35,9 +42,10 @@ function tracesOf(panel, runs, half) {
         y,
         name: several ? `${run.name}: ${series.label}` : series.label,
         meta: series.name,
+        label: series.label,
         mode: sparse ? "lines+markers" : "lines",
         connectgaps: true,
-        line: { color: colour, width: 1.6, dash: several ? DASHES[place % 6] : "solid" },
+        line: { color: colour, width: 1.6, dash: several ? Object.keys(DASHES)[place % 6] : "solid" },
         hovertemplate: "%{y:.4~g}",
         yaxis: series.right ? "y2" : "y",
       };
@@ -46,7 +54,7 @@ function tracesOf(panel, runs, half) {
         return;
       }
       const mean = { ...trace, y: runningMean(y, half), mode: "lines" };
-      traces.push({ ...trace, opacity: 0.25, showlegend: false, hoverinfo: "skip" }, mean);
+      traces.push({ ...trace, opacity: 0.25, hoverinfo: "skip" }, mean);
     });
   });
   return traces;
@@ -58,6 +66,7 @@ function secondsOf(run) {
     y: run.metrics[name].map((value) => value ?? 0),
     name: name.replace("seconds_", ""),
     meta: name,
+    label: name.replace("seconds_", ""),
     stackgroup: "seconds",
     line: { width: 0.5, color: colourOf(place) },
     hovertemplate: "%{y:.3~g} s",
@@ -81,15 +90,15 @@ function layoutOf(panel, traces) {
     gridcolor: grid,
     zerolinecolor: grid,
     linecolor: grid,
-    automargin: true,
     nticks: 6,
     exponentformat: "e",
   };
+  const right = traces.some((trace) => trace.yaxis === "y2" && trace.visible);
   const positive = traces.every(({ y }) => y.every((value) => !(value < 0)));
   const rangemode = panel.seconds ? "tozero" : positive ? "nonnegative" : "normal";
   return {
-    height: COARSE ? 270 : 300,
-    margin: { l: 44, r: 12, t: COARSE ? 8 : 28, b: 30 },
+    height: COARSE ? 230 : 260,
+    margin: { l: 52, r: right ? 60 : 14, t: COARSE ? 8 : 28, b: 28 },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: text, size: 11, family: "system-ui, sans-serif" },
@@ -97,21 +106,18 @@ function layoutOf(panel, traces) {
     hoverlabel: { bgcolor: paper, bordercolor: grid, font: { color: text } },
     // A finger on a chart scrolls the page.
     dragmode: COARSE ? false : "zoom",
-    legend: { orientation: "h", x: 0, y: -0.14, yanchor: "top", font: { size: 11 } },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: themed("--soft"), activecolor: text },
-    showlegend: true,
+    showlegend: false,
     xaxis: { ...axis, tickformat: "d", hoverformat: "d", unifiedhovertitle: { text: "step %{x}" } },
     yaxis: { ...axis, rangemode },
-    yaxis2: {
-      ...axis,
-      overlaying: "y",
-      side: "right",
-      showgrid: false,
-      tickmode: "auto",
-      title: { text: panel.right },
-    },
-    uirevision: "kept", // zoom and hidden curves outlive new data
+    ...(right ? { yaxis2: rightAxis(axis, panel.right) } : {}),
+    uirevision: "kept", // zoom outlives new data
   };
+}
+
+function rightAxis(axis, text) {
+  const title = { text, standoff: 4 };
+  return { ...axis, overlaying: "y", side: "right", showgrid: false, tickmode: "auto", title };
 }
 
 const CONFIG = {
@@ -121,10 +127,43 @@ const CONFIG = {
   modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
 };
 
+function sampleOf(colour, dash) {
+  const [picture, line] = ["svg", "line"].map((tag) =>
+    document.createElementNS("http://www.w3.org/2000/svg", tag),
+  );
+  for (const [name, value] of Object.entries({ x2: 28, y1: 5, y2: 5, "stroke-width": 2.5 })) {
+    line.setAttribute(name, value);
+  }
+  line.setAttribute("stroke", colour);
+  line.setAttribute("stroke-dasharray", DASHES[dash]);
+  picture.append(line);
+  return picture;
+}
+
+// A button for each curve; with several runs for all runs' curves of a metric, whose dash it shows.
+function legendOf(title, traces, hidden) {
+  const first = new Map();
+  for (const trace of traces) if (!first.has(trace.meta)) first.set(trace.meta, trace);
+  return [...first.values()].map((trace) => {
+    const several = trace.name !== trace.label;
+    const colour = several ? "currentColor" : trace.line.color;
+    const pressed = String(!hidden.has(trace.meta));
+    const shown = [sampleOf(colour, trace.line.dash ?? "solid"), trace.label];
+    const button = el("button", { type: "button", "aria-pressed": pressed }, ...shown);
+    button.addEventListener("click", () => {
+      if (!hidden.delete(trace.meta)) hidden.add(trace.meta);
+      draw(title);
+    });
+    return button;
+  });
+}
+
 function draw(title) {
-  const { plot, make } = figures.get(title);
+  const { plot, legend, hidden, make } = figures.get(title);
   const { traces, panel } = make();
   drawn.add(title);
+  legend.replaceChildren(...legendOf(title, traces, hidden));
+  for (const trace of traces) trace.visible = !hidden.has(trace.meta);
   return Plotly.react(plot, traces, layoutOf(panel, traces), CONFIG);
 }
 
@@ -146,13 +185,13 @@ function addFigure(title, meanings, make) {
       el("dd", {}, meaning),
     ]);
     const more = el("details", {}, el("summary", {}, "what this is"), el("dl", {}, ...terms));
-    byId("panels").append(
-      el("figure", {}, el("figcaption", {}, title), plot, terms.length ? more : null),
-    );
+    const legend = el("div", { className: "legend" });
+    const caption = el("figcaption", {}, title);
+    byId("panels").append(el("figure", {}, caption, plot, legend, terms.length ? more : null));
+    figures.set(title, { plot, legend, hidden: new Set() });
     seen.observe(plot);
   }
-  const plot = figures.get(title)?.plot ?? byId("panels").lastChild.querySelector(".plot");
-  figures.set(title, { plot, make });
+  figures.get(title).make = make;
   if (drawn.has(title)) draw(title);
 }
 

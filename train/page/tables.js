@@ -118,11 +118,11 @@ function showSetup(data) {
   perRun(section, data.runs, (run) => {
     const facts = Object.entries(run.environment).map(([name, value]) => [name, shown(value)]);
     const changed = run.changed.map((name) => [name, shown(run.options[name])]);
-    return [
+    const tables = [
       facts.length ? table(["environment", ""], facts) : null,
-      changed.length ? table(["option that is not at its default", "value"], changed) : null,
-      optionsOf(run),
+      changed.length ? table(["not at its default", "value"], changed) : null,
     ].filter(Boolean);
+    return [el("div", { className: "beside" }, ...tables), optionsOf(run)];
   });
   if (data.runs.length > 1) {
     const header = ["differs", ...data.runs.map((run) => run.name)];

@@ -116,8 +116,8 @@ function layoutOf(panel, traces) {
 }
 
 function rightAxis(axis, text) {
-  const title = { text, standoff: 4 };
-  return { ...axis, overlaying: "y", side: "right", showgrid: false, tickmode: "auto", title };
+  const own = { overlaying: "y", side: "right", showgrid: false, tickmode: "auto" };
+  return { ...axis, ...own, title: { text } };
 }
 
 const CONFIG = {

@@ -18,7 +18,6 @@ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600, or torchrun kills it after 30 s.
 from __future__ import annotations
 
 import asyncio
-import os
 import runpy
 import sys
 import time
@@ -77,6 +76,7 @@ from tercet.train.learner.run import (
 )
 from tercet.train.learner.run_folder import RunFolder, open_folder
 from tercet.train.learner.sampler_check import check_sampler
+from tercet.train.learner.terminal import say_end
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
 STATE = ("steps_done", "groups", "minibatches_done", "figures", "minibatch_figures")
@@ -343,9 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Not imported: the demo imports this file.
         runpy.run_module("tercet.train.demo", run_name="__main__", alter_sys=True)
         return
-    saved = train(config, resolved, resume)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"checkpoint: {saved}\nlog and figures: {config.run.out}")
+    say_end(config.run.out, train(config, resolved, resume), "tapo")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def open_log(run: Run, resolved: str) -> RunLog | SilentLog:
 
     def make() -> RunLog:
         run.folder.write()
-        log = RunLog(run.config.run.out, run.total_steps, resolved, run.config.run.wandb)
+        options = run.config.run
+        log = RunLog(options.out, run.total_steps, resolved, options.wandb, options.verbose)
         for line in run.folder.lines:
             log.say(line)
         log.resume_at(run.steps_done + 1)
@@ -123,7 +124,11 @@ def finish_step(run: Run, figures: dict[str, float]) -> Path | None:
         said = f"{options.stop_after} values of {options.keep_best} without a new best"
         run.log.say(f"step {run.steps_done} is the last: {said} (run.stop_after)")
         last = True
-    return run.save() if last or run.steps_done % options.save_every == 0 else None
+    if not last and run.steps_done % options.save_every:
+        return None
+    folder = run.save()
+    run.log.say(f"checkpoint after step {run.steps_done}: {folder}")
+    return folder
 
 
 def add_up(sums: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:

@@ -91,15 +91,14 @@ def test_the_end_says_what_was_reached_and_what_comes_next(tmp_path):
     checkpoint.mkdir(parents=True)
     lines = end_block(tmp_path, checkpoint, "tapo").splitlines()
     assert "10 steps are done." in lines
-    assert "  reward        0.300 -> 0.800  (mean reward of a response)" in lines
-    (seen,) = [line for line in lines if "eval_seen" in line]
-    assert seen.startswith("  eval_seen     0.400  (share of held-out")
-    assert f"  checkpoint    {checkpoint}" in lines
+    assert "  reward                  0.300 -> 0.800" in lines
+    assert "  held out, seen          0.400" in lines
+    assert f"  checkpoint  {checkpoint}" in lines
     assert not [line for line in lines if "curves.png" in line]  # it is not there
     assert f"  python -m tercet.train.report {tmp_path}" in lines
-    assert f"  python -m tercet.train.eval_fgvr --model.path {checkpoint} \\" in lines
+    assert f"    --model.path {checkpoint} \\" in lines
     stage1 = end_block(tmp_path, checkpoint, "sft")
-    assert f"--model.path {checkpoint} --run.out" in stage1 and "train/tapo.py" in stage1
+    assert f"--model.path {checkpoint} \\" in stage1 and "train/tapo.py" in stage1
 
 
 def test_a_run_without_metrics_has_an_end_too(tmp_path):

@@ -1,7 +1,7 @@
 """What a run shows on the terminal: a header now and then, a line a step, and a block at its end.
 
-  step  reward    acc   kept     len      kl  entropy     grad    sec    left
-12/300   0.571  0.524  0.792    23.0  0.2284    0.090  2.2e-01   1.85   9 min
+  step reward    acc   kept     len      kl  entropy     grad   sec    left
+12/300  0.571  0.524  0.792    23.0  0.2284    0.090  2.2e-01  1.85   9 min
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ FEW = 5
 NEXT = {
     "tapo": (
         "python -m tercet.train.report {out}",
-        "python -m tercet.train.eval_fgvr --model.path {checkpoint} \\",
-        "  --questions {out}/triplets.json --text_encoder null",
+        "python -m tercet.train.eval_fgvr --text_encoder null \\",
+        "  --model.path {checkpoint} \\",
+        "  --questions {out}/triplets.json",
     ),
     "sft": (
         "python -m tercet.train.report {out}",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --nproc-per-node 1 train/tapo.py \\",
-        "  --data.path PHOTOS --model.path {checkpoint} --run.out runs/tapo",
+        "  --model.path {checkpoint} \\",
+        "  --data.path PHOTOS --run.out runs/tapo",
     ),
 }
 """What to run next, by command."""
@@ -163,11 +165,11 @@ def end_block(out: Path, checkpoint: Path, command: str) -> str:
         if metric.name in ("reward", "accuracy", "cross_entropy") and values:
             few = min(FEW, -(-len(values) // 2))
             first, last = (sum(part) / few for part in (values[:few], values[-few:]))
-            lines.append(f"  {metric.name:<14}{first:.3f} -> {last:.3f}  ({metric.meaning})")
+            lines.append(f"  {metric.curve:<24}{first:.3f} -> {last:.3f}")
         elif metric.line == 3 and values:
-            lines.append(f"  {metric.name:<14}{values[-1]:.3f}  ({metric.meaning})")
+            lines.append(f"  {metric.curve:<24}{values[-1]:.3f}")
     places = {"checkpoint": checkpoint, "metrics": out / METRICS_FILE, "groups": out / GROUPS}
     places |= {"pictures": out / "curves.png", "": out / "samples.png"}
-    found = [f"  {name:<14}{place}" for name, place in places.items() if place.exists()]
+    found = [f"  {name:<12}{place}" for name, place in places.items() if place.exists()]
     after = [f"  {line.format(out=out, checkpoint=checkpoint)}" for line in NEXT[command]]
     return "\n".join(["", *lines, "where it is", *found, "what to run next", *after])

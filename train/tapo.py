@@ -11,8 +11,8 @@ settings of the same loop (docs/algorithm.md; recipes/dapo_3b.yaml is DAPO).
     torchrun train/tapo.py ... --resume auto                  # go on from the newest checkpoint
     torchrun --nproc-per-node 4 --max-restarts 3 train/tapo.py ...   # 4 GPUs; goes on after a crash
 
---help lists every option. An interrupted run (Ctrl-C, SIGTERM) writes a checkpoint first: set
-TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600, or torchrun kills it after 30 s.
+--help: what matters first; --help all: every option. An interrupted run (Ctrl-C, SIGTERM) writes a
+checkpoint first: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600, or torchrun kills it after 30 s.
 """
 
 from __future__ import annotations

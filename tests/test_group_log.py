@@ -153,6 +153,7 @@ def group(name: str, *accuracies: float | None) -> Group:
     [
         ((1.0, 0.0), True, True, "passed"),
         ((1.0, 0.0), True, False, "surplus"),
+        ((1.0, 0.0), False, False, "surplus"),
         ((1.0, 1.0), False, True, "filled up"),
         ((1.0, 1.0), False, False, "all right"),
         ((0.2, 0.0), False, False, "all wrong"),

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from support import shape_of
 
-from tercet.bench import figures, kernels, measure, rollout, step
+from tercet.bench import figures, kernels, measure, objectives, rollout, step
 from tercet.bench.step_case import (
     QWEN3_CPU_MODEL,
     Workload,
@@ -134,8 +134,8 @@ def test_what_is_not_exact_is_not_timed(monkeypatch):
     def broken(policy, micros):
         return lambda: 1 / 0
 
-    monkeypatch.setitem(METHODS, "wrong", Method(wrong, unshared))
-    monkeypatch.setitem(METHODS, "broken", Method(broken, unshared))
+    monkeypatch.setitem(step.ALL, "wrong", Method(wrong, unshared))
+    monkeypatch.setitem(step.ALL, "broken", Method(broken, unshared))
     monkeypatch.setitem(sys.modules, "prefix_grouper", None)
     rows = bench_of().methods(
         Workload(**SMALL), ["wrong", "one_by_one", "broken", "prefix_grouper"]
@@ -245,9 +245,9 @@ def test_the_command_writes_rows_and_the_figure_shows_them(tmp_path, monkeypatch
     step.main()
     with ledger.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == [*METHODS, *METHODS, "ours", "ours", "ours"]
-    assert [row["update_on"] for row in rows[: 2 * len(METHODS)]] == [
-        on for on in ("anchor", "own") for _ in METHODS
+    assert [row["method"] for row in rows] == [*METHODS] * 3 + ["ours"] * 3
+    assert [(row["update_on"], row["groups"]) for row in rows[:-3]] == [
+        step for step in (("anchor", "1"), ("own", "1"), ("anchor", "4")) for _ in METHODS
     ]
     assert [row["sweep"] for row in rows[-3:]] == ["groups", "groups", "length"]
     grown = [float(row["tflop"]) for row in rows[-3:-1]]
@@ -260,6 +260,7 @@ def test_the_command_writes_rows_and_the_figure_shows_them(tmp_path, monkeypatch
     figures.draw_step(ledger, tmp_path / "step.png")
     time, memory, curve, growth = drawn[0].axes
     bars = [row for row in timed if row["update_on"] == "anchor" and not row["sweep"]]
+    bars = [row for row in bars if row["groups"] == "1"]
     slow = max(float(row["ms_50"]) for row in bars) / 1e3
     anchor, own = time.containers
     assert anchor.patches[0].get_width() == pytest.approx(slow)
@@ -283,3 +284,28 @@ def test_an_empty_ledger_draws_nothing(tmp_path):
 def test_a_gpu_s_peak_is_the_datasheet_s(monkeypatch, name, card):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert measure.peak_flops("cuda", torch.bfloat16) == CARDS[card].tflops * 1e12
+
+
+def test_every_objective_is_checked_and_timed_beside_tapo(tmp_path):
+    policy = build_policy(qwen_3b(**TINY), torch.float32, "cpu")
+    rows = objectives.measured(policy, Workload(**SMALL), 1, "wall", "tiny")
+    assert [row.objective for row in rows] == [*objectives.OBJECTIVES, objectives.SCORING]
+    for row in rows[:-1]:
+        assert row.note == "" and row.grad_error <= 1e-4 and row.ms_50 > 0
+        assert row.n_anchor + row.n_positive == 3
+    by_name = {row.objective: row for row in rows}
+    assert by_name["tapo"].of_tapo == 1 and by_name["tapo"].n_positive == 1
+    # TAPO runs the negative's branch too, and keeps its activations.
+    assert by_name["dapo"].extra_mib < 0.8 * by_name["tapo"].extra_mib
+    measure.append(tmp_path / "ledger.csv", rows, measure.conditions("cpu", "now"))
+
+
+def test_an_objective_whose_gradients_are_off_is_not_timed(monkeypatch):
+    policy = build_policy(qwen_3b(**TINY), torch.float32, "cpu")
+    monkeypatch.setattr(
+        objectives, "OBJECTIVES", {n: objectives.OBJECTIVES[n] for n in ("tapo", "dapo")}
+    )
+    monkeypatch.setitem(measure.GATE, torch.float32, -1.0)
+    tapo, dapo, scoring = objectives.measured(policy, Workload(**SMALL), 1, "wall", "tiny")
+    assert tapo.ms_50 is dapo.ms_50 is scoring.of_tapo is None and "over the gate" in dapo.note
+    assert scoring.ms_50 > 0

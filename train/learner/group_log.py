@@ -183,6 +183,8 @@ def why(group: Group, kept: bool, sampled: StepGroups | None) -> str:
     if kept:
         return "filled up"
     marks = {is_correct(r.metrics) for r in group.responses if "accuracy" in r.metrics}
+    if len(marks) == 2:  # it came too late to be counted
+        return "surplus"
     return {(True,): "all right", (False,): "all wrong"}.get(tuple(marks), "rewards alike")
 
 

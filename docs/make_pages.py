@@ -73,7 +73,7 @@ def table(title: str, kind: type, prefix: str = "") -> str:
 
 def options_page() -> str:
     """The text of docs/options.md."""
-    from tercet.core import config, tool_config
+    from tercet.core import config, log_config, tool_config
     from tercet.core.parallel_config import ParallelConfig
     from tercet.core.rollout_config import RolloutConfig
 
@@ -99,6 +99,7 @@ def options_page() -> str:
         ("train/eval_fgvr.py and train/predict.py: rollout", tool_config.EngineConfig, "rollout."),
         ("train/predict.py", tool_config.PredictConfig, ""),
         ("train/analyse.py", tool_config.AnalyseConfig, ""),
+        ("train/report.py", log_config.ReportConfig, ""),
         ("train/export.py", tool_config.ExportConfig, ""),
     ):
         parts.append(table(name, kind, prefix))

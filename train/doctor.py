@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from tercet.core.config import TapoConfig
 from tercet.core.tool_config import DoctorConfig
-from tercet.train.learner.arguments import bare_flags, join_arguments, options_of, split_arguments
+from tercet.train.learner.arguments import join_arguments, options_of, split_arguments
 from tercet.train.learner.command_line import command, help_text, parse, read_options
+from tercet.train.learner.help_page import asked
 
 if TYPE_CHECKING:
     from tercet.train.fit.finding import Check, Finding
 
-FLAGS = ("--start_server", "--json")
 MARKS = {"ok": "ok     ", "warning": "WARNING", "error": "ERROR  "}
 
 
@@ -34,10 +34,10 @@ def read(argv: Sequence[str]) -> tuple[DoctorConfig, TapoConfig]:
     Raises:
         ValueError: naming the option at fault.
     """
-    if {"-h", "--help"} & set(argv):
-        print(help_text(DoctorConfig, __doc__.splitlines()[0]))
-        print("\nand every option of train/tapo.py:\n")
-    found, own = split_arguments(bare_flags(argv, FLAGS)), options_of(DoctorConfig)
+    if asked(argv):
+        print(help_text(DoctorConfig, __doc__.splitlines()[0], False, True))
+        print("and the options of train/tapo.py:\n")
+    found, own = split_arguments(argv), options_of(DoctorConfig)
     mine = join_arguments([a for a in found if a[0] in own])
     rest = join_arguments([a for a in found if a[0] not in own])
     options = read_options(DoctorConfig, mine, "")

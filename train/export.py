@@ -16,10 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tercet.core.tool_config import ExportConfig
-from tercet.train.learner.arguments import bare_flags
 from tercet.train.learner.command_line import check_output, command, read_options
-
-FLAGS = ("--adapter", "--merged", "--photos")
 
 
 def export(options: ExportConfig) -> str:
@@ -112,7 +109,7 @@ def write_records(options: ExportConfig, out: Path) -> str:
 def read(argv: Sequence[str]) -> ExportConfig:
     """Options from a command line that may begin with the checkpoint or the records."""
     words = ["--source", *argv] if argv and not argv[0].startswith("-") else [*argv]
-    return read_options(ExportConfig, bare_flags(words, FLAGS), __doc__.split("\n")[0])
+    return read_options(ExportConfig, words, __doc__.split("\n")[0])
 
 
 def main() -> None:

@@ -22,14 +22,11 @@ from typing import TYPE_CHECKING
 
 from tercet.core.tool_config import CotConfig
 from tercet.rollout.server import API_KEY
-from tercet.train.learner.arguments import bare_flags
 from tercet.train.learner.command_line import check_output, command, read_options
 
 if TYPE_CHECKING:
     from tercet.core.types import Photo
     from tercet.train.cot.samples import CotSample
-
-FLAGS = ("--direct", "--review")
 
 
 def make_cot(config: CotConfig) -> int:
@@ -134,8 +131,8 @@ def _said(out: Path, count: int) -> int:
 
 
 def read(words: Sequence[str]) -> CotConfig:
-    """The options; FLAGS may stand without a value."""
-    return read_options(CotConfig, bare_flags(words, FLAGS), __doc__.split("\n")[0])
+    """The options from a command line."""
+    return read_options(CotConfig, words, __doc__.split("\n")[0])
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from tercet.core.data.cells import table_of
 from tercet.core.data.files import regular
 from tercet.core.option_types import Flags, Host, PathOrEmpty, PathText, Url
 
+IDENTITY, LOCK = "identity.json", ".lock"  # in run.out
 Options = dict[str, object]
 """By name, such as `optim.lr`."""
 Changes = dict[str, tuple[object, object]]

@@ -82,7 +82,7 @@ def test_every_step_reaches_every_tracker_until_it_fails(tmp_path, png, monkeypa
     monkeypatch.setattr(trackers, "_made", lambda name, *_: fakes[name])
     opened = Trackers(["mlflow", "tensorboard", "wandb"], "birds", tmp_path, {"optim.lr": 1.0})
     console = Console(file=open(tmp_path / "text", "w"), width=200)
-    with RunLog(tmp_path / "run", 2, "", ("tensorboard",), opened, console) as log:
+    with RunLog(tmp_path / "run", 2, "", ("tensorboard",), opened, console=console) as log:
         log.step(1, {"reward": 0.5})
         log.step(2, {"reward": 0.75})
         log.picture("samples", png)

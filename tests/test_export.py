@@ -137,8 +137,8 @@ def test_the_card_says_what_the_run_says(run, tmp_path):
     assert front["library_name"] == "transformers" and "tapo" in front["tags"]
     assert "| bird | 4 | 2 | 4 |" in text  # half of four sub-categories, two photos of each
     # Steps after the checkpoint's third do not count.
-    assert "| reward | mean reward of a response | 0.2 | 0.2 |" in text
-    assert "| 0.4 | 0.4 |" in text and "own" not in text
+    assert "| reward | mean reward of a response | 0.1 | 0.3 |" in text
+    assert "| 0.2 | 0.6 |" in text and "own" not in text
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert recipe["optim"] == {"lr": 2e-6}
     assert recipe["rollout"] == {"reward": "my_rewards:short", "judge_cache": "judge.sqlite"}

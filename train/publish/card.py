@@ -19,7 +19,7 @@ SHOWN += ("cross_entropy", "held_out_ce", "permuted_ce")
 CURVES = "curves.png"
 """The run's figure, which stands beside the card."""
 WINDOW = 10
-"""Steps whose mean stands in that table."""
+"""Most steps whose mean stands in that table."""
 MOST_TABLE = 1 << 20
 """Bytes of a table of an evaluation."""
 LOADS_WHOLE = """from PIL import Image
@@ -131,12 +131,13 @@ def _figures(trained: Trained) -> Iterator[str]:
     if not rows:
         yield "The run's metrics were not there when this card was written."
         return
-    yield f"Means of the first and the last {WINDOW} steps that have a figure:\n"
+    yield f"Means of the first and the last steps that have a figure, at most {WINDOW} of each:\n"
     yield "| figure | meaning | first | last |"
     yield "| --- | --- | ---: | ---: |"
     for metric in rows:
         values = [step[metric.name] for step in steps if metric.name in step]
-        first, last = values[:WINDOW], values[-WINDOW:]
+        window = min(WINDOW, max(1, len(values) // 2))
+        first, last = values[:window], values[-window:]
         ends = " | ".join(f"{sum(of) / len(of):.4g}" for of in (first, last))
         yield f"| {metric.name} | {_cell(metric.meaning)} | {ends} |"
     if (trained.run_folder / CURVES).is_file():

@@ -206,7 +206,7 @@ class GroupSampler:
         which none passed, as batches do: the step would never end.
         """
         config, wanted = self._config, self._config.groups_per_step
-        ordered, keeps = config.dispatch == "ordered", config.on_exhausted == "keep_last_round"
+        ordered, keeps = config.ordered, config.on_exhausted == "keep_last_round"
         endless, round_size = keeps and math.isinf(limit), config.prompts_per_batch or wanted
         running: dict[asyncio.Task[dict[str, bool]], Group] = {}
         failed: list[Group] = []

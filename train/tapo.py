@@ -161,9 +161,8 @@ class TapoRun:
                         for pieces, micro in self._micro_batches(batch):
                             self.check_stop()
                             value, metrics = policy.accumulate(micro, config.parallel.branches)
-                            logprobs = metrics.pop("logprobs")
+                            found |= by_response(pieces, metrics.pop("logprobs"), weighted=True)
                             add_up(sums, {"loss": value} | metrics)
-                            found |= by_response(pieces, logprobs, weighted=True)
                             phase.advance(len(pieces) * self.ranks.size / len(batches))
                 if sums:  # else no row of the mini-batch counts
                     lr = self.schedule.rate(self.steps_done, self.minibatches_done, len(batches))

@@ -16,15 +16,14 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from tercet.core.model_config import ModelConfig
 from tercet.core.option_types import (
     Decay,
     Device,
     Epsilon,
-    FewOrNone,
     PathOrEmpty,
     PathText,
     PerStep,
-    Regex,
     Seed,
     Share,
     Threads,
@@ -75,36 +74,6 @@ class DataConfig:
     """Seed of the split, the shots and the triplets."""
 
 
-@dataclass
-class ModelConfig:
-    path: PathOrEmpty = ""
-    """Folder or hub id of the model."""
-    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
-    """Parameter dtype; auto: as stored."""
-    min_pixels: PositiveInt | None = None
-    """Fewest pixels of a resized image; None: the image processor's own."""
-    max_pixels: PositiveInt | None = None
-    """Most pixels of a resized image; None: the image processor's own."""
-    system_prompt: str | None = None
-    """System message of every prompt; None: the chat template's own default."""
-    freeze_vision: bool = False
-    """Do not train the vision tower (its merger is another option)."""
-    freeze_merger: bool = False
-    """Do not train the merger between vision tower and language model."""
-    gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass instead of keeping their activations."""
-    lora_rank: FewOrNone = 0
-    """Train LoRA adapters of this rank and nothing else; 0: train the weights themselves."""
-    lora_alpha: PositiveInt = 128
-    """Adapters are scaled by lora_alpha / lora_rank."""
-    lora_targets: Regex = r".*language_model\.layers\..*_proj"
-    """Linear layers with adapters: a regular expression that matches the layer's whole name."""
-    compile: bool = False
-    """torch.compile the parts of each decoder layer, except attention itself."""
-    liger: bool = False
-    """Liger's RMSNorm and SwiGLU (on a GPU; needs liger-kernel)."""
-
-
 @dataclass(frozen=True)
 class LossConfig:
     """Options of the TAPO loss (equation: kernels/reference.py); a bad value raises ValueError."""
@@ -147,6 +116,9 @@ class LossConfig:
     """Weights of pi_neg: the current ones, or those at the start of the rollout step."""
     is_cap: float | None = None
     """Weigh each token's policy term by min(pi_old / pi_sampler, is_cap); None: off."""
+    carried_cap: float | None = 2.0
+    """The same bound for carried groups alone, which older weights sampled, where is_cap is off;
+    with ratio_of sequence there are no weights."""
     mean_over: Literal["batch", "group", "response", "virtual_batch", "constant", "micro_batch"] = (
         "batch"
     )
@@ -171,7 +143,7 @@ class LossConfig:
             ("clip_low clip_high", lambda x: x is not None and x >= 0, "at least 0"),
             ("clip_dual", lambda x: x is None or x >= 1, "at least 1, or None for off"),
             (
-                "log_ratio_clamp kl_log_clamp kl_clamp is_cap",
+                "log_ratio_clamp kl_log_clamp kl_clamp is_cap carried_cap",
                 lambda x: x is None or x > 0,
                 "positive, or None for off",
             ),
@@ -287,6 +259,9 @@ class RunConfig:
     stop_after: PositiveInt | None = None
     """End after so many values of `keep_best` in a row without a new best; steps that do not have
     it do not count. None: never."""
+    save_lora: Literal["both", "adapter", "merged"] = "both"
+    """What a checkpoint has of a policy with LoRA: a folder that transformers loads, which has the
+    adapter merged, the adapter by itself in PEFT's form (adapter/), or both."""
     async_save: bool = False
     """Write checkpoints in the background, from a copy in CPU memory."""
     device: Device = "auto"
@@ -341,7 +316,7 @@ class TapoConfig:
             raise ValueError("rollout.n_anchor + rollout.n_positive must be at least 2, got 1")
         if not 0 < rollout.top_p <= 1:
             raise ValueError(f"rollout.top_p must lie in (0, 1], got {rollout.top_p}")
-        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+        longest = rollout.max_prompt_tokens + rollout.longest_response
         if self.parallel.micro_batch_tokens < longest:
             raise ValueError(
                 f"parallel.micro_batch_tokens is {self.parallel.micro_batch_tokens}; it must hold "

@@ -173,10 +173,12 @@ def load_policy(config: ModelConfig, device: str | torch.device = "cpu") -> Poli
     """
     if not config.path:
         raise ValueError("model.path is empty: give the folder or hub id of a model")
-    if (Path(config.path) / "adapter_config.json").exists():
+    folder, name = Path(config.path), "adapter_config.json"
+    has_adapter = (folder / "adapter" / name).exists() and not (folder / "config.json").exists()
+    if has_adapter or (folder / name).exists():
         raise ValueError(
             f"model.path {config.path!r} is a LoRA adapter: give the folder of a whole model, such "
-            "as a checkpoint of this trainer, which has the adapter merged"
+            "as a checkpoint of this trainer that has the adapter merged (run.save_lora both)"
         )
     model = _load_model(config.path, config.dtype, torch.device(device))
     tokenizer = _read(config.path, AutoTokenizer)

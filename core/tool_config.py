@@ -281,6 +281,8 @@ class PlanConfig:
     """GPUs that train."""
     gpu: Word = "A6000"
     """Their type, a name of train/fit/roofline.py: H100 for instance."""
+    anchors: PositiveInt | None = None
+    """Anchors of the data, from which `rollout.groups_per_step auto` follows; None: many."""
     prompt_tokens: PositiveInt = 316
     """Mean, the photo included."""
     photo_tokens: PositiveInt = 256

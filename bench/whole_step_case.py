@@ -96,23 +96,41 @@ def config_of(
     work: Work, folder: Path, out: Path, steps: int, seed: int, more: Sequence[str] = ()
 ) -> tuple[TapoConfig, str]:
     """Our options, and the same as YAML: DAPO on one photo, every sampled group trained on."""
-    argv = f"""
-        --data.path={folder / "triplets"} --model.path={folder / "policy"}
-        --rollout.n_anchor={work.responses} --rollout.n_positive=0 --rollout.top_p=1
-        --rollout.groups_per_step={work.groups} --rollout.prompts_per_batch={work.groups}
-        --rollout.dynamic_sampling=false --rollout.max_rounds=1 --rollout.max_rows={work.sampled}
-        --rollout.max_response_tokens={work.tokens} --rollout.max_prompt_tokens=512
-        --loss.update_on=anchor --loss.kl_coef=0 --loss.entropy_coef=0 --loss.neg_entropy_coef=0
-        --loss.clip_low={CLIPS[0]} --loss.clip_high={CLIPS[1]} --loss.clip_dual=null
-        --loss.mean_over=batch --loss.is_cap=null
-        --optim.lr={work.lr} --optim.schedule=constant --optim.warmup_steps=0
-        --optim.beta1={BETAS[0]} --optim.beta2={BETAS[1]} --optim.eps={EPS}
-        --optim.weight_decay={DECAY} --optim.decay_norms_and_biases=false
-        --optim.max_grad_norm={MAX_NORM} --parallel.micro_batch_tokens={work.micro_batch_tokens}
-        --run.out={out} --run.steps={steps} --run.seed={seed} --run.device=cpu
-        --run.threads={torch.get_num_threads()}
-    """.split()
-    config, _, resolved = parse(TapoConfig, [f"--config={RECIPES / 'demo.yaml'}", *argv, *more], "")
+    options = {
+        "data.path": folder / "triplets",
+        "model.path": folder / "policy",
+        "rollout.n_anchor": work.responses,
+        "rollout.n_positive": 0,
+        "rollout.groups_per_step": work.groups,
+        "rollout.prompts_per_batch": work.groups,
+        "rollout.dynamic_sampling": "false",
+        "rollout.max_rows": work.sampled,
+        "rollout.max_response_tokens": work.tokens,
+        "rollout.max_prompt_tokens": 512,
+        "rollout.top_p": 1,
+        "loss.update_on": "anchor",
+        "loss.clip_low": CLIPS[0],
+        "loss.clip_high": CLIPS[1],
+        "loss.clip_dual": "null",
+        "optim.lr": work.lr,
+        "optim.schedule": "constant",
+        "optim.warmup_steps": 0,
+        "optim.beta1": BETAS[0],
+        "optim.beta2": BETAS[1],
+        "optim.eps": EPS,
+        "optim.weight_decay": DECAY,
+        "optim.decay_norms_and_biases": "false",
+        "optim.max_grad_norm": MAX_NORM,
+        "parallel.micro_batch_tokens": work.micro_batch_tokens,
+        "run.out": out,
+        "run.steps": steps,
+        "run.seed": seed,
+        "run.device": "cpu",
+        "run.threads": torch.get_num_threads(),
+    } | {f"loss.{name}": 0 for name in ("kl_coef", "entropy_coef", "neg_entropy_coef")}
+    given = [f"--{name}={value}" for name, value in options.items()]
+    argv = [f"--config={RECIPES / 'demo.yaml'}", *given, *more]
+    config, _, resolved = parse(TapoConfig, argv, "")
     return config, resolved
 
 

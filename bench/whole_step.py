@@ -12,10 +12,12 @@ method runs in a process of its own, in turns with the others; the first step is
 - micro_batch: sequences of one forward pass of TRL's, packed tokens of one of ours.
 - s_per_step, sampling_s, reward_s, update_s: medians over all timed steps; update_s is forward and
   backward passes and the optimiser; other_s the rest (TRL prepares prompts and photos there).
-- tokens_per_s: response tokens of all timed steps over their time.
+- cpu_s_per_step: CPU seconds of the training process, which a machine that others use too changes
+  less than the time by the clock; without those of a server.
+- tokens_per_s: response tokens of all timed steps over their time; tokens_per_cpu_s likewise.
 - peak_mib: most resident memory of the training process above what was resident before step 1.
-- ratio: tokens_per_s over those of TRL's fastest micro-batch; memory_ratio: peak_mib over that of
-  TRL's leanest one.
+- ratio: tokens_per_s over those of TRL's fastest micro-batch, cpu_ratio likewise; memory_ratio:
+  peak_mib over that of TRL's leanest one.
 """
 
 from __future__ import annotations
@@ -62,13 +64,16 @@ class Row:
     steps: int
     """Timed, over all rounds."""
     s_per_step: float | None = None
+    cpu_s_per_step: float | None = None
     sampling_s: float | None = None
     reward_s: float | None = None
     update_s: float | None = None
     other_s: float | None = None
     step_tokens: float | None = None
     tokens_per_s: float | None = None
+    tokens_per_cpu_s: float | None = None
     ratio: float | None = None
+    cpu_ratio: float | None = None
     start_mib: float | None = None
     peak_mib: float | None = None
     memory_ratio: float | None = None
@@ -174,6 +179,9 @@ def row_of(method: str, work: Work, micro_batch: int, rounds: Sequence[Taken]) -
     )
     row.step_tokens = statistics.mean(steps("tokens"))
     row.tokens_per_s = sum(steps("tokens")) / sum(seconds)
+    if method != "sglang":  # the server is a process of its own
+        row.cpu_s_per_step = statistics.median(steps("cpu"))
+        row.tokens_per_cpu_s = sum(steps("tokens")) / sum(steps("cpu"))
     row.start_mib = max(taken.start_mib for taken in rounds)
     row.peak_mib = max(taken.peak_mib for taken in rounds)
     return row
@@ -208,6 +216,9 @@ def time_all(options: argparse.Namespace, work: Work, error: float) -> list[Row]
     for row in rows:
         if peers and row.tokens_per_s:
             row.ratio = row.tokens_per_s / max(peer.tokens_per_s for peer in peers)
+            if row.tokens_per_cpu_s:
+                fastest = max(peer.tokens_per_cpu_s for peer in peers)
+                row.cpu_ratio = row.tokens_per_cpu_s / fastest
             row.memory_ratio = row.peak_mib / min(peer.peak_mib for peer in peers)
     return rows
 
@@ -240,6 +251,8 @@ def show(row: Row) -> str:
     parts = f"sampling {row.sampling_s:.2f}, update {row.update_s:.2f}, other {row.other_s:.2f}"
     memory = f"{row.peak_mib:.0f} MiB above {row.start_mib:.0f}"
     ratios = "" if row.ratio is None else f"{row.ratio:.2f}x, memory {row.memory_ratio:.2f}"
+    if row.cpu_ratio is not None:
+        ratios += f", CPU {row.cpu_s_per_step:.2f} s {row.cpu_ratio:.2f}x"
     return f"{what} {row.s_per_step:7.2f} s ({parts}) {row.tokens_per_s:6.0f}/s {memory} {ratios}"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -197,6 +198,8 @@ class Taken:
     """What one run took; a list has an entry for each step."""
 
     seconds: list[float]
+    cpu: list[float]
+    """CPU seconds of this process, which vary less on a shared machine."""
     sampling: list[float]
     reward: list[float]
     update: list[float]
@@ -204,6 +207,17 @@ class Taken:
     rewards: list[float]
     start_mib: float
     peak_mib: float
+
+
+def now() -> tuple[float, float]:
+    """Seconds by the clock and of this process's CPU time."""
+    return time.perf_counter(), time.process_time()
+
+
+def between(clocks: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Seconds and CPU seconds from each of these moments to the next."""
+    pairs = list(pairwise(clocks))
+    return [b[0] - a[0] for a, b in pairs], [b[1] - a[1] for a, b in pairs]
 
 
 def equal_advantages(groups: Sequence[Group], divide_by_std: bool = True) -> None:
@@ -234,22 +248,22 @@ def train_ours(
 ) -> Taken:
     """Run our steps, the last of them too without a checkpoint."""
     config, resolved = config_of(work, folder, out, steps, seed, more)
-    seconds: list[float] = []
+    clocks: list[tuple[float, float]] = []
 
-    def use(run: tapo.TapoRun) -> PeakMemory:
+    def use(run: tapo.TapoRun) -> tuple[float, float]:
         memory = PeakMemory()
+        clocks.append(now())
         for _ in range(steps):
-            started = time.perf_counter()
             figures = run.step()
             run.log.step(run.steps_done, figures)
-            seconds.append(time.perf_counter() - started)
+            clocks.append(now())
         return memory.start_mib, memory.above_mib()
 
     start_mib, peak_mib = with_run(config, resolved, use)
     lines = read_metrics(out / "metrics.jsonl")
     phases = [phase_seconds(line) for line in lines]
     return Taken(
-        seconds,
+        *between(clocks),
         *([phase.get(name, 0.0) for phase in phases] for name in ("generate", "reward", "update")),
         [line["response_length"] * work.sampled for line in lines],
         [line["reward"] for line in lines],

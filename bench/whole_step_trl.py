@@ -28,8 +28,10 @@ from tercet.bench.whole_step_case import (
     PeakMemory,
     Taken,
     Work,
+    between,
     config_of,
     fixed_responses,
+    now,
     question_of,
     rewards_of,
     triplets_of,
@@ -94,13 +96,14 @@ class Watch(TrainerCallback):
     """Notes every step's seconds, the trainer's clocks, and memory above the first step's start."""
 
     def __init__(self):
-        self.seconds: list[float] = []
+        self.clocks: list[tuple[float, float]] = []
         self.parts: list[dict[str, float]] = []
         self.gradients: dict[str, Tensor] = {}
         self.trainer: Timed | None = None
 
     def on_train_begin(self, *_, **__):
-        self.memory, self._last = PeakMemory(), time.perf_counter()
+        self.memory = PeakMemory()
+        self.clocks.append(now())
 
     def on_pre_optimizer_step(self, *_, model=None, **__):
         self._updating = time.perf_counter()
@@ -115,11 +118,9 @@ class Watch(TrainerCallback):
         self.trainer.spent["training"] += time.perf_counter() - self._updating
 
     def on_step_end(self, *_, **__):
-        now = time.perf_counter()
-        self.seconds.append(now - self._last)
+        self.clocks.append(now())
         self.parts.append(dict(self.trainer.spent))
         self.trainer.spent.clear()
-        self._last = now
 
 
 def dataset_of(triplets: Sequence[Triplet]) -> datasets.Dataset:
@@ -220,7 +221,7 @@ def train_trl(
     trainer.train()
     lines = [line for line in trainer.state.log_history if "reward" in line]
     return Taken(
-        watch.seconds,
+        *between(watch.clocks),
         *([parts.get(name, 0.0) for parts in watch.parts] for name in ("sampling", "reward")),
         [parts.get("training", 0.0) for parts in watch.parts],
         [line["completions/mean_length"] * work.sampled for line in lines],

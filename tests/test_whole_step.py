@@ -69,6 +69,7 @@ def test_both_trainers_take_steps(folder, trl, tmp_path):
         assert len(one.seconds) == len(one.tokens) == len(one.rewards) == 2, name
         for step in zip(one.seconds, one.sampling, one.reward, one.update, strict=True):
             assert min(step) > 0 and sum(step[1:]) <= step[0], name
+        assert min(one.cpu) > 0, name
         assert all(8 <= tokens <= 8 * 12 for tokens in one.tokens), name
         assert one.start_mib > 50 and one.peak_mib >= 0, name
 
@@ -91,7 +92,7 @@ def test_what_differs_is_said():
 def taken_with(seconds: float, peak: float) -> Taken:
     """A slow warm-up, and two steps that take as long as is said."""
     step = [9.0, seconds, seconds]
-    shares = ([share * s for s in step] for share in (0.5, 0.1, 0.3))
+    shares = ([share * s for s in step] for share in (0.8, 0.5, 0.1, 0.3))
     return Taken(step, *shares, [1.0, 100.0, 140.0], [0.0, 0.5, 0.5], 300.0, peak)
 
 
@@ -114,7 +115,8 @@ def test_rows_are_of_the_steps_behind_the_warm_up(monkeypatch):
     assert (ours.steps, ours.s_per_step, ours.step_tokens, ours.tokens_per_s) == (4, 1, 120, 120)
     phases = (ours.sampling_s, ours.reward_s, ours.update_s, ours.other_s)
     assert phases == pytest.approx((0.5, 0.1, 0.3, 0.1))
-    assert (ours.ratio, ours.memory_ratio) == (4.0, 0.5)
+    assert (ours.ratio, ours.cpu_ratio, ours.memory_ratio) == (4.0, 4.0, 0.5)
+    assert (ours.cpu_s_per_step, ours.tokens_per_cpu_s) == pytest.approx((0.8, 150))
     assert (one.ratio, eight.ratio, eight.memory_ratio) == (0.5, 1.0, 2.0)
     assert four.s_per_step is None and four.note == "RuntimeError: no room"
     assert "no room" in whole_step.show(four) and "4.00x" in whole_step.show(ours)

@@ -54,8 +54,22 @@ PARTS = {
         120,
         ("tests/test_rows.py",),
     ),
-    "kernels": Part(_bench("kernels", "kernels.csv"), 110, ("--rounds", "1")),
-    "step": Part(_bench("step", "step.csv"), 110, ("--rounds", "1", "--parts", "anchor")),
+    "kernels": Part(
+        _bench("kernels", "kernels.csv"), 150, ("--rounds", "1", "--shapes", "64,64,4096")
+    ),
+    "attention": Part(_bench("attention", "attention.csv"), 70, ("--rounds", "1")),
+    "profile": Part(_bench("profile_step", "profile.txt", "--groups", "4"), 40, ("--rounds", "1")),
+    "step": Part(
+        _bench("step", "step.csv", "--parts", "anchor", "four", "groups"),
+        150,
+        ("--rounds", "1", "--parts", "anchor"),
+    ),
+    "step_7b": Part(
+        _bench("step", "step.csv", "--model", "qwen2_5_vl_7b", "--parts", "anchor"),
+        70,
+        ("--rounds", "1", "--model", "qwen3_vl_4b"),
+    ),
+    "sampling": Part(_bench("sampling", "sampling.csv"), 60, ("--rounds", "1")),
 }
 
 
@@ -103,7 +117,7 @@ def run_part(part: Part, out: Path, device: str, limit_s: float) -> tuple[str, f
             cwd=ROOT,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,  # of this session, so that it ends with what runs all of this
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
         try:

@@ -29,7 +29,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from tercet.bench import measure
-from tercet.bench.step import MODELS
+from tercet.bench.step import MODELS, model_of
 from tercet.bench.step_case import Workload, build_policy, make_micros
 from tercet.core.types import MicroBatch, PolicyParts, to_device
 from tercet.train.learner.policy import Policy
@@ -206,12 +206,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit", default=measure.commit())
     options = parser.parse_args(argv)
     device, on_gpu = options.device, options.device == "cuda"
-    name, make_config, sizes = MODELS[options.model]
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    if on_gpu:
-        config = make_config()
-    else:
-        name, config = f"2 layers of {sizes['hidden']} as in {name}", make_config(**sizes)
+    name, config = model_of(options.model, on_gpu)
     checkpointing = on_gpu if options.checkpointing is None else bool(options.checkpointing)
     policy = build_policy(config, dtype, device, checkpointing)
     workload = Workload(groups=options.groups, in_flight=options.groups)

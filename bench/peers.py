@@ -149,7 +149,7 @@ def liger_triton_grpo(case: Case) -> Tensor:
 
 
 def liger_scaled_cross_entropy(case: Case) -> Tensor:
-    """Liger's newest head: CUTLASS on sm_90; elsewhere PyTorch in a loop over 512 rows at a time."""
+    """Liger's newest head: CUTLASS on sm_90; elsewhere PyTorch in a loop of 512 rows at a time."""
     from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
 
     function = module.LigerFusedLinearScaledCrossEntropyFunction

@@ -10,8 +10,8 @@ KERNEL_TESTS := tests/test_rows.py tests/test_linear_logprobs.py tests/test_tapo
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install help demo demo-seeds test test-core lint bench bench-kernels bench-step \
-	bench-whole-step gpu \
+.PHONY: install help demo demo-seeds test test-core lint bench bench-kernels bench-objectives \
+	bench-step bench-whole-step gpu \
 	gpu-rehearsal gpu-wheels bench-figures bench-rollout bench-evaluation kernel-table gpu-folder test-kill \
 	test-sglang clean
 
@@ -73,6 +73,9 @@ bench: $(STAMP)  ## one small case of each benchmark
 bench-kernels: $(STAMP)  ## head and loss beside their peers, into bench/results/kernels.csv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]' -c $(CONSTRAINTS)
 	$(BIN)/python -m tercet.bench.kernels
+
+bench-objectives: $(STAMP)  ## an update step of each objective beside TAPO's, into bench/results/objectives.csv
+	$(BIN)/python -m tercet.bench.objectives
 
 bench-step: $(STAMP)  ## an update step beside other ways to compute it, into bench/results/step.csv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]' -c $(CONSTRAINTS)

@@ -28,7 +28,7 @@ setup(
     packages=[f"tercet.{room.replace('/', '.')}" for room in ROOMS],
     package_dir={f"tercet.{room.replace('/', '.')}": room for room in ROOMS},
     package_data={
-        "tercet.train": ["recipes/*.yaml"],
+        "tercet.train": ["recipes/*.yaml", "recipes/cards/*.yaml"],
         "tercet.train.evaluation": ["published.csv", "clip_templates.txt"],
     },
     install_requires=[

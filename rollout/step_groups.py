@@ -39,6 +39,11 @@ class StepGroups:
         return self.groups_kept / max(1, self.groups_done)
 
     @property
+    def kept(self) -> str:
+        """How many of the groups that were sampled for this step passed, in words."""
+        return f"{self.groups_kept} of {self.groups_done} groups kept"
+
+    @property
     def tokens(self) -> int:
         """Response tokens that were sampled."""
         return sum(len(response.token_ids) for response in self.sampled)

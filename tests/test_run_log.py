@@ -299,7 +299,7 @@ def test_the_line_of_a_step_is_aligned_and_at_most_160_wide():
 def test_a_terminal_shows_bars_and_is_restored_after_an_exception(tmp_path):
     log, text = open_log(tmp_path, terminal=True)
     with pytest.raises(KeyError), log, log.phase("generate", total=160, unit="responses") as phase:
-        phase.advance(40)
+        phase.advance(40, "3 of 16 groups kept")
         with log.phase("update"):
             log.progress.refresh()
             inner = text.getvalue()
@@ -308,7 +308,7 @@ def test_a_terminal_shows_bars_and_is_restored_after_an_exception(tmp_path):
         raise KeyError("reward")
     shown = text.getvalue()
     assert "update" in inner and "0/5" in inner and "steps" in inner
-    assert "generate" in shown and "40/160" in shown and "responses" in shown
+    assert "generate" in shown and "40/160" in shown and "responses, 3 of 16 groups kept" in shown
     hide, show = "\x1b[?25l", "\x1b[?25h"
     assert shown.count(hide) == 1 and shown.rindex(show) > shown.rindex(hide)
     log.close()  # again, does no harm

@@ -25,15 +25,12 @@ from rich.table import Table
 from tercet.core.config import TapoConfig
 from tercet.core.tool_config import PlanConfig
 from tercet.train.fit.memory import GIB, Breakdown
-from tercet.train.fit.roofline import CARDS, Lengths
+from tercet.train.fit.roofline import CARDS, LIKELY, Lengths
 from tercet.train.learner.arguments import join_arguments, options_of, split_arguments
 from tercet.train.learner.command_line import RECIPES, command, help_text, parse, read_options
 
 if TYPE_CHECKING:
     from tercet.train.fit.estimate import Plan
-
-LIKELY = 0.4
-"""Share of the roofline's speed that a run is likely to reach."""
 
 
 def show(plan: Plan, title: str, console: Console) -> None:
@@ -179,7 +176,10 @@ def read(argv: Sequence[str]) -> tuple[Plan, str]:
     from tercet.train.fit.estimate import Plan
     from tercet.train.fit.sizes import ModelSizes
 
-    plan = Plan(config, ModelSizes.of(config), options.gpus, CARDS[options.gpu], lengths)
+    sizes = ModelSizes.of(config)
+    groups = options.anchors and options.anchors * config.run.epochs
+    config.rollout.settle(sizes.parameters.total, groups)
+    plan = Plan(config, sizes, options.gpus, CARDS[options.gpu], lengths)
     return plan, f"{options.recipe or 'options'} on {options.gpus} x {options.gpu}"
 
 

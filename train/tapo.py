@@ -43,6 +43,7 @@ from tercet.core.mismatch import mismatch_figures
 from tercet.core.packing import (
     Batches,
     Piece,
+    are_weighed,
     by_response,
     micro_batch,
     mini_batches,
@@ -55,6 +56,7 @@ from tercet.rollout.launch import open_engine
 from tercet.rollout.rewarding import load_reward
 from tercet.rollout.sampler import GroupSampler
 from tercet.train.evaluation.held_out import HeldOut
+from tercet.train.fit.estimate import run_time
 from tercet.train.learner.assemble import build_policy, open_manifest, open_parts, sampled_parts
 from tercet.train.learner.checkpoint import Checkpoints, load_state
 from tercet.train.learner.figures import draw_figures
@@ -72,7 +74,9 @@ from tercet.train.learner.run import (
     mean_figures,
     open_log,
     report_end,
+    sampling_progress,
     saved_on_error,
+    settle,
 )
 from tercet.train.learner.run_folder import RunFolder, open_folder
 from tercet.train.learner.sampler_check import check_sampler
@@ -98,6 +102,8 @@ class TapoRun:
         self.parts = open_parts(config.model, self.ranks, resume)
         self.encoder = PromptEncoder(self.parts, config.parallel.pixel_cache_mib * 2**20)
         self.manifest = open_manifest(config.data, self.parts, self.ranks, folder, config.loss)
+        state = load_state(resume) if resume else {}
+        self.total_steps = settle(config, self.parts, len(self.manifest.anchors), state)
         sampled = sampled_parts(self.parts, config, self.ranks)
         self.engine = self.ranks.on_first(lambda: self._open_engine(sampled)) or IdleEngine()
         temperature = config.rollout.temperature
@@ -107,8 +113,6 @@ class TapoRun:
         self.checkpoints = Checkpoints(self, config.run, folder)
         self.sampler = self._open_sampler()
         self.ranks.share(lambda: self.sampler.check_prompts(self.manifest.anchors))
-        per_epoch = len(self.manifest.anchors) / config.rollout.groups_per_step
-        self.total_steps = config.run.steps or max(1, int(config.run.epochs * per_epoch))
         self.schedule = Schedule(config.optim, self.total_steps)
         self.held_out = HeldOut(self)
         self.steps_done = self.minibatches_done = self.skipped = 0
@@ -118,14 +122,15 @@ class TapoRun:
         self.working_on: Sequence[Piece] = ()
         self.shown: list[Group] = []
         if resume:
-            self._restore(resume)
+            self._restore(resume, state)
         self._sync(self.steps_done)
         self.log = open_log(self, resolved)
         longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
         self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
         given = {"encode": self.encoder, "shape": self.policy.shape, "ranks": self.ranks}
         self.micro_batches = partial(micro_batches, **given, budget=self.budget)
-        announce(self, sampled)
+        cards, model = (self.ranks.device, self.ranks.size), self.parts.model.config
+        announce(self, sampled, run_time(config, model, self.total_steps, *cards))
         check_sampler(self)
 
     def step(self) -> dict[str, float]:
@@ -141,7 +146,8 @@ class TapoRun:
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
         batches = mini_batches(self.groups, size, config.optim.minibatch_by)
         # The first one's are those of its own update, unless importance weights need them before.
-        self._score("old_logprobs", loss.update_on, batches[loss.is_cap is None :])
+        before = are_weighed(batches[0], loss, self.steps_done)
+        self._score("old_logprobs", loss.update_on, batches[not before :])
         if loss.needs_negative and not loss.negative_now:
             self._score("neg_logprobs", "negative", batches)
         with self.reference() as frozen:
@@ -163,7 +169,7 @@ class TapoRun:
                     lr = self.schedule.rate(self.steps_done, self.minibatches_done, len(batches))
                     self.minibatch_figures.append(clip_and_step(self, lr, sums))
                 self.minibatches_done, self.working_on = self.minibatches_done + 1, ()
-                if self.minibatches_done == 1 and loss.is_cap is None:
+                if self.minibatches_done == 1 and not before:
                     self._set("old_logprobs", found)
         with self.log.phase("sync", total=1, unit="update"):
             self._sync(self.steps_done + 1, wake=config.rollout.colocated)
@@ -182,12 +188,7 @@ class TapoRun:
 
         def sample() -> tuple[list[Group], dict[str, float]]:
             with self.log.phase("generate", total=responses, unit="responses") as phase:
-
-                def progress(count: int) -> None:
-                    phase.advance(count)
-                    self.stop.check()
-
-                started = time.perf_counter()
+                started, progress = time.perf_counter(), sampling_progress(self, phase)
                 sampled = asyncio.run(self.sampler.collect(self.steps_done, progress))
                 figures = sampled.figures(time.perf_counter() - started)
                 self.log.add_time("reward", sampled.reward_seconds)
@@ -227,7 +228,7 @@ class TapoRun:
             return
 
         def pack(pieces: Sequence[Piece]) -> MicroBatch:
-            return micro_batch(pieces, self.encoder, loss, num_loss_tokens)
+            return micro_batch(pieces, self.encoder, loss, num_loss_tokens, self.steps_done)
 
         photos = [loss.update_on, "negative"] if loss.negative_now else [loss.update_on]
         self.policy.train()
@@ -272,7 +273,7 @@ class TapoRun:
         config, anchors, seed = self.config, self.manifest.anchors, self.config.run.seed
         self.stream = TripletStream(anchors, positive=config.data.positive, seed=seed)
         with self.stop.at_once():
-            reward = self.ranks.on_first(lambda: load_reward(config.rollout))
+            reward = self.ranks.on_first(lambda: load_reward(config))
         return GroupSampler(
             self.engine,
             self.stream,
@@ -300,8 +301,7 @@ class TapoRun:
         state |= {"stream": self.stream.state(), **self.sampler.state()}
         return self.checkpoints.save(self.steps_done, state, keep)
 
-    def _restore(self, folder: Path) -> None:
-        state = load_state(folder)
+    def _restore(self, folder: Path, state: dict) -> None:
         if state["groups"]:
             self.folder.check_step()
         for name in STATE:

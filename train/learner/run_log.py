@@ -74,9 +74,10 @@ class Phase:
         self._log._shut(self)
         self._log.progress.remove_task(self._task)
 
-    def advance(self, n: float = 1) -> None:
-        """Move the bar by `n` units."""
-        self._log.progress.advance(self._task, n)
+    def advance(self, n: float = 1, note: str = "") -> None:
+        """Move the bar by `n` units; a note stands behind the unit from then on."""
+        unit = {"unit": f"{self._unit}, {note}"} if note else {}
+        self._log.progress.update(self._task, advance=n, **unit)
 
     def show(self, visible: bool) -> None:
         """Show or hide the bar."""
@@ -358,7 +359,7 @@ class SilentLog:
     def phase(self, name: str, total: float | None = None, unit: str = "") -> SilentLog:
         return self
 
-    def advance(self, n: float = 1) -> None: ...
+    def advance(self, n: float = 1, note: str = "") -> None: ...
 
     def add_time(self, name: str, seconds: float) -> None: ...
 

@@ -133,6 +133,58 @@ def dataset_of(triplets: Sequence[Triplet]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
 
 
+EQUAL = dict(
+    loss_type="dapo",
+    beta=0.0,
+    epsilon=CLIPS[0],
+    epsilon_high=CLIPS[1],
+    delta=None,
+    num_iterations=1,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    shuffle_dataset=False,
+    lr_scheduler_type="constant",
+    optim="adamw_torch_fused",
+    adam_beta1=BETAS[0],
+    adam_beta2=BETAS[1],
+    adam_epsilon=EPS,
+    weight_decay=DECAY,
+    max_grad_norm=MAX_NORM,
+    bf16=False,
+    gradient_checkpointing=False,
+    use_cpu=True,
+)
+"""Options that are the same for every policy, by TRL's names of them."""
+QUIET = dict(
+    remove_unused_columns=False,
+    save_strategy="no",
+    logging_steps=1,
+    report_to=[],
+    disable_tqdm=True,
+)
+
+
+def options_of(work: Work, out: Path, steps: int, seed: int, micro_batch: int) -> dict:
+    """TRL's options: those of EQUAL and QUIET, and the work's."""
+    passes = work.sampled // micro_batch
+    return (
+        EQUAL
+        | QUIET
+        | {
+            "output_dir": str(out),
+            "max_steps": steps,
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": passes,
+            "steps_per_generation": passes,
+            "num_generations": work.responses,
+            "max_completion_length": work.tokens,
+            "learning_rate": work.lr,
+            "seed": seed,
+        }
+    )
+
+
 def make_trainer(
     work: Work,
     folder: Path,
@@ -142,7 +194,7 @@ def make_trainer(
     micro_batch: int,
     rollout: Callable | None = None,
 ) -> tuple[Timed, Watch]:
-    """The trainer with the options that are equal to ours, by its names of them.
+    """The trainer with the options that are equal to ours.
 
     Args:
         work: what is trained.
@@ -151,7 +203,7 @@ def make_trainer(
         steps: of the run.
         seed: of the sampling.
         micro_batch: sequences of one forward pass.
-        rollout: what gives responses, in place of sampling.
+        rollout: what gives responses, in place of sampling; gradients are not clipped then.
     """
     config, _ = config_of(work, folder, out, steps, seed)
     parts = load_policy(ModelConfig(path=str(folder / "policy"), dtype="float32"))
@@ -162,48 +214,15 @@ def make_trainer(
         said = [completion[0]["content"] for completion in completions]
         return rewards_of(said, [triplets[n] for n in number], names)
 
-    options = GRPOConfig(
-        output_dir=str(out),
-        max_steps=steps,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=work.sampled // micro_batch,
-        steps_per_generation=work.sampled // micro_batch,
-        num_generations=work.responses,
-        max_completion_length=work.tokens,
-        loss_type="dapo",
-        beta=0.0,
-        epsilon=CLIPS[0],
-        epsilon_high=CLIPS[1],
-        delta=None,
-        num_iterations=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        generation_kwargs={"suppress_tokens": list(parts.banned_ids)},
-        shuffle_dataset=False,
-        learning_rate=work.lr,
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        adam_beta1=BETAS[0],
-        adam_beta2=BETAS[1],
-        adam_epsilon=EPS,
-        weight_decay=DECAY,
-        max_grad_norm=0.0 if rollout else MAX_NORM,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        remove_unused_columns=False,
-        save_strategy="no",
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        seed=seed,
-    )
+    options = options_of(work, out, steps, seed, micro_batch)
+    options["generation_kwargs"] = {"suppress_tokens": list(parts.banned_ids)}
+    if rollout:
+        options["max_grad_norm"] = 0.0
     watch = Watch()
     trainer = Timed(
         model=parts.model,
         reward_funcs=reward,
-        args=options,
+        args=GRPOConfig(**options),
         train_dataset=dataset_of(triplets),
         processing_class=ImageProcessor(parts),
         callbacks=[watch],

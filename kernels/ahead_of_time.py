@@ -20,6 +20,8 @@ class Kernel:
     types: dict[str, str]
     constants: dict[str, object]
     num_warps: int
+    moved: int
+    """Bytes that it reads and writes of each logit; 0: it works on rows."""
 
     def compile(self, architecture: int) -> CompiledKernel:
         """Compile it for a GPU of compute capability `architecture` / 10; none is needed.
@@ -53,16 +55,16 @@ def kernels() -> list[Kernel]:
         "inv_temperature": "fp32",
     }
     floats = dict.fromkeys(["logprobs", "lse", "entropy", "d_logprobs", "d_entropy"], "*fp32")
-    found = [
-        Kernel("row_logprobs", rows_triton.row_logprobs_kernel, row_types | floats, rows, 8),
-    ]
+    function = rows_triton.row_logprobs_kernel
+    found = [Kernel("row_logprobs", function, row_types | floats, rows, rows_triton.WARPS, 4)]
     for grad in ("bf16", "fp16", "fp32"):
         types = row_types | floats | {"grad": f"*{grad}", "grad_stride": "i32"}
         for entropy in (False, True):
             name = f"logits_grad {grad}" + (", entropy" if entropy else "")
             constants = rows | {"HAS_D_ENTROPY": entropy}
             function = rows_triton.logits_grad_kernel
-            found.append(Kernel(name, function, types, constants, rows_triton.WARPS))
+            moved = 8 if grad == "fp32" else 6
+            found.append(Kernel(name, function, types, constants, rows_triton.WARPS, moved))
     flags = ("HAS_OLD", "HAS_NEG", "HAS_REF", "HAS_MASK", "HAS_IS_WEIGHTS", "CISPO")
     function = rows_triton.tapo_rows_kernel
     types = {name: "fp32" for name in function.arg_names} | {"rows": "i32"}
@@ -70,5 +72,5 @@ def kernels() -> list[Kernel]:
     types |= dict.fromkeys(pointers, "*fp32")
     for name, present in (("tapo_rows", True), ("tapo_rows, plain", False)):
         constants = dict.fromkeys(flags, present) | {"ROWS": rows_triton.ROWS}
-        found.append(Kernel(name, function, types, constants, 4))
+        found.append(Kernel(name, function, types, constants, 4, 0))
     return found

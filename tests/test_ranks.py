@@ -72,7 +72,7 @@ def assert_same(workspace: Path, one: str, other: str, steps: int, policy="polic
 
 
 def assert_same_groups(workspace: Path, one: str, other: str) -> None:
-    """What rank 0 writes of the first step's groups holds the log-probs that others computed."""
+    """What rank 0 writes of the first step holds the log-probs that the others computed."""
     ours, theirs = (
         read_groups(step_files(workspace / out / "groups")[1])[0] for out in (one, other)
     )

@@ -146,8 +146,7 @@ class TapoRun:
             self.ranks.share(self.engine.sleep)
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
         batches = mini_batches(self.groups, size, config.optim.minibatch_by)
-        # The first one's are those of its own update, unless importance weights need them before.
-        before = are_weighed(batches[0], loss, self.steps_done)
+        before = are_weighed(batches[0], loss, self.steps_done)  # else its own update scores it
         self._score("old_logprobs", loss.update_on, batches[not before :])
         if loss.needs_negative and not loss.negative_now:
             self._score("neg_logprobs", "negative", batches)

@@ -23,6 +23,7 @@ from tercet.core.data.triplets import prepare_manifest
 from tercet.core.models import load_policy
 from tercet.train import export
 from tercet.train.learner.complete import write_complete
+from tercet.train.learner.environment import describe
 from tercet.train.learner.identity import Identity, options_of
 from tercet.train.learner.lora import add_lora, added_weights, save_adapter, whole_weights
 from tercet.train.publish import model_folder
@@ -58,6 +59,7 @@ def run(tmp_path_factory) -> Path:
     manifest = prepare_manifest(options, lambda keys: torch.eye(len(keys)))
     manifest.write(folder)
     (folder / "curves.png").write_bytes(b"curves")
+    (folder / "environment.json").write_text('{"Tercet": "0.1.0, commit abc", "host": "h7"}')
     steps = [{"step": n, "reward": n / 10, "eval_unseen": n / 5, "own": 1.0} for n in range(1, 6)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     checkpoint = folder / "checkpoints" / "step_000003"
@@ -144,7 +146,8 @@ def test_the_card_says_what_the_run_says(run, tmp_path):
     assert recipe["rollout"] == {"reward": "my_rewards:short", "judge_cache": "judge.sqlite"}
     assert recipe["data"] == {"seen_fraction": 0.5, "shots": 2, "sft_shots": 0}
     assert "](curves.png)" in text and "### Closed-world" in text and "| mine |" in text
-    assert commit.code_version() in text and "after 3 steps" in text
+    assert f"version {commit.code_version()} wrote" in text and "after 3 steps" in text
+    assert "Tercet, version 0.1.0, commit abc." in text and "h7" not in text
     for secret in (str(tmp_path), str(run), "10.0.0.7", "photos/"):
         assert secret not in text
 
@@ -314,5 +317,6 @@ def test_the_version_names_the_commit_where_there_is_one(monkeypatch, tmp_path):
     head = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
     if head:
         assert f"commit {head[:12]}" in commit.code_version()
+    assert describe(torch.device("cpu"), 1)["Tercet"] == commit.code_version()
     monkeypatch.setattr(commit, "__file__", str(tmp_path / "core" / "commit.py"))
     assert "commit" not in commit.code_version()

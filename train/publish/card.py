@@ -102,8 +102,8 @@ def _opening(trained: Trained, base: str | None, command: str) -> str:
     of = f"[{base}](https://huggingface.co/{base})" if base else "a model that is not on the hub"
     return (
         f"A model that names what a photo shows, trained from {of} by {STAGES[command]} with "
-        f"Tercet (version {code_version()} wrote this folder). It is the state after "
-        f"{trained.step:,} steps."
+        f"Tercet, version {trained.version or 'not recorded'}. It is the state after "
+        f"{trained.step:,} steps; version {code_version()} wrote this folder."
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.core.config import SftConfig, TapoConfig
+from tercet.core.data.fields import load_json
 from tercet.core.data.manifest import MANIFEST_NAME, Manifest
 from tercet.core.prompts import stage2_text
 from tercet.train.learner.arguments import options_of as types_of
@@ -14,6 +15,8 @@ from tercet.train.learner.complete import problem_of, read_complete
 from tercet.train.learner.identity import Identity, options_of, shared_options
 from tercet.train.learner.metrics import METRICS_FILE, read_metrics
 
+ENVIRONMENT = "environment.json"
+"""What a run was started on (see train.learner.environment)."""
 CONFIGS = {"tapo": TapoConfig, "sft": SftConfig}
 QUESTION = "What is the name of the object in this photo?"
 MOST_STAGES = 8
@@ -32,6 +35,8 @@ class Trained:
     """Steps of the run up to this one; empty where its folder is not there."""
     manifest: Manifest | None
     """The run's triplets; None for stage 1, and where its folder is not there."""
+    version: str
+    """Of the code that trained it; empty where nothing tells."""
 
     @classmethod
     def read(cls, folder: Path) -> Trained:
@@ -55,6 +60,7 @@ class Trained:
             Identity.of(complete.get("identity")),
             [s for s in read_metrics(log) if s["step"] <= step] if log.is_file() else [],
             Manifest.read(triplets) if triplets.is_file() else None,
+            _version(run / ENVIRONMENT),
         )
 
     @property
@@ -92,3 +98,9 @@ class Trained:
                 return path
             identity = Identity.of((read_complete(Path(path)) or {}).get("identity"))
         return None
+
+
+def _version(file: Path) -> str:
+    """The version of the code in an environment.json; empty where there is none."""
+    found = load_json(file) if file.is_file() else {}
+    return str(found.get("Tercet", "")) if isinstance(found, dict) else ""

@@ -49,8 +49,7 @@ class DataConfig:
     """Photos of the most similar other sub-category (the paper), the most similar photos of others,
     photos of others drawn at random, or those of the most similar one of the same genus."""
     genus: PathText | None = None
-    """CSV with the columns sub_category and genus; with it, how often the nearest is of the same
-    genus is reported."""
+    """CSV of sub_category and genus; how often the nearest is of the same genus is reported."""
     on_missing: Literal["error", "anchor"] = "error"
     """Without a positive or a negative: an error, or the anchor stands for it (GRPO, DAPO, 1-shot;
     without negatives, loss.kl_coef and loss.neg_entropy_coef must be 0)."""
@@ -63,9 +62,10 @@ class DataConfig:
     embedder: PathText = "policy"
     """What finds similar sub-categories: the policy's vision tower, its tokens' mean (`policy`) or
     their largest and smallest values (`policy_extremes`), or a SigLIP or CLIP folder."""
+    embedder_layer: int | None = None
+    """Block whose output embeds, from 0, or from -1 at the end; None: the embedder's own output."""
     similarity: Literal["cosine", "whitened"] = "cosine"
-    """Of sub-categories: the cosine of mean embeddings, as they are or in units of what varies
-    between photos of one sub-category."""
+    """Of mean embeddings: as they are, or in units of what varies within a sub-category."""
     on_bad_image: Literal["error", "skip"] = "error"
     """A missing or corrupt photo ends the run, or is left out and counted."""
     duplicates: Literal["report", "error"] = "report"

@@ -60,6 +60,9 @@ class TripletsConfig:
     """File for the released columns; None: it is not written."""
     sheet: FewOrNone = 24
     """Most triplets on the contact sheet, triplets.png; 0: it is not drawn."""
+    by_layer: bool = False
+    """With data.genus: say for every layer of the embedder how often the nearest sub-category is of
+    the same genus. It embeds the anchors again."""
 
 
 @dataclass
@@ -296,5 +299,7 @@ class SeedsConfig:
     """Seeds that are run beside their controls."""
     names: Literal["spelled", "opaque"] = "spelled"
     """Whether a sub-category's name spells its attributes."""
+    architecture: Word | None = None
+    """Family of the policy, a file of core/families; None: the first of them."""
     out: PathText = "runs/demo_seeds"
     """Folder that gets a folder for each seed."""

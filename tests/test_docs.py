@@ -28,7 +28,7 @@ from torch.distributed.run import get_args_parser
 
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.data.eval_files import DATASETS
-from tercet.core.tool_config import EvalConfig
+from tercet.core.tool_config import EvalConfig, SeedsConfig
 from tercet.train import analyse, eval_fgvr, make_cot, make_triplets, plan, predict, prepare
 from tercet.train.demo import __main__ as demo
 from tercet.train.learner.arguments import options_of, overridden
@@ -184,6 +184,8 @@ def check_options(name: str, argv: list[str]) -> None:
         read_options(EvalConfig, argv, "")
     elif name == "predict":
         predict.read(argv)
+    elif name == "demo":
+        read_options(SeedsConfig, argv, "")
     else:
         {"plan": plan, "prepare": prepare, "make_cot": make_cot}[name].read(argv)
 

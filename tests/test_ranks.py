@@ -56,11 +56,11 @@ def weights(workspace: Path, out: str, step: int) -> dict[str, torch.Tensor]:
     return load_file(workspace / out / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
 
 
-def assert_same(workspace: Path, one: str, other: str, steps: int) -> None:
+def assert_same(workspace: Path, one: str, other: str, steps: int, policy="policy") -> None:
     for row, twin in zip(figures(workspace, one), figures(workspace, other), strict=True):
         for name, value in row.items():
             assert value == pytest.approx(twin[name], rel=1e-4, abs=1e-6), name
-    first = load_file(workspace / "policy" / "model.safetensors")
+    first = load_file(workspace / policy / "model.safetensors")
     ours, theirs = weights(workspace, one, steps), weights(workspace, other, steps)
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
@@ -90,6 +90,18 @@ def test_several_ranks_take_the_steps_of_one(workspace, alone, ranks, more):
     said = train(workspace, out, ranks, "--run.steps=2", *more)
     assert "whole copy of the policy" in said
     assert_same(workspace, out, alone, 2)
+
+
+def test_qwen3_vl_on_two_ranks_takes_the_step_of_one(workspace):
+    """DeepStack's features of the vision blocks pass between the parts that FSDP shards."""
+    for ranks in (1, 2):
+        train(workspace, f"qwen3_{ranks}", ranks, "--run.steps=1", "--model.path=qwen3_vl")
+    assert_same(workspace, "qwen3_2", "qwen3_1", 1, "qwen3_vl")
+    first, trained = (
+        load_file(workspace / "qwen3_vl" / "model.safetensors"),
+        weights(workspace, "qwen3_2", 1),
+    )
+    assert any(not torch.equal(first[name], trained[name]) for name in first if "deepstack" in name)
 
 
 @pytest.mark.gpu

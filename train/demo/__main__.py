@@ -2,6 +2,7 @@
 
     torchrun train/tapo.py                             # one seed; options of TAPO may follow
     python -m tercet.train.demo --names opaque         # names that do not spell what is seen
+    python -m tercet.train.demo --architecture FAMILY  # a policy of another model family
     python -m tercet.train.demo --seeds 0 1 2 3 4      # five seeds beside their controls
 
 A base stage on plates (every sub-category) stands in for pretraining. Stage 1 teaches the chain of
@@ -18,11 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tercet.core.config import TapoConfig
+from tercet.core.models import FAMILIES
 from tercet.core.tool_config import SeedsConfig
 from tercet.train.demo.arms import ARMS, START, TAPO, Row, run_arm
 from tercet.train.demo.comparison import report, seed_table
 from tercet.train.demo.progress import Progress
-from tercet.train.demo.species import Names
 from tercet.train.demo.stages import (
     Seed,
     base_stage,
@@ -69,11 +70,11 @@ def prepare(seed: Seed, argv: Sequence[str], progress: Progress) -> Path:
 SHARED = [(name, PLAN[name]) for name in ("drawing", "base stage", "stage 1")]
 
 
-def demo(names: Names, argv: Sequence[str]) -> None:
+def demo(options: SeedsConfig, argv: Sequence[str]) -> None:
     """Run one seed and print its table; `argv` holds further options of train/tapo.py."""
     config = check_options(argv)
     out, clock = Path(config.run.out), time.process_time()
-    seed = Seed(out, config.run.seed, names)
+    seed = Seed(out, config.run.seed, options.names, _architecture(options))
     scoring, training = PLAN["scores"], PLAN["training"] + PLAN["scores"]
     progress = Progress([*SHARED, ("scores of the start", scoring), ("TAPO", training)])
     start, rows = prepare(seed, argv, progress), []
@@ -91,6 +92,13 @@ def demo(names: Names, argv: Sequence[str]) -> None:
     )
 
 
+def _architecture(options: SeedsConfig) -> str:
+    name = options.architecture or FAMILIES[0]
+    if name not in FAMILIES:
+        raise ValueError(f"architecture must be one of {', '.join(FAMILIES)}, got {name!r}")
+    return name
+
+
 def demo_seeds(options: SeedsConfig, argv: Sequence[str]) -> None:
     """Run several seeds with their controls, print the tables and what they show.
 
@@ -98,14 +106,14 @@ def demo_seeds(options: SeedsConfig, argv: Sequence[str]) -> None:
     comparisons; it goes on where it was.
 
     Args:
-        options: seeds, kind of names and folder.
+        options: seeds, kind of names, family and folder.
         argv: further options of train/tapo.py.
     """
     if len(set(options.seeds)) < max(1, len(options.seeds)):
         raise ValueError(f"seeds must be different numbers, at least one, got {options.seeds}")
     check_options(argv)
-    out = Path(options.out)
-    seeds = [Seed(out / f"seed_{number}", number, options.names) for number in options.seeds]
+    out, shared = Path(options.out), (options.names, _architecture(options))
+    seeds = [Seed(out / f"seed_{number}", number, *shared) for number in options.seeds]
     arms = [(arm, "responses") for arm in (START, *ARMS)]
     arms += [(arm, "time") for arm in ARMS if arm != TAPO]
     each = {START: PLAN["scores"]}
@@ -137,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
     elif "out" in given:
         raise ValueError("out is for several seeds (--seeds); the folder of one is --run.out")
     else:
-        demo(options.names, rest)
+        demo(options, rest)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ ROOMS = [
     "train/evaluation",
     "train/demo",
     "train/cot",
+    "train/page",
     "bench",
 ]
 
@@ -30,6 +31,7 @@ setup(
     package_data={
         "tercet.train": ["recipes/*.yaml", "recipes/cards/*.yaml"],
         "tercet.train.evaluation": ["published.csv", "clip_templates.txt"],
+        "tercet.train.page": ["*.html", "*.css", "*.js"],
     },
     install_requires=[
         "torch>=2.11",
@@ -54,6 +56,8 @@ setup(
         "rich>=14.3",
         "matplotlib>=3.9",
         "tensorboard>=2.18",
+        "plotly>=6.0",
+        "jinja2>=3.1",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8", "liger-kernel>=0.6"],
@@ -64,6 +68,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "pre-commit>=4.0",
+            "playwright>=1.50",
             "gguf>=0.17",
         ],
     },

@@ -16,6 +16,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from tercet.core.log_config import GroupLogConfig, LogConfig
 from tercet.core.model_config import ModelConfig
 from tercet.core.option_types import (
     Decay,
@@ -241,7 +242,7 @@ class TapoOptimConfig(OptimConfig):
 
 
 @dataclass
-class RunConfig:
+class RunConfig(LogConfig):
     out: PathText = "runs/tapo"
     """Folder of checkpoints, logs and figures."""
     overwrite: bool = False
@@ -279,9 +280,9 @@ class RunConfig:
 
 
 @dataclass
-class TapoRunConfig(RunConfig):
+class TapoRunConfig(RunConfig, GroupLogConfig):
     preset: Literal["tercet", "equation_4", "released", "paper"] = "tercet"
-    """Set of options that applies before YAML and command line (paper: the old name of tercet)."""
+    """Options that apply before YAML and command line (paper: the old name of tercet)."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations on held-out photos, greedy with stage 2's prompt; the last step has
     one too. 0: none."""
@@ -348,8 +349,7 @@ class SftOptimConfig(OptimConfig):
     """Optimiser steps over which the learning rate rises."""
     weight_decay: NonNegativeFloat = 0.1
     samples_per_step: PerStep = 64
-    """Samples of one optimiser step, over all ranks; the last step of an epoch takes what is
-    left."""
+    """Samples of one optimiser step, over all ranks; an epoch's last step takes what is left."""
     max_tokens: PositiveInt = 4096
     """Most tokens of a record, prompt and target; see `data.on_long`."""
 

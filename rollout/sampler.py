@@ -46,6 +46,15 @@ async def _beat(progress: Progress, result: StepGroups) -> None:
         progress(0, result)
 
 
+async def _finished(running: Iterable[asyncio.Task], ordered: bool) -> list[asyncio.Task]:
+    """Wait for another task; then those that are done, of `ordered` ones up to the first that is
+    not."""
+    if unfinished := [task for task in running if not task.done()]:
+        await asyncio.wait(unfinished, return_when=asyncio.FIRST_COMPLETED)
+    done = asyncio.Task.done
+    return list(takewhile(done, running) if ordered else filter(done, running))
+
+
 class GroupSampler:
     """Samples the groups of each step.
 
@@ -145,11 +154,11 @@ class GroupSampler:
         redrawn = Counter(getattr(self._engine, "redrawn", {}))
         self._rewarding = asyncio.Semaphore(REWARDS_AT_ONCE)  # of this call's event loop
         self.carried = []
-        passing = {group.id for group in result.groups}
+        result.passing = {group.id for group in result.groups}
         fill = self._stream_in if config.streaming else self._rounds
         async with together() as tasks:
             beat = tasks.create_task(_beat(progress, result))
-            await fill(step, limit, result, passing, progress)
+            await fill(step, limit, result, progress)
             beat.cancel()
         if len(result.groups) < wanted and config.on_exhausted == "error":
             raise NotEnoughGroups(
@@ -163,11 +172,11 @@ class GroupSampler:
         if config.surplus == "carry":
             self.carried = result.groups[wanted:]
         result.groups = result.groups[:wanted]
-        result.filled_up = sum(group.id not in passing for group in result.groups)
+        result.filled_up = sum(group.id not in result.passing for group in result.groups)
         return result
 
     async def _rounds(
-        self, step: int, limit: float, result: StepGroups, passing: set[str], progress: Progress
+        self, step: int, limit: float, result: StepGroups, progress: Progress
     ) -> None:
         """Sample one batch after the other; every run gives the same groups."""
         config = self._config
@@ -177,7 +186,7 @@ class GroupSampler:
             batch = [self._next_group(step, result) for _ in range(size)]
             passes = await self._sample(batch, step, result, progress)
             chosen = {group.id for group in batch if passes[group.id]}
-            passing |= chosen
+            result.passing |= chosen
             spent = result.prompts_sent >= limit
             if config.on_exhausted == "keep_last_round" and (spent or not chosen):
                 missing = max(0, wanted - len(result.groups) - len(chosen))
@@ -186,7 +195,7 @@ class GroupSampler:
             result.groups += [group for group in batch if group.id in chosen]
 
     async def _stream_in(
-        self, step: int, limit: float, result: StepGroups, passing: set[str], progress: Progress
+        self, step: int, limit: float, result: StepGroups, progress: Progress
     ) -> None:
         """Keep enough groups in flight, and count each one as soon as it has its rewards; with
         `ordered` as soon as all that were asked for before it have theirs too.
@@ -197,8 +206,7 @@ class GroupSampler:
         which none passed, as batches do: the step would never end.
         """
         config, wanted = self._config, self._config.groups_per_step
-        ordered = config.dispatch == "ordered"
-        keeps = config.on_exhausted == "keep_last_round"
+        ordered, keeps = config.ordered, config.on_exhausted == "keep_last_round"
         endless, round_size = keeps and math.isinf(limit), config.prompts_per_batch or wanted
         running: dict[asyncio.Task[dict[str, bool]], Group] = {}
         failed: list[Group] = []
@@ -209,7 +217,7 @@ class GroupSampler:
             passes = task.result()[group.id]
             self._passed, self._tried = self._passed + passes, self._tried + 1
             if passes:
-                passing.add(group.id)
+                result.passing.add(group.id)
                 failed[:] = [] if endless else failed
             (result.groups if passes else failed).append(group)
 
@@ -221,13 +229,7 @@ class GroupSampler:
                     running[task] = group
                 if not running:
                     break
-                if unfinished := [task for task in running if not task.done()]:
-                    await asyncio.wait(unfinished, return_when=asyncio.FIRST_COMPLETED)
-                if ordered:
-                    done = list(takewhile(asyncio.Task.done, running))
-                else:
-                    done = [task for task in running if task.done()]
-                for task in done:
+                for task in await _finished(running, ordered):
                     if not ordered or len(result.groups) < wanted:
                         count(task)
                 if endless and len(failed) >= round_size:
@@ -289,7 +291,7 @@ class GroupSampler:
         if missing := [group_id for group_id in by_id if group_id not in rewarding]:
             raise RuntimeError(f"step {step}: the engine did not finish group(s) {missing}")
         passes = {group_id: task.result() for group_id, task in rewarding.items()}
-        result.sampled += [response for group in groups for response in group.responses]
+        result.rewarded += groups
         progress(0, result)
         return passes
 

@@ -105,7 +105,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def figures(out: Path) -> list[dict]:
     lines = (out / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    timed = ("seconds_", "tokens_per_s")
+    timed = ("seconds_", "tokens_per_s", "peak_mem_gib")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 

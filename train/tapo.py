@@ -11,14 +11,13 @@ settings of the same loop (docs/algorithm.md; recipes/dapo_3b.yaml is DAPO).
     torchrun train/tapo.py ... --resume auto                  # go on from the newest checkpoint
     torchrun --nproc-per-node 4 --max-restarts 3 train/tapo.py ...   # 4 GPUs; goes on after a crash
 
---help lists every option. An interrupted run (Ctrl-C, SIGTERM) writes a checkpoint first: set
-TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600, or torchrun kills it after 30 s.
+--help: what matters first; --help all: every option. An interrupted run (Ctrl-C, SIGTERM) writes a
+checkpoint first: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600, or torchrun kills it after 30 s.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import runpy
 import sys
 import time
@@ -60,6 +59,7 @@ from tercet.train.fit.estimate import run_time
 from tercet.train.learner.assemble import build_policy, open_manifest, open_parts, sampled_parts
 from tercet.train.learner.checkpoint import Checkpoints, load_state
 from tercet.train.learner.figures import draw_figures
+from tercet.train.learner.group_log import GroupLog
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.metrics import is_reserved
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
@@ -80,6 +80,7 @@ from tercet.train.learner.run import (
 )
 from tercet.train.learner.run_folder import RunFolder, open_folder
 from tercet.train.learner.sampler_check import check_sampler
+from tercet.train.learner.terminal import say_end
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
 STATE = ("steps_done", "groups", "minibatches_done", "figures", "minibatch_figures")
@@ -124,7 +125,7 @@ class TapoRun:
         if resume:
             self._restore(resume, state)
         self._sync(self.steps_done)
-        self.log = open_log(self, resolved)
+        self.log, self.group_log = open_log(self, resolved), GroupLog(self)
         longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
         self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
         given = {"encode": self.encoder, "shape": self.policy.shape, "ranks": self.ranks}
@@ -161,9 +162,8 @@ class TapoRun:
                         for pieces, micro in self._micro_batches(batch):
                             self.check_stop()
                             value, metrics = policy.accumulate(micro, config.parallel.branches)
-                            logprobs = metrics.pop("logprobs")
+                            found |= self.group_log.take(pieces, metrics)
                             add_up(sums, {"loss": value} | metrics)
-                            found |= by_response(pieces, logprobs, weighted=True)
                             phase.advance(len(pieces) * self.ranks.size / len(batches))
                 if sums:  # else no row of the mini-batch counts
                     lr = self.schedule.rate(self.steps_done, self.minibatches_done, len(batches))
@@ -175,6 +175,7 @@ class TapoRun:
             self._sync(self.steps_done + 1, wake=config.rollout.colocated)
         figures = self.figures | mismatch_figures(self.groups, self.steps_done)
         figures |= mean_figures(self.minibatch_figures) | self.held_out.figures()
+        self.group_log.write(self.groups)
         self.shown, self.groups, self.figures = self.groups[:SAMPLES_SHOWN], [], {}
         self.steps_done, self.minibatches_done, self.minibatch_figures = self.steps_done + 1, 0, []
         return figures
@@ -193,6 +194,7 @@ class TapoRun:
                 figures = sampled.figures(time.perf_counter() - started)
                 self.log.add_time("reward", sampled.reward_seconds)
             set_advantages(sampled.groups, self.config.loss.advantage_std)
+            self.group_log.sampled = sampled
             return sampled.groups, figures
 
         self.groups, self.figures = self.ranks.share(sample, self.policy.gather_weights)
@@ -341,9 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Not imported: the demo imports this file.
         runpy.run_module("tercet.train.demo", run_name="__main__", alter_sys=True)
         return
-    saved = train(config, resolved, resume)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"checkpoint: {saved}\nlog and figures: {config.run.out}")
+    say_end(config.run.out, train(config, resolved, resume), "tapo")
 
 
 if __name__ == "__main__":

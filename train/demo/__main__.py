@@ -88,7 +88,8 @@ def demo(options: SeedsConfig, argv: Sequence[str]) -> None:
         f"All of it took {time.process_time() - clock:.0f} CPU seconds."
     )
     print(
-        f"pictures: {out}/tapo/curves.png, {out}/tapo/samples.png\npolicy: {out}/tapo/checkpoints"
+        f"pictures: {out}/tapo/curves.png, {out}/tapo/samples.png\npolicy: {out}/tapo/checkpoints\n"
+        f"what the policy says about each photo: python -m tercet.train.report {out}/tapo"
     )
 
 

@@ -15,6 +15,7 @@ from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.data.cells import table_of
 from tercet.core.data.files import regular
 
+IDENTITY, LOCK = "identity.json", ".lock"  # in run.out
 Options = dict[str, object]
 """By name, such as `optim.lr`."""
 Changes = dict[str, tuple[object, object]]

@@ -19,6 +19,7 @@ from tercet.core.rollout_config import LEAST_STEPS
 from tercet.core.types import PolicyParts
 from tercet.rollout.step_groups import StepGroups
 from tercet.train.learner.checkpoint import Checkpoints
+from tercet.train.learner.environment import peak_memory_gib, write_environment
 from tercet.train.learner.failed import set_aside
 from tercet.train.learner.interrupt import Interrupted
 from tercet.train.learner.merged import lora_figures
@@ -56,10 +57,12 @@ def open_log(run: Run, resolved: str) -> RunLog | SilentLog:
 
     def make() -> RunLog:
         run.folder.write()
-        log = RunLog(run.config.run.out, run.total_steps, resolved, run.config.run.wandb)
+        options = run.config.run
+        log = RunLog(options.out, run.total_steps, resolved, options.wandb, options.verbose)
         for line in run.folder.lines:
             log.say(line)
         log.resume_at(run.steps_done + 1)
+        write_environment(log.out, run.ranks.device, run.ranks.size, run.total_steps)
         log.say(f"attention: {run.policy.attention}")
         return log
 
@@ -108,6 +111,7 @@ def _save_from(run: Run, error: BaseException) -> None:
 def finish_step(run: Run, figures: dict[str, float]) -> Path | None:
     """Log a step, and save it where one is due; returns the checkpoint's folder."""
     figures = figures | lora_figures(run.policy, run.ranks)
+    figures["peak_mem_gib"] = peak_memory_gib(run.ranks.device)
     run.ranks.share(run.folder.check)
     try:
         run.log.step(run.steps_done, figures)  # before anything else can fail
@@ -119,7 +123,11 @@ def finish_step(run: Run, figures: dict[str, float]) -> Path | None:
         said = f"{options.stop_after} values of {options.keep_best} without a new best"
         run.log.say(f"step {run.steps_done} is the last: {said} (run.stop_after)")
         last = True
-    return run.save() if last or run.steps_done % options.save_every == 0 else None
+    if not last and run.steps_done % options.save_every:
+        return None
+    folder = run.save()
+    run.log.say(f"checkpoint after step {run.steps_done}: {folder}")
+    return folder
 
 
 def add_up(sums: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
@@ -246,14 +254,11 @@ def announce(run: Run, sampled: PolicyParts, time: str) -> None:
         sampled: what rank 0 samples from, where it samples in this process.
         time: how long it is likely to take, in words.
     """
-    for line in run.manifest.remarks():
-        run.log.say(line)
+    config = run.config
     names = [name for of_super in run.manifest.names.values() for name in of_super]
-    if line := read_apart(run.config.rollout.reward, names):
-        run.log.say(line)
-    for line in length_lines(run.config, run.total_steps, time):
-        run.log.say(line)
-    if line := run.config.loss.works_against_kl:
-        run.log.say(line)
+    lines = [*run.manifest.remarks(), read_apart(config.rollout.reward, names)]
+    lines += [*length_lines(config, run.total_steps, time), config.loss.works_against_kl]
     if sampled is not run.parts:
-        run.log.say("rank 0 samples on a whole copy of the policy")
+        lines.append("rank 0 samples on a whole copy of the policy")
+    for line in filter(None, lines):
+        run.log.say(line)

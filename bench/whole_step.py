@@ -253,7 +253,8 @@ def show(row: Row) -> str:
     return f"{what} {row.s_per_step:7.2f} s ({parts}) {row.tokens_per_s:6.0f}/s {memory} {ratios}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def read(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", choices=WORKS, default="demo")
     parser.add_argument("--folder", type=Path, default=Path("runs/whole_step"))
@@ -269,7 +270,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--child", choices=("ours", "sglang", "trl", "gate"), help=argparse.SUPPRESS
     )
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = read(argv)
     torch.set_num_threads(options.threads)
     work = WORKS[options.policy]
     if options.child:

@@ -46,7 +46,8 @@ def run_tasks(
         limit_s: after so many seconds the processes that still run are stopped; None: never.
 
     Returns:
-        Names of the tasks that were not done for lack of time, and the tasks that failed.
+        Names of the tasks that were not done, for lack of time or because one that they wait for
+        failed, and the tasks that failed.
     """
     context = get_context("fork")  # this process only waits, so it has no threads to lose
     waiting, running, names, failed = list(tasks), {}, set(), []

@@ -86,7 +86,23 @@ bench-step: $(STAMP)  ## an update step beside other ways to compute it, into be
 # On a GPU machine these use its own python3 and packages, and the pure-Python wheels in WHEELS.
 # Both need torch and transformers; bench-gpu-step also pyarrow, pillow, tokenizers and pytest.
 bench-gpu-kernels bench-gpu-step: bench-gpu-%: gpu-folder  ## the same two on a GPU
-	PYTHONPATH=build/gpu python3 -m tercet.bench.$* --device cuda
+	PYTHONPATH=$(CURDIR)/build/gpu python3 -m tercet.bench.$* --device cuda
+
+# make gpu OUT=folder PARTS="card tests kernels": within 9 minutes; parts are listed in bench/gpu.py.
+PARTS ?=
+OUT ?= runs/gpu
+gpu: gpu-folder  ## all GPU tests and benchmarks in one run of 9 minutes, into OUT
+	PYTHONPATH=$(CURDIR)/build/gpu python3 -m tercet.bench.gpu --out $(OUT) $(if $(PARTS),--parts $(PARTS))
+
+# What a GPU machine with torch and transformers lacks, for its Python 3.12.
+GPU_WHEELS := jsonargparse docstring-parser typeshed-client pydantic pydantic-core annotated-types \
+	typing-inspection httpx idna imagehash pywavelets py3langid liger-kernel cut-cross-entropy \
+	trl datasets dill multiprocess prefix-grouper
+gpu-wheels: $(STAMP)  ## download what a GPU machine lacks, into WHEELS (15 MB)
+	$(BIN)/python -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: \
+		--python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \
+		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -c $(CONSTRAINTS) \
+		-d $(WHEELS) $(GPU_WHEELS)
 
 gpu-folder:  ## what the GPU benchmarks import, in build/gpu
 	mkdir -p build/gpu/tercet

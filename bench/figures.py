@@ -69,7 +69,7 @@ def draw_step(path: Path = RESULTS / "step.csv", out: Path = RESULTS / "step.png
     panels = figure.subplots(2 * len(groups), 2, squeeze=False)
     for index, (key, rows) in enumerate(groups.items()):
         bars, curves = panels[2 * index : 2 * index + 2]
-        _step_bars(bars, [row for row in rows if not row["sweep"]])
+        _step_bars(bars, [r for r in rows if not r["sweep"] and r["groups"] == "1"])
         _step_curves(curves, [row for row in rows if row["sweep"]])
         bars[0].set_title(", ".join(key) + " time", loc="left", fontsize=10)
     for panel in panels.flat:

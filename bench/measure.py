@@ -101,6 +101,14 @@ def peak_flops(device: str, dtype: torch.dtype, clock: str = "wall") -> float:
     return 2 * side**3 / min(seconds(lambda: a @ b, device == "cuda", clock) for _ in range(6))
 
 
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second, read and written, of a large copy within a device's memory."""
+    source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    taken = (seconds(lambda: target.copy_(source), device == "cuda") for _ in range(6))
+    return 2 * source.nbytes / min(taken)
+
+
 def failure(error: Exception) -> str:
     """A note on why a peer failed."""
     text = str(error).splitlines()[0] if str(error) else ""

@@ -1,7 +1,7 @@
 """One update step beside other ways to compute it: gradients first, then time and memory.
 
     make bench-step        # a small model on this machine, into bench/results/step.csv
-    make bench-gpu-step    # Qwen2.5-VL-3B's shape on a GPU, random weights
+    make bench-gpu-step    # Qwen2.5-VL-3B's shape on a GPU, random weights; --model: others
     make bench             # a tiny one, by pytest-benchmark
 
 A step is a mini-batch of groups (5 + 5 responses of about 350 tokens on prompts of 316 tokens, 256
@@ -39,6 +39,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from tercet.bench import measure
 from tercet.bench.step_case import (
@@ -50,17 +51,36 @@ from tercet.bench.step_case import (
     make_micros,
     qwen3_4b,
     qwen_3b,
+    qwen_7b,
 )
-from tercet.bench.step_peers import METHODS, Method, RunStep, accumulate, flat, padded
+from tercet.bench.step_peers import GPU_METHODS, METHODS, Method, RunStep, accumulate, flat, padded
 from tercet.core.costs import Shape, forward_flops
 from tercet.train.learner.policy import Policy
 
+ALL = METHODS | GPU_METHODS
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 MODELS = {
     "qwen2_5_vl_3b": ("qwen2.5-vl-3b", qwen_3b, CPU_MODEL),
+    "qwen2_5_vl_7b": ("qwen2.5-vl-7b", qwen_7b, None),
     "qwen3_vl_4b": ("qwen3-vl-4b", qwen3_4b, QWEN3_CPU_MODEL),
 }
-"""Name in the ledger, configuration, and sizes of the small model that a CPU measures."""
+"""Name in the ledger, configuration, and sizes of the small model that a CPU measures, if any."""
+
+
+def model_of(model: str, on_gpu: bool) -> tuple[str, PretrainedConfig]:
+    """Name in the ledger and configuration of what a device measures.
+
+    Raises:
+        ValueError: a CPU has no small form of it.
+    """
+    published, make_config, small = MODELS[model]
+    if on_gpu:
+        return published, make_config()
+    if not small:
+        raise ValueError(f"--model {model} needs --device cuda")
+    return f"2 layers of {small['hidden']} as in {published}", make_config(**small)
+
+
 SWEEPS = {
     "groups": [Workload(groups=n, in_flight=n) for n in (1, 2, 3, 4)],
     "responses": [Workload(n_anchor=n, n_positive=n) for n in (1, 2, 5, 8)],
@@ -207,7 +227,7 @@ class Bench:
             **self.common,
             packed_tokens=sum(pack.num_tokens for pack in packs),
             response_tokens=sum(len(m.batch.labels) for m in micros),
-            tflop=step_flops(METHODS[name], micros, self.shape, self.checkpointing) / 1e12,
+            tflop=step_flops(ALL[name], micros, self.shape, self.checkpointing) / 1e12,
         )
 
     def times(self, calls: dict) -> dict:
@@ -243,13 +263,14 @@ class Bench:
             self.policy.zero_grad(set_to_none=True)
             self.gate.zero_grad(set_to_none=True)
 
-    def methods(self, workload: Workload, methods: Sequence[str] = tuple(METHODS)) -> list[Row]:
+    def methods(self, workload: Workload, methods: Sequence[str] = ()) -> list[Row]:
         """Compare every method's gradients on one step, then time them in common rounds."""
+        methods = methods or (ALL if self.on_gpu else METHODS)
         micros = make_micros(workload, self.policy)
         exact = exact_gradients(self.gate, micros)
         rows, calls = {name: self.row(name, workload, micros) for name in methods}, {}
         for name, row in rows.items():
-            run = self.check(row, METHODS[name], micros, exact)
+            run = self.check(row, ALL[name], micros, exact)
             calls[name] = lambda run=run: gradients(self.policy, run)
         del exact
         gate, base = measure.GATE[self.dtype], rows.get("one_by_one")
@@ -300,26 +321,27 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="qwen2_5_vl_3b")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--rounds", type=int, default=3)
-    parts = ("anchor", "own", *SWEEPS)
+    parts = ("anchor", "own", "four", *SWEEPS)
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--checkpointing", type=int, choices=(0, 1), help="default: 1 on a GPU")
     parser.add_argument("--clock", choices=measure.CLOCKS, default="wall")
     parser.add_argument("--commit", default=measure.commit())
     options = parser.parse_args()
     on_gpu, device = options.device == "cuda", options.device
-    (published, make_config, small), dtype, gate = MODELS[options.model], torch.float32, None
-    name, config = f"2 layers of {small['hidden']} as in {published}", make_config(**small)
-    if on_gpu:
-        name, config, dtype = published, make_config(), torch.bfloat16
+    dtype, gate = (torch.bfloat16 if on_gpu else torch.float32), None
+    name, config = model_of(options.model, on_gpu)
     checkpointing = on_gpu if options.checkpointing is None else bool(options.checkpointing)
     measure.keep_memory()
     if on_gpu:
-        gate = build_policy(make_config(layers=2, vision_layers=2), dtype, device, checkpointing)
+        shallow = MODELS[options.model][1](layers=2, vision_layers=2)
+        gate = build_policy(shallow, dtype, device, checkpointing)
     policy = build_policy(config, dtype, device, checkpointing)
     peak = measure.peak_flops(device, dtype, options.clock)
     bench = Bench(policy, options.rounds, peak, gate, options.clock, name)
     shared = measure.conditions(device, options.commit)
-    parts = {on: lambda on=on: bench.methods(Workload(update_on=on)) for on in ("anchor", "own")}
+    steps = {on: Workload(update_on=on) for on in ("anchor", "own")}
+    steps["four"] = Workload(groups=4, in_flight=4)
+    parts = {name: lambda step=step: bench.methods(step) for name, step in steps.items()}
     parts |= {item[0]: lambda item=item: bench.grow(*item) for item in SWEEPS.items()}
     for part in options.parts:
         rows = parts[part]()

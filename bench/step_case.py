@@ -6,6 +6,7 @@ Weights, photos and tokens are random. Micro-batches are made by the code that t
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import PretrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig
 from tercet.core.config import LossConfig
 from tercet.core.costs import Grid
 from tercet.core.data.vision import PromptEncoder
-from tercet.core.models import family_of
+from tercet.core.models import family_of, published
 from tercet.core.packing import Piece, Prompts, micro_batch, prompts_of, weigh_rows
 from tercet.core.types import Group, MicroBatch, PolicyParts, Response, Triplet
 from tercet.train.learner.policy import Policy
@@ -91,6 +92,21 @@ def qwen_3b(
         vision_start_token_id=vocabulary - 3,
         tie_word_embeddings=True,
     )
+
+
+def qwen_7b(*, layers: int = 28, vision_layers: int = 32) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL-7B as published, or with fewer layers; the image token is the last as above."""
+    config = copy.deepcopy(published()["Qwen/Qwen2.5-VL-7B-Instruct"])
+    text, vision, vocabulary = (
+        config.text_config,
+        config.vision_config,
+        config.text_config.vocab_size,
+    )
+    text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
+    vision.depth = vision_layers
+    config.image_token_id, config.video_token_id = vocabulary - 1, vocabulary - 2
+    config.vision_start_token_id = vocabulary - 3
+    return config
 
 
 QWEN3_CPU_MODEL = dict(

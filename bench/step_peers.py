@@ -25,6 +25,7 @@ from tercet.core.packing import Prompts, pack, prompt_loads
 from tercet.core.types import EncodedPrompt, MicroBatch, PackedBatch, PolicyParts, to_device
 from tercet.kernels.prefix_attention import ATTENTION_NAME
 from tercet.kernels.reference import tapo_loss_reference
+from tercet.train.learner.assemble import compile_parts, use_liger
 from tercet.train.learner.policy import Policy
 
 Forward = Callable[[torch.nn.Module], Tensor]
@@ -207,6 +208,58 @@ def plain_head(policy: Policy, micros: Sequence[Micro]) -> RunStep:
     return ours(PlainHead(PolicyParts(policy.model, None, None), policy.loss), micros)
 
 
+Switch = Callable[[bool], None]
+"""Puts a change of a model in force, or out of it."""
+
+
+def liger(model: torch.nn.Module) -> Switch:
+    """Liger's norms and gated MLPs: `model.liger` of a run."""
+    use_liger(model)
+    forwards = {m: vars(m)["forward"] for m in model.modules() if "forward" in vars(m)}
+
+    def switch(on: bool) -> None:
+        for module, forward in forwards.items():
+            if on:
+                module.forward = forward
+            else:
+                vars(module).pop("forward", None)
+
+    return switch
+
+
+def compiled(model: torch.nn.Module) -> Switch:
+    """The layers' parts compiled: `model.compile` of a run."""
+    calls = {part: part._compiled_call_impl for part in compile_parts(model)}
+
+    def switch(on: bool) -> None:
+        for part, call in calls.items():
+            part._compiled_call_impl = call if on else None
+
+    return switch
+
+
+def changed(*changes: Callable[[torch.nn.Module], Switch]):
+    """Ours with changes of the model that are in force during its own steps only."""
+
+    def make(policy: Policy, micros: Sequence[Micro]) -> RunStep:
+        switches, run_ours = [change(policy.model) for change in changes], ours(policy, micros)
+
+        def run() -> Tensor:
+            for switch in switches:
+                switch(True)
+            try:
+                return run_ours()
+            finally:
+                for switch in switches:
+                    switch(False)
+
+        for switch in switches:
+            switch(False)
+        return run
+
+    return make
+
+
 def prefix_grouper(prompts: Prompts, device: torch.device) -> Forward:
     """The package of that name, used as in its tutorial, on transformers' SDPA.
 
@@ -301,4 +354,8 @@ METHODS = {
     "no_sharing": Method(no_sharing, unshared),
     "plain_head": Method(plain_head, prompt_loads),
     "prefix_grouper": Method(grouper_step, prompt_loads, prompt_logits=True),
+}
+GPU_METHODS = {
+    "ours_liger": Method(changed(liger), prompt_loads),
+    "ours_compiled": Method(changed(compiled), prompt_loads),
 }

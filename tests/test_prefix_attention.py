@@ -64,7 +64,7 @@ def draw(length: int, key_heads: int, dtype: torch.dtype) -> list[Tensor]:
 def with_gradients(function, tensors: list[Tensor], *rest) -> list[Tensor]:
     out = function(*tensors, *rest)
     torch.manual_seed(3)
-    upstream = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
+    upstream = torch.randn(out.shape, dtype=torch.float64).to(out)
     return [out, *torch.autograd.grad(out, tensors, upstream)]
 
 

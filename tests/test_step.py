@@ -134,8 +134,8 @@ def test_what_is_not_exact_is_not_timed(monkeypatch):
     def broken(policy, micros):
         return lambda: 1 / 0
 
-    monkeypatch.setitem(METHODS, "wrong", Method(wrong, unshared))
-    monkeypatch.setitem(METHODS, "broken", Method(broken, unshared))
+    monkeypatch.setitem(step.ALL, "wrong", Method(wrong, unshared))
+    monkeypatch.setitem(step.ALL, "broken", Method(broken, unshared))
     monkeypatch.setitem(sys.modules, "prefix_grouper", None)
     rows = bench_of().methods(
         Workload(**SMALL), ["wrong", "one_by_one", "broken", "prefix_grouper"]
@@ -245,9 +245,9 @@ def test_the_command_writes_rows_and_the_figure_shows_them(tmp_path, monkeypatch
     step.main()
     with ledger.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == [*METHODS, *METHODS, "ours", "ours", "ours"]
-    assert [row["update_on"] for row in rows[: 2 * len(METHODS)]] == [
-        on for on in ("anchor", "own") for _ in METHODS
+    assert [row["method"] for row in rows] == [*METHODS] * 3 + ["ours"] * 3
+    assert [(row["update_on"], row["groups"]) for row in rows[:-3]] == [
+        step for step in (("anchor", "1"), ("own", "1"), ("anchor", "4")) for _ in METHODS
     ]
     assert [row["sweep"] for row in rows[-3:]] == ["groups", "groups", "length"]
     grown = [float(row["tflop"]) for row in rows[-3:-1]]
@@ -260,6 +260,7 @@ def test_the_command_writes_rows_and_the_figure_shows_them(tmp_path, monkeypatch
     figures.draw_step(ledger, tmp_path / "step.png")
     time, memory, curve, growth = drawn[0].axes
     bars = [row for row in timed if row["update_on"] == "anchor" and not row["sweep"]]
+    bars = [row for row in bars if row["groups"] == "1"]
     slow = max(float(row["ms_50"]) for row in bars) / 1e3
     anchor, own = time.containers
     assert anchor.patches[0].get_width() == pytest.approx(slow)

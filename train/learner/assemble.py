@@ -223,12 +223,20 @@ def build_policy(
         sampler_weights=_sampler_weights(config),
     )
     if config.model.compile:
-        # Part by part: transformers' checkpointing of a whole layer cannot be compiled.
-        for layer in model.model.language_model.layers:
-            for part in layer.children():
-                part.compile(dynamic=True)
+        compile_parts(model)
     shard(policy, ranks, config.parallel)
     return policy
+
+
+def compile_parts(model: nn.Module) -> list[nn.Module]:
+    """Compile attention, MLP and norms of every layer of the text part; returns them.
+
+    Part by part: transformers' checkpointing of a whole layer cannot be compiled.
+    """
+    parts = [part for layer in model.model.language_model.layers for part in layer.children()]
+    for part in parts:
+        part.compile(dynamic=True)
+    return parts
 
 
 def use_liger(model: nn.Module) -> None:

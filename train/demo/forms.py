@@ -39,7 +39,8 @@ def forms_report(rows: Sequence[Row]) -> str:
     seeds = sorted({row.seed for row in kept})
     form = best_form(kept)
     said = f"The highest margin without loss of accuracy has `{form}`." if form else ""
-    return f"Seeds {', '.join(map(str, seeds))}.\n\n{forms_table(kept)}\n\n{said}".strip()
+    shown = f"{len(seeds)} of {len({row.seed for row in rows})} seeds have every arm: {seeds}."
+    return f"{shown}\n\n{forms_table(kept)}\n\n{said}".strip()
 
 
 def forms_table(rows: Sequence[Row]) -> str:
@@ -67,12 +68,14 @@ def forms_table(rows: Sequence[Row]) -> str:
 
 
 def margin_difference(rows: Sequence[Row], arm: str) -> str:
-    """Paired difference of an arm's margin to RELEASED's with its interval over seeds, shown."""
+    """Paired difference of an arm's margin to RELEASED's, with its interval over several seeds."""
     found = {(row.seed, row.arm): margin(row) for row in rows}
     pairs = [(found.get((s, arm)), found.get((s, RELEASED))) for s in {r.seed for r in rows}]
     values = [own - other for own, other in pairs if own is not None and other is not None]
     if arm == RELEASED or not values:
         return ""
+    if len(values) == 1:
+        return f"{values[0]:+.2f}"
     low, high = bootstrap(values)
     return f"{mean(values):+.2f} [{low:+.2f}, {high:+.2f}]"
 

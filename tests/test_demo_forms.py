@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -100,6 +101,26 @@ def test_tasks_run_in_processes_and_wait_for_each_other(tmp_path):
     assert "AssertionError" in logs["3"]
     processes = {logs[name].split()[-1] for name in ("1", "2")}
     assert len(processes | {str(os.getpid())}) == 3
+
+
+def test_a_signal_ends_the_processes_too(tmp_path):
+    def end_parent() -> None:
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+
+    def leave_mark() -> None:
+        (tmp_path / "process").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    named = {"long": leave_mark, "kill": end_parent}
+    tasks = [Task(name, run, tmp_path / f"{name}.log") for name, run in named.items()]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run_tasks(tasks, 2, lambda *_: None, limit_s=30)
+    assert signal.getsignal(signal.SIGTERM) == before
+    if (tmp_path / "process").exists():  # else it was ended before it began
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "process").read_text()), 0)
 
 
 def row(seed: int, arm: str, seen: str, margin: float, unseen: str = "0110") -> Row:

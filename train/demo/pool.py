@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -16,6 +18,8 @@ import torch
 
 STOP_S = 20.0
 """Time that a process has to end by itself after a signal."""
+CHECK_S = 0.5
+"""Time between two looks whether a signal has come."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ def run_tasks(
         tasks: with different names; what a task waits for must be among them.
         workers: processes at a time.
         done: called in this process with each task's result, as soon as it is there.
-        limit_s: after so many seconds the processes that still run are stopped; None: never.
+        limit_s: after so many seconds the processes that still run are stopped; None: never. They
+            are stopped too when this process gets SIGTERM or SIGINT.
 
     Returns:
         Names of the tasks that were not done, for lack of time or because one that they wait for
@@ -51,7 +56,9 @@ def run_tasks(
     """
     context = get_context("fork")  # this process only waits, so it has no threads to lose
     waiting, running, names, failed = list(tasks), {}, set(), []
-    end = time.monotonic() + limit_s if limit_s else None
+    end = time.monotonic() + (limit_s or math.inf)
+    signals: list[int] = []  # an exception out of a handler could be lost inside fork
+    before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     try:
         while waiting or running:
             free = [t for t in waiting if names.issuperset(t.after)][: workers - len(running)]
@@ -62,10 +69,10 @@ def run_tasks(
                 process.start()
                 sender.close()
                 running[receiver] = (task, process)
-            left = None if end is None else end - time.monotonic()
-            if not running or (left is not None and left <= 0):
+            left = end - time.monotonic()
+            if not running or left <= 0 or signals:
                 break
-            for receiver in wait(list(running), left):
+            for receiver in wait(list(running), min(left, CHECK_S)):
                 task, process = running.pop(receiver)
                 try:
                     result = receiver.recv()
@@ -77,12 +84,16 @@ def run_tasks(
                 process.join()
     finally:
         _stop([process for _, process in running.values()])
+        signal.signal(signal.SIGTERM, before)
+    if signals:
+        sys.exit(128 + signals[0])
     late = [task.name for task in waiting] + [task.name for task, _ in running.values()]
     return late, failed
 
 
 def _work(task: Task, sender: Connection) -> None:
     """Do a task in a new process and send its result."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with task.log.open("a", encoding="utf-8", buffering=1) as log:
         os.dup2(log.fileno(), 1)

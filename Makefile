@@ -10,8 +10,9 @@ KERNEL_TESTS := tests/test_rows.py tests/test_linear_logprobs.py tests/test_tapo
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install help demo demo-seeds demo-forms test test-core lint bench bench-kernels bench-gpu-kernels \
-	bench-step bench-gpu-step bench-figures bench-rollout bench-evaluation kernel-table gpu-folder test-kill \
+.PHONY: install help demo demo-seeds demo-forms test test-core lint bench bench-kernels bench-objectives \
+	bench-step bench-whole-step gpu \
+	gpu-rehearsal gpu-wheels bench-figures bench-rollout bench-evaluation kernel-table gpu-folder test-kill \
 	test-sglang clean
 
 install: $(STAMP)  ## the virtual environment .venv, with Tercet and what its tests need (2.5 GB)
@@ -79,29 +80,37 @@ bench-kernels: $(STAMP)  ## head and loss beside their peers, into bench/results
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]' -c $(CONSTRAINTS)
 	$(BIN)/python -m tercet.bench.kernels
 
+bench-objectives: $(STAMP)  ## an update step of each objective beside TAPO's, into bench/results/objectives.csv
+	$(BIN)/python -m tercet.bench.objectives
+
 bench-step: $(STAMP)  ## an update step beside other ways to compute it, into bench/results/step.csv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]' -c $(CONSTRAINTS)
 	$(BIN)/python -m tercet.bench.step
 
-# On a GPU machine these use its own python3 and packages, and the pure-Python wheels in WHEELS.
-# Both need torch and transformers; bench-gpu-step also pyarrow, pillow, tokenizers and pytest.
-bench-gpu-kernels bench-gpu-step: bench-gpu-%: gpu-folder  ## the same two on a GPU
-	PYTHONPATH=$(CURDIR)/build/gpu python3 -m tercet.bench.$* --device cuda
+bench-whole-step: $(STAMP)  ## whole steps beside TRL's GRPOTrainer, into bench/results/whole_step.csv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]' -c $(CONSTRAINTS)
+	$(BIN)/python -m tercet.bench.whole_step
 
-# make gpu OUT=folder PARTS="card tests kernels": within 9 minutes; parts are listed in bench/gpu.py.
+# On a GPU machine, with its own python3, torch and transformers, and the wheels in WHEELS.
+# make gpu OUT=folder PARTS="card tests kernels": within 9 minutes; bench/gpu.py lists the parts.
 PARTS ?=
 OUT ?= runs/gpu
 gpu: gpu-folder  ## all GPU tests and benchmarks in one run of 9 minutes, into OUT
 	PYTHONPATH=$(CURDIR)/build/gpu python3 -m tercet.bench.gpu --out $(OUT) $(if $(PARTS),--parts $(PARTS))
 
+gpu-rehearsal: $(STAMP)  ## the same on this machine's CPU, with small shapes
+	$(BIN)/python -m tercet.bench.gpu --device cpu --out $(OUT)
+
 # What a GPU machine with torch and transformers lacks, for its Python 3.12.
-GPU_WHEELS := jsonargparse docstring-parser typeshed-client pydantic pydantic-core annotated-types \
-	typing-inspection httpx idna imagehash pywavelets py3langid liger-kernel cut-cross-entropy \
-	trl datasets dill multiprocess prefix-grouper
+GPU_WHEELS := jsonargparse==4.53.0 docstring-parser==0.18.0 typeshed-client==2.15.0 httpx==0.28.1 \
+	idna==3.20 pydantic==2.14.4 pydantic-core==2.50.5 annotated-types==0.8.0 \
+	typing-inspection==0.4.5 imagehash==4.3.2 pywavelets==1.10.0 py3langid==0.4.0 \
+	liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0 datasets==5.2.0 dill==0.4.1 \
+	multiprocess==0.70.19 prefix-grouper==0.0.1.post1
 gpu-wheels: $(STAMP)  ## download what a GPU machine lacks, into WHEELS (15 MB)
 	$(BIN)/python -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: \
 		--python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \
-		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -c $(CONSTRAINTS) \
+		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 		-d $(WHEELS) $(GPU_WHEELS)
 
 gpu-folder:  ## what the GPU benchmarks import, in build/gpu

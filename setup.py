@@ -14,6 +14,7 @@ ROOMS = [
     "train/evaluation",
     "train/demo",
     "train/cot",
+    "train/page",
     "bench",
 ]
 
@@ -28,8 +29,9 @@ setup(
     packages=[f"tercet.{room.replace('/', '.')}" for room in ROOMS],
     package_dir={f"tercet.{room.replace('/', '.')}": room for room in ROOMS},
     package_data={
-        "tercet.train": ["recipes/*.yaml"],
+        "tercet.train": ["recipes/*.yaml", "recipes/cards/*.yaml"],
         "tercet.train.evaluation": ["published.csv", "clip_templates.txt"],
+        "tercet.train.page": ["*.html", "*.css", "*.js"],
     },
     install_requires=[
         "torch>=2.11",
@@ -54,16 +56,19 @@ setup(
         "rich>=14.3",
         "matplotlib>=3.9",
         "tensorboard>=2.18",
+        "plotly>=6.0",
+        "jinja2>=3.1",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8", "liger-kernel>=0.6"],
-        "bench": ["liger-kernel>=0.6", "cut-cross-entropy>=25.1", "trl>=1.0", "prefix-grouper"],
+        "bench": ["liger-kernel>=0.6", "cut-cross-entropy>=25.1", "trl>=1.16", "prefix-grouper"],
         "dev": [
             "pytest>=8.3",
             "pytest-benchmark>=5.1",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "pre-commit>=4.0",
+            "playwright>=1.50",
             "gguf>=0.17",
         ],
     },

@@ -2,7 +2,7 @@
 
     make bench                # row kernels and one shape, by pytest-benchmark
     make bench-kernels        # the matrix of shapes on this machine, into bench/results/kernels.csv
-    make bench-gpu-kernels    # the same on a GPU
+    make gpu PARTS=kernels    # the same on a GPU
 
 Every method in `peers` computes the same loss, forward and backward. Before a method is timed, its
 gradients are compared with those of plain PyTorch in float32; a method whose error is over the gate

@@ -19,7 +19,7 @@ import transformers
 import triton
 from torch import Tensor
 
-from tercet.train.fit.roofline import CARDS
+from tercet.train.fit.roofline import card_of
 
 GATE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest relative error (Frobenius norm) of a gradient that counts as exact."""
@@ -92,10 +92,9 @@ def keep_memory() -> None:
 def peak_flops(device: str, dtype: torch.dtype, clock: str = "wall") -> float:
     """Peak FLOP/s of a device: from a known GPU's datasheet, else of a large product, measured."""
     if device == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name().replace(" ", "")
-        for part, card in CARDS.items():
-            if part in name:
-                return card.tflops * 1e12
+        card = card_of(torch.cuda.get_device_name())
+        if card is not None:
+            return card.tflops * 1e12
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / min(seconds(lambda: a @ b, device == "cuda", clock) for _ in range(6))

@@ -1,7 +1,7 @@
 """One update step beside other ways to compute it: gradients first, then time and memory.
 
     make bench-step        # a small model on this machine, into bench/results/step.csv
-    make bench-gpu-step    # Qwen2.5-VL-3B's shape on a GPU, random weights; --model: others
+    make gpu PARTS=step    # Qwen2.5-VL-3B's shape on a GPU, random weights; --model: others
     make bench             # a tiny one, by pytest-benchmark
 
 A step is a mini-batch of groups (5 + 5 responses of about 350 tokens on prompts of 316 tokens, 256

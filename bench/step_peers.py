@@ -197,7 +197,10 @@ class PlainHead(Policy):
     """The policy with the head and loss of plain PyTorch."""
 
     def _tapo(self, batch, *hidden, return_logprobs=False, apart=False):
-        found = [logprobs(self.model.lm_head(rows), batch.labels) for rows in hidden]
+        found = [
+            None if rows is None else logprobs(self.model.lm_head(rows), batch.labels)
+            for rows in hidden
+        ]
         rows = self._loss(batch) | {"neg_logprobs": found[1]}
         loss, metrics = tapo_loss_reference(found[0], **rows)
         return loss, metrics | {"hidden": []}  # one backward pass through all of it

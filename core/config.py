@@ -16,15 +16,15 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from tercet.core.log_config import GroupLogConfig, LogConfig
+from tercet.core.model_config import ModelConfig
 from tercet.core.option_types import (
     Decay,
     Device,
     Epsilon,
-    FewOrNone,
     PathOrEmpty,
     PathText,
     PerStep,
-    Regex,
     Seed,
     Share,
     Threads,
@@ -50,8 +50,7 @@ class DataConfig:
     """Photos of the most similar other sub-category (the paper), the most similar photos of others,
     photos of others drawn at random, or those of the most similar one of the same genus."""
     genus: PathText | None = None
-    """CSV with the columns sub_category and genus; with it, how often the nearest is of the same
-    genus is reported."""
+    """CSV of sub_category and genus; how often the nearest is of the same genus is reported."""
     on_missing: Literal["error", "anchor"] = "error"
     """Without a positive or a negative: an error, or the anchor stands for it (GRPO, DAPO, 1-shot;
     without negatives, loss.kl_coef and loss.neg_entropy_coef must be 0)."""
@@ -64,45 +63,16 @@ class DataConfig:
     embedder: PathText = "policy"
     """What finds similar sub-categories: the policy's vision tower, its tokens' mean (`policy`) or
     their largest and smallest values (`policy_extremes`), or a SigLIP or CLIP folder."""
+    embedder_layer: int | None = None
+    """Block whose output embeds, from 0, or from -1 at the end; None: the embedder's own output."""
     similarity: Literal["cosine", "whitened"] = "cosine"
-    """Of sub-categories: the cosine of mean embeddings, as they are or in units of what varies
-    between photos of one sub-category."""
+    """Of mean embeddings: as they are, or in units of what varies within a sub-category."""
     on_bad_image: Literal["error", "skip"] = "error"
     """A missing or corrupt photo ends the run, or is left out and counted."""
     duplicates: Literal["report", "error"] = "report"
     """A photo under two labels, or both learnt and held out: left out of the tests, or an error."""
     seed: Seed = 0
     """Seed of the split, the shots and the triplets."""
-
-
-@dataclass
-class ModelConfig:
-    path: PathOrEmpty = ""
-    """Folder or hub id of the model."""
-    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
-    """Parameter dtype; auto: as stored."""
-    min_pixels: PositiveInt | None = None
-    """Fewest pixels of a resized image; None: the image processor's own."""
-    max_pixels: PositiveInt | None = None
-    """Most pixels of a resized image; None: the image processor's own."""
-    system_prompt: str | None = None
-    """System message of every prompt; None: the chat template's own default."""
-    freeze_vision: bool = False
-    """Do not train the vision tower (its merger is another option)."""
-    freeze_merger: bool = False
-    """Do not train the merger between vision tower and language model."""
-    gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass instead of keeping their activations."""
-    lora_rank: FewOrNone = 0
-    """Train LoRA adapters of this rank and nothing else; 0: train the weights themselves."""
-    lora_alpha: PositiveInt = 128
-    """Adapters are scaled by lora_alpha / lora_rank."""
-    lora_targets: Regex = r".*language_model\.layers\..*_proj"
-    """Linear layers with adapters: a regular expression that matches the layer's whole name."""
-    compile: bool = False
-    """torch.compile the parts of each decoder layer, except attention itself."""
-    liger: bool = False
-    """Liger's RMSNorm and SwiGLU (on a GPU; needs liger-kernel)."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +117,9 @@ class LossConfig:
     """Weights of pi_neg: the current ones, or those at the start of the rollout step."""
     is_cap: float | None = None
     """Weigh each token's policy term by min(pi_old / pi_sampler, is_cap); None: off."""
+    carried_cap: float | None = 2.0
+    """The same bound for carried groups alone, which older weights sampled, where is_cap is off;
+    with ratio_of sequence there are no weights."""
     mean_over: Literal["batch", "group", "response", "virtual_batch", "constant", "micro_batch"] = (
         "batch"
     )
@@ -171,7 +144,7 @@ class LossConfig:
             ("clip_low clip_high", lambda x: x is not None and x >= 0, "at least 0"),
             ("clip_dual", lambda x: x is None or x >= 1, "at least 1, or None for off"),
             (
-                "log_ratio_clamp kl_log_clamp kl_clamp is_cap",
+                "log_ratio_clamp kl_log_clamp kl_clamp is_cap carried_cap",
                 lambda x: x is None or x > 0,
                 "positive, or None for off",
             ),
@@ -269,7 +242,7 @@ class TapoOptimConfig(OptimConfig):
 
 
 @dataclass
-class RunConfig:
+class RunConfig(LogConfig):
     out: PathText = "runs/tapo"
     """Folder of checkpoints, logs and figures."""
     overwrite: bool = False
@@ -287,6 +260,9 @@ class RunConfig:
     stop_after: PositiveInt | None = None
     """End after so many values of `keep_best` in a row without a new best; steps that do not have
     it do not count. None: never."""
+    save_lora: Literal["both", "adapter", "merged"] = "both"
+    """What a checkpoint has of a policy with LoRA: a folder that transformers loads, which has the
+    adapter merged, the adapter by itself in PEFT's form (adapter/), or both."""
     async_save: bool = False
     """Write checkpoints in the background, from a copy in CPU memory."""
     device: Device = "auto"
@@ -304,9 +280,9 @@ class RunConfig:
 
 
 @dataclass
-class TapoRunConfig(RunConfig):
+class TapoRunConfig(RunConfig, GroupLogConfig):
     preset: Literal["tercet", "equation_4", "released", "paper"] = "tercet"
-    """Set of options that applies before YAML and command line (paper: the old name of tercet)."""
+    """Options that apply before YAML and command line (paper: the old name of tercet)."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations on held-out photos, greedy with stage 2's prompt; the last step has
     one too. 0: none."""
@@ -341,7 +317,7 @@ class TapoConfig:
             raise ValueError("rollout.n_anchor + rollout.n_positive must be at least 2, got 1")
         if not 0 < rollout.top_p <= 1:
             raise ValueError(f"rollout.top_p must lie in (0, 1], got {rollout.top_p}")
-        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+        longest = rollout.max_prompt_tokens + rollout.longest_response
         if self.parallel.micro_batch_tokens < longest:
             raise ValueError(
                 f"parallel.micro_batch_tokens is {self.parallel.micro_batch_tokens}; it must hold "
@@ -373,8 +349,7 @@ class SftOptimConfig(OptimConfig):
     """Optimiser steps over which the learning rate rises."""
     weight_decay: NonNegativeFloat = 0.1
     samples_per_step: PerStep = 64
-    """Samples of one optimiser step, over all ranks; the last step of an epoch takes what is
-    left."""
+    """Samples of one optimiser step, over all ranks; an epoch's last step takes what is left."""
     max_tokens: PositiveInt = 4096
     """Most tokens of a record, prompt and target; see `data.on_long`."""
 

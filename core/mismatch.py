@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tercet.core.config import LossConfig
 from tercet.core.types import Group, Response
 
 BOUND = 0.1
@@ -49,8 +50,27 @@ def mismatch_figures(groups: Sequence[Group], weight_version: int) -> dict[str, 
     }
 
 
-def importance_weights(response: Response, cap: float) -> Tensor:
-    """[length] float32: truncated importance weights min(exp(old - rollout), cap)."""
+def cap_of(response: Response, loss: LossConfig, version: int) -> float | None:
+    """The bound of a response's importance weights; None: they are 1.
+
+    They are 1 under `update_on: anchor` for responses sampled on the positive: their log-probs are
+    those on another photo.
+
+    Args:
+        response: of a group that is trained on.
+        loss: is_cap is for all responses, carried_cap for those that older weights sampled.
+        version: of the weights at the start of the step.
+    """
+    if loss.update_on == "anchor" and response.role == "positive":
+        return None
+    is_carried = response.weight_version < version and loss.ratio_of == "token"
+    return loss.is_cap or (loss.carried_cap if is_carried else None)
+
+
+def importance_weights(response: Response, cap: float | None) -> Tensor | float:
+    """[length] float32: truncated importance weights min(exp(old - rollout), cap); else 1."""
+    if cap is None:
+        return 1.0
     return (response.old_logprobs - _rollout(response)).exp().clamp(max=cap)
 
 

@@ -173,10 +173,12 @@ def load_policy(config: ModelConfig, device: str | torch.device = "cpu") -> Poli
     """
     if not config.path:
         raise ValueError("model.path is empty: give the folder or hub id of a model")
-    if (Path(config.path) / "adapter_config.json").exists():
+    folder, name = Path(config.path), "adapter_config.json"
+    has_adapter = (folder / "adapter" / name).exists() and not (folder / "config.json").exists()
+    if has_adapter or (folder / name).exists():
         raise ValueError(
             f"model.path {config.path!r} is a LoRA adapter: give the folder of a whole model, such "
-            "as a checkpoint of this trainer, which has the adapter merged"
+            "as a checkpoint of this trainer that has the adapter merged (run.save_lora both)"
         )
     model = _load_model(config.path, config.dtype, torch.device(device))
     tokenizer = _read(config.path, AutoTokenizer)
@@ -313,8 +315,8 @@ def build_tiny(
         hidden_size: D of the language model; heads are 32 wide, two query heads a key head.
         vision_size: width of the vision tower; heads are 32 wide.
         vocabulary_size: most tokens that the tokenizer may have, special tokens included.
-        image_size: pixels a side, about, that the image processor resizes to; None: four tokens a
-            side.
+        image_size: pixels a side, about, that the image processor resizes to: the nearest number
+            of whole tokens; None: four tokens.
 
     Returns:
         A float32 policy on the CPU.
@@ -345,9 +347,14 @@ def build_tiny(
         **{f"{name}_token_id": ids[name] for name in IMAGE_TOKENS},
     )
     processor = family.IMAGE_PROCESSOR(**family.TINY_PROCESSOR)
-    side = image_size or 4 * processor.patch_size * processor.merge_size
-    processor.size = {"shortest_edge": side**2 // 2, "longest_edge": side**2}
+    processor.size = _tiny_size(processor, image_size)
     return PolicyParts(_random_model(family, config, seed), tokenizer, processor)
+
+
+def _tiny_size(processor: BaseImageProcessor, image_size: int | None) -> dict[str, int]:
+    side = processor.patch_size * processor.merge_size
+    side *= max(1, round(image_size / side)) if image_size else 4
+    return {"shortest_edge": side**2 // 2, "longest_edge": side**2}
 
 
 def _random_model(family: Family, config: PretrainedConfig, seed: int) -> PreTrainedModel:

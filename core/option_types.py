@@ -106,6 +106,7 @@ FewOrNone = _whole("FewOrNone", 0, 10_000)
 Bits = _whole("Bits", 0, 64)
 Choices = _whole("Choices", 0, 26)  # letters
 Threads = _whole("Threads", 1, 1024)
+Port = _whole("Port", 0, 65_535)
 Seed = _whole("Seed", 0, 2**32 - 1)  # as far as numpy's seeds go
 Share = restricted_number_type(
     "Share", float, [(">", 0), ("<=", 1)], docstring="a number above 0 and at most 1"

@@ -13,7 +13,7 @@ from torch import Tensor
 from tercet.core.advantages import row_weights
 from tercet.core.config import LossConfig
 from tercet.core.costs import PromptLoad
-from tercet.core.mismatch import importance_weights
+from tercet.core.mismatch import cap_of, importance_weights
 from tercet.core.types import EncodedPrompt, Group, MicroBatch, PackedBatch, Response, Segments
 
 Encode = Callable[[tuple[int, ...], tuple[str, ...]], EncodedPrompt]
@@ -239,21 +239,31 @@ def plain_batch(prompts: Prompts, num_loss_tokens: float) -> MicroBatch:
     return MicroBatch(pack(prompts), None, labels, torch.zeros_like(ones), ones, num_loss_tokens)
 
 
+def are_weighed(pieces: Iterable[Piece], loss: LossConfig, version: int) -> bool:
+    """Whether any of the pieces' responses has importance weights (see `cap_of`)."""
+    return any(cap_of(r, loss, version) is not None for piece in pieces for r in piece.chosen())
+
+
 def micro_batch(
-    pieces: Sequence[Piece], encode: Encode, loss: LossConfig, num_loss_tokens: float
+    pieces: Sequence[Piece],
+    encode: Encode,
+    loss: LossConfig,
+    num_loss_tokens: float,
+    version: int = 0,
 ) -> MicroBatch:
     """Pack pieces for one forward and backward pass.
 
     Args:
         pieces: their responses have row weights (see `weigh_rows`).
         encode: prompt ids and image keys to an EncodedPrompt.
-        loss: update_on, whether the negative is computed now, and is_cap, the bound of the
-            importance weights against the sampler (None: no such weights). Under `anchor` they
-            are 1 for responses sampled on the positive: their log-probs are those on another photo.
+        loss: update_on, whether the negative is computed now, and the bounds of the importance
+            weights against the sampler (see `cap_of`).
         num_loss_tokens: sum of the weights of all rows of the mini-batch, over all ranks.
+        version: of the weights at the start of the step.
 
     Returns:
-        A MicroBatch on the CPU; old_logprobs and neg_logprobs are None where no response has them.
+        A MicroBatch on the CPU; old_logprobs and neg_logprobs are None where no response has them,
+        is_weights where all would be 1.
     """
     responses = [r for piece in pieces for r in piece.chosen()]
 
@@ -263,9 +273,7 @@ def micro_batch(
         return None if any(missing) else rows(responses, lambda r: getattr(r, name))
 
     def importance(response: Response) -> Tensor | float:
-        if loss.update_on == "anchor" and response.role == "positive":
-            return 1.0
-        return importance_weights(response, loss.is_cap)
+        return importance_weights(response, cap_of(response, loss, version))
 
     batch = plain_batch(prompts_of(pieces, loss.update_on, encode), num_loss_tokens)
     negative = pack(prompts_of(pieces, "negative", encode)) if loss.negative_now else None
@@ -277,7 +285,7 @@ def micro_batch(
         old_logprobs=known("old_logprobs"),
         ref_logprobs=known("ref_logprobs"),
         neg_logprobs=known("neg_logprobs"),
-        is_weights=None if loss.is_cap is None else rows(responses, importance),
+        is_weights=rows(responses, importance) if are_weighed(pieces, loss, version) else None,
         response_index=response_index(responses) if loss.ratio_of == "sequence" else None,
     )
 

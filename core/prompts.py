@@ -28,6 +28,17 @@ JUDGE_REASONING = (
     "100 only."
 )
 """Of R_cot (ReFine-RFT), to a judge. The paper's wording is not published: this is ours."""
+VERIFIER = (
+    "The true name of what a photo shows is: {ground_truth}\nA model answered: {answer}\n\n"
+    "How does the answer compare to the true name? Say one of these and nothing else:\n"
+    "specific: the same thing, also by a synonym or a scientific name\n"
+    "more specific: a kind of it\n"
+    "less specific: the close group that it belongs to, such as its genus or product line\n"
+    "generic: a much broader group that it belongs to\n"
+    "abstain: it names nothing\n"
+    "wrong: anything else, also where it names several things"
+)
+"""Of best_of_rollouts, to a verifier. The categories are SpeciaRL's, the wording is ours."""
 _NO_THINKING = "Please directly output the answer."
 _ATTRIBUTE = (
     "First think about what you see, enclosed within <think> </think> tags. Then list the "

@@ -141,6 +141,60 @@ def direct_answer(response: str, truth: str, letter: str | None = None) -> float
     return float(normal_form(response) in allowed)
 
 
+def hierarchical(rows: Rows, genera: Mapping[str, str]) -> list[float]:
+    """1 for the right name, 0.5 for the right genus, of each response that ends with one answer.
+
+    Args:
+        rows: of a group.
+        genera: genus by sub-category's normal form (see `core.data.negatives.read_genera`).
+
+    Returns:
+        1.0 where the true name is the only known name in the answer; 0.5 where the only known name
+        in it is another one of the same genus, or where it names the genus and no known name; else
+        0.0.
+
+    Raises:
+        ValueError: a row's true name is not among its known names.
+    """
+    values = []
+    for row in rows:
+        response, names = squeeze(row["response"]), row["names"]
+        answer = extract_answer(response, "first") or ""
+        named, genus = names_in(answer, names), genera.get(normal_form(row["ground_truth"]))
+        same_genus = [genera.get(normal_form(name)) == genus for name in named]
+        is_kin = genus and (same_genus or [bool(names_in(answer, [genus]))]) == [True]
+        value = 1.0 if is_only_name(answer, row["ground_truth"], names) else 0.5 * bool(is_kin)
+        values.append(value * _ends_with_one_answer(response))
+    return values
+
+
+SPECIFICITY = {
+    "more specific": 4,
+    "specific": 4,
+    "less specific": 3,
+    "generic": 2,
+    "abstain": 1,
+    "wrong": 0,
+}
+"""What a verifier may say of an answer beside the true name (SpeciaRL, arXiv 2603.03197), and how
+good each is."""
+
+
+def best_of_rollouts(categories: Sequence[str | None]) -> list[float]:
+    """SpeciaRL's reward: 1 for the answers of a group that are as specific as its best one.
+
+    Args:
+        categories: a verifier's of each response, of SPECIFICITY; None: it has no answer.
+
+    Returns:
+        1.0 where no other response of the group has a better category, and it is not `wrong`; else
+        0.0.
+    """
+    found = [-1 if category is None else SPECIFICITY[category] for category in categories]
+    best = max(1, *found)
+    return [float(rank == best) for rank in found]
+
+
 def _check_truth(truth: str) -> None:
     if not truth.strip():
         raise ValueError(f"the true name must not be empty, got {truth!r}")

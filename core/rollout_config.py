@@ -23,6 +23,15 @@ from tercet.core.option_types import (
     Word,
 )
 
+LARGE_MODEL = 10**9
+"""Parameters: the smallest published model of a family has twice as many."""
+LONG_RESPONSE, SHORT_RESPONSE = 2048, 256
+"""Most tokens of a response, for large models (as in the published runs) and for others."""
+MOST_GROUPS = 384
+"""Groups of a step in the published 3B run."""
+LEAST_STEPS = 20
+"""Optimiser steps below which a run changes little at the usual learning rates."""
+
 
 @dataclass
 class RolloutConfig:
@@ -75,14 +84,18 @@ class RolloutConfig:
     """Sample from this many most likely tokens; 0: from all."""
     max_prompt_tokens: PositiveInt = 4096
     """A longer prompt is an error; prompts are never cut."""
-    max_response_tokens: PositiveInt = 2048
-    """A longer response is cut off."""
-    groups_per_step: PerStep = 384
-    """Groups (prompts) that a rollout step keeps for training."""
-    dispatch: Literal["auto", "batch", "stream"] = "auto"
+    max_response_tokens: PositiveInt | Literal["auto"] = "auto"
+    """A longer response is cut off. auto: 2,048, or 256 for a model of under a billion
+    parameters."""
+    groups_per_step: PerStep | Literal["auto"] = "auto"
+    """Groups (prompts) that a rollout step keeps for training. auto: at most 384, and so few that
+    all epochs together are at least 20 steps; chosen at the start of a run."""
+    dispatch: Literal["auto", "batch", "stream", "ordered"] = "auto"
     """batch: each batch of prompts is finished before the next; every run gets the same groups.
     stream: enough prompts are always in flight, and the rest is aborted once the step is full;
-    nothing waits for the slowest response. auto: stream with SGLang, batch in this process."""
+    nothing waits for the slowest response, and short ones are favoured. ordered: the same, but
+    groups count in the order in which they were asked for, so that none is. auto: ordered with
+    SGLang, batch in this process."""
     prompts_per_batch: PerStep | None = None
     """Prompts of a batch; None: `groups_per_step`."""
     dynamic_sampling: bool = True
@@ -109,8 +122,8 @@ class RolloutConfig:
     """Part of a weighted reward that says whether an answer is correct; None: accuracy,
     accuracy_strict, classification or direct_answer, whichever is there first."""
     judge_url: Url | None = None
-    """Address, ending in /v1, of the chat endpoint that the part judge_reasoning asks. Its key is
-    read from the variable TERCET_JUDGE_API_KEY."""
+    """Address, ending in /v1, of the chat endpoint that judge_reasoning and best_of_rollouts ask.
+    Its key is read from the variable TERCET_JUDGE_API_KEY."""
     judge_model: Word | None = None
     """Name of the model that it serves."""
     judge_cache: PathText | None = None
@@ -137,5 +150,29 @@ class RolloutConfig:
             )
 
     @property
+    def longest_response(self) -> int:
+        """Most tokens of a response, for any model."""
+        tokens = self.max_response_tokens
+        return LONG_RESPONSE if tokens == "auto" else tokens
+
+    def settle(self, parameters: int, groups: int | None) -> None:
+        """Put numbers in the place of every `auto`.
+
+        Args:
+            parameters: of the model.
+            groups: that all epochs have together; None: not known.
+        """
+        if self.max_response_tokens == "auto":
+            is_large = parameters >= LARGE_MODEL
+            self.max_response_tokens = LONG_RESPONSE if is_large else SHORT_RESPONSE
+        if self.groups_per_step == "auto":
+            few = MOST_GROUPS if groups is None else groups // LEAST_STEPS
+            self.groups_per_step = min(MOST_GROUPS, max(1, few))
+
+    @property
+    def ordered(self) -> bool:
+        return self.dispatch == "ordered" or (self.dispatch == "auto" and self.engine == "sglang")
+
+    @property
     def streaming(self) -> bool:
-        return self.dispatch == "stream" or (self.dispatch == "auto" and self.engine == "sglang")
+        return self.ordered or self.dispatch == "stream"

@@ -60,6 +60,9 @@ class TripletsConfig:
     """File for the released columns; None: it is not written."""
     sheet: FewOrNone = 24
     """Most triplets on the contact sheet, triplets.png; 0: it is not drawn."""
+    by_layer: bool = False
+    """With data.genus: say for every layer of the embedder how often the nearest sub-category is of
+    the same genus. It embeds the anchors again."""
 
 
 @dataclass
@@ -278,6 +281,8 @@ class PlanConfig:
     """GPUs that train."""
     gpu: Word = "A6000"
     """Their type, a name of train/fit/roofline.py: H100 for instance."""
+    anchors: PositiveInt | None = None
+    """Anchors of the data, from which `rollout.groups_per_step auto` follows; None: many."""
     prompt_tokens: PositiveInt = 316
     """Mean, the photo included."""
     photo_tokens: PositiveInt = 256
@@ -300,5 +305,7 @@ class SeedsConfig:
     """End after so long; what is not done is done by the same command later. Needs workers."""
     names: Literal["spelled", "opaque"] = "spelled"
     """Whether a sub-category's name spells its attributes."""
+    architecture: Word | None = None
+    """Family of the policy, a file of core/families; None: the first of them."""
     out: PathText = "runs/demo_seeds"
     """Folder that gets a folder for each seed."""

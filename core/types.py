@@ -237,7 +237,7 @@ class MicroBatch:
     response_index: Tensor | None = None
     """[R] int64: the response that each row belongs to, only with `ratio_of: sequence`."""
     is_weights: Tensor | None = None
-    """[R] float32 weights of the policy term, only with `is_cap`."""
+    """[R] float32 weights of the policy term, where any is not 1."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from tercet.core.reward_calls import Results, RewardError, Rows
 from tercet.core.reward_process import RewardProcess
@@ -31,11 +32,12 @@ class WeightedReward:
     any weight is left, `overall` is 0 for the whole group: its advantages are 0.
 
     Args:
-        weights: by part: a name of PARTS or of `more`, or `module:function`, whose `overall`
+        weights: by part: a name of `known` or of `more`, or `module:function`, whose `overall`
             counts.
         correct: the part that says whether an answer is correct (> 0.5); None: the first of CORRECT
             that is there.
         timeout_s: longest that a `module:function` may take for a group.
+        known: parts by name that have a value for every group.
         more: further parts by name, plain or coroutine functions; they raise PartFailed where they
             have no value for a group.
 
@@ -50,13 +52,13 @@ class WeightedReward:
         *,
         correct: str | None = None,
         timeout_s: float = 900.0,
-        more: Mapping[str, Callable] | None = None,
+        known: Mapping[str, Callable] = PARTS,
+        more: Mapping[str, Callable] = MappingProxyType({}),
     ):
-        more = more or {}
-        check_weights(weights, correct, {*PARTS, *more})
+        check_weights(weights, correct, {*known, *more})
         self._weights, self._timeout_s, self._may_fail = dict(weights), timeout_s, set(more)
         self._correct = correct or next((part for part in CORRECT if part in weights), None)
-        known = {**PARTS, **more}
+        known = {**known, **more}
         self._parts: dict[str, Callable | RewardProcess] = {}
         try:
             for part in weights:

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from hashlib import blake2b
 
 from tercet.core.data.vision import data_uri
+from tercet.core.prompts import extract_answer
+from tercet.core.rewards import SPECIFICITY, best_of_rollouts
 from tercet.core.weighted_reward import PartFailed
 from tercet.rollout.chat import ANSWERED, Answer, ChatClient, content_of
 from tercet.rollout.server import ServerError
@@ -22,6 +24,7 @@ GROWTH = 8
 RESPONSE_CHARS = 100_000
 """Longer responses are cut before they are judged."""
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_CATEGORY = re.compile("|".join(SPECIFICITY))  # `specific` stands behind `more specific`
 _OF = re.compile(r"\s*(?:/|out of)\s*")
 
 
@@ -178,16 +181,53 @@ def judged_part(judge: Judge, template: str) -> Callable[[list[dict]], Awaitable
     """
 
     async def part(rows: list[dict]) -> list[float]:
-        asked = [_score(judge, template, row, 0.0, 100.0) for row in rows]
-        scores = await asyncio.gather(*asked, return_exceptions=True)
-        for score in scores:
-            if isinstance(score, BaseException) and not isinstance(score, ServerError):
-                raise score
-            if score is None or isinstance(score, ServerError):
-                raise PartFailed(f"the judge gave no score: {score}")
-        return scores
+        return await _all_of([_score(judge, template, row, 0.0, 100.0) for row in rows])
 
     return part
+
+
+def verified_part(judge: Judge, template: str) -> Callable[[list[dict]], Awaitable[list[float]]]:
+    """A part of a weighted reward: which answers of a group are as specific as its best one.
+
+    Args:
+        judge: says how specific an answer is (see core.rewards.SPECIFICITY).
+        template: question with placeholders {ground_truth} and {answer}.
+
+    Returns:
+        A coroutine function from a group's rows to 0 or 1 each (see `best_of_rollouts`). It raises
+        PartFailed where the judge gives no answer, or none that can be read in two attempts.
+    """
+
+    async def part(rows: list[dict]) -> list[float]:
+        answers = [extract_answer(row["response"], "first") or None for row in rows]
+        pairs = [(row["ground_truth"], a) for row, a in zip(rows, answers, strict=True)]
+        distinct = [pair for pair in dict.fromkeys(pairs) if pair[1]]
+        found = await _all_of([_category(judge, template, *pair) for pair in distinct])
+        categories = dict(zip(distinct, found, strict=True))
+        return best_of_rollouts([categories.get(pair) for pair in pairs])
+
+    return part
+
+
+async def _all_of(asked: Sequence[Awaitable]) -> list:
+    """What a judge says to several questions; PartFailed where it says nothing to one of them."""
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    for value in found:
+        if isinstance(value, BaseException) and not isinstance(value, ServerError):
+            raise value
+        if value is None or isinstance(value, ServerError):
+            raise PartFailed(f"the judge gave no answer that can be read: {value}")
+    return found
+
+
+async def _category(judge: Judge, template: str, truth: str, answer: str) -> str | None:
+    """How specific a judge finds an answer; None where it does not say in two attempts."""
+    question = template.format(ground_truth=truth, answer=answer[:RESPONSE_CHARS])
+    for again in ("", f"\n{', '.join(SPECIFICITY)}: say one of these."):
+        said = (await judge.ask(question + again)).rpartition("</think>")[2].lower()
+        if "<think>" not in said and (found := _CATEGORY.findall(said)):
+            return found[-1]
+    return None
 
 
 async def _score(judge: Judge, template: str, row: dict, low: float, high: float) -> float | None:

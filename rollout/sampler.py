@@ -11,6 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +28,7 @@ from tercet.rollout.engine import Engine, Sampling, together
 from tercet.rollout.step_groups import StepGroups
 from tercet.rollout.training_prompts import Nearest, TrainingPrompts
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, StepGroups], None]
 OVERSAMPLE = 1.25
 """With streaming: groups in flight, as a multiple of the groups expected to fill the step."""
 REWARDS_AT_ONCE = 32
@@ -38,11 +39,20 @@ class NotEnoughGroups(ValueError):
     """Too few groups passed within `max_rounds`, and `on_exhausted` is `error`."""
 
 
-async def _beat(progress: Progress) -> None:
-    """Call progress(0) every second, for ever."""
+async def _beat(progress: Progress, result: StepGroups) -> None:
+    """Call progress(0, result) every second, for ever."""
     while True:
         await asyncio.sleep(1.0)
-        progress(0)
+        progress(0, result)
+
+
+async def _finished(running: Iterable[asyncio.Task], ordered: bool) -> list[asyncio.Task]:
+    """Wait for another task; then those that are done, of `ordered` ones up to the first that is
+    not."""
+    if unfinished := [task for task in running if not task.done()]:
+        await asyncio.wait(unfinished, return_when=asyncio.FIRST_COMPLETED)
+    done = asyncio.Task.done
+    return list(takewhile(done, running) if ordered else filter(done, running))
 
 
 class GroupSampler:
@@ -104,13 +114,14 @@ class GroupSampler:
 
     def state(self) -> dict:
         """What a checkpoint needs to go on from here, beside the stream's state."""
-        return {"carried": self.carried, "sent": self._sent}
+        groups = {"groups_per_step": self._config.groups_per_step}
+        return {"carried": self.carried, "sent": self._sent} | groups
 
     def restore(self, state: dict) -> None:
         """Go on from where `state` was taken; earlier versions stored no `sent`."""
         self.carried, self._sent = state["carried"], tuple(state.get("sent", (0, 0)))
 
-    async def collect(self, step: int, progress: Progress = lambda responses: None) -> StepGroups:
+    async def collect(self, step: int, progress: Progress = lambda *_: None) -> StepGroups:
         """Sample until the step has its groups or `max_rounds` are used up.
 
         After any exception the stream and the carried groups are as they were before the call. A
@@ -119,8 +130,8 @@ class GroupSampler:
 
         Args:
             step: rollout step; part of every sample's seed.
-            progress: called with the number of responses that just came in, and with 0 every
-                second in between; an exception it raises ends the step.
+            progress: called with the number of responses that just came in, 0 every second in
+                between, and what the step has so far; an exception it raises ends the step.
 
         Raises:
             NotEnoughGroups: too few groups passed and `on_exhausted` is `error`.
@@ -143,11 +154,11 @@ class GroupSampler:
         redrawn = Counter(getattr(self._engine, "redrawn", {}))
         self._rewarding = asyncio.Semaphore(REWARDS_AT_ONCE)  # of this call's event loop
         self.carried = []
-        passing = {group.id for group in result.groups}
+        result.passing = {group.id for group in result.groups}
         fill = self._stream_in if config.streaming else self._rounds
         async with together() as tasks:
-            beat = tasks.create_task(_beat(progress))
-            await fill(step, limit, result, passing, progress)
+            beat = tasks.create_task(_beat(progress, result))
+            await fill(step, limit, result, progress)
             beat.cancel()
         if len(result.groups) < wanted and config.on_exhausted == "error":
             raise NotEnoughGroups(
@@ -161,11 +172,11 @@ class GroupSampler:
         if config.surplus == "carry":
             self.carried = result.groups[wanted:]
         result.groups = result.groups[:wanted]
-        result.filled_up = sum(group.id not in passing for group in result.groups)
+        result.filled_up = sum(group.id not in result.passing for group in result.groups)
         return result
 
     async def _rounds(
-        self, step: int, limit: float, result: StepGroups, passing: set[str], progress: Progress
+        self, step: int, limit: float, result: StepGroups, progress: Progress
     ) -> None:
         """Sample one batch after the other; every run gives the same groups."""
         config = self._config
@@ -175,7 +186,7 @@ class GroupSampler:
             batch = [self._next_group(step, result) for _ in range(size)]
             passes = await self._sample(batch, step, result, progress)
             chosen = {group.id for group in batch if passes[group.id]}
-            passing |= chosen
+            result.passing |= chosen
             spent = result.prompts_sent >= limit
             if config.on_exhausted == "keep_last_round" and (spent or not chosen):
                 missing = max(0, wanted - len(result.groups) - len(chosen))
@@ -184,16 +195,18 @@ class GroupSampler:
             result.groups += [group for group in batch if group.id in chosen]
 
     async def _stream_in(
-        self, step: int, limit: float, result: StepGroups, passing: set[str], progress: Progress
+        self, step: int, limit: float, result: StepGroups, progress: Progress
     ) -> None:
-        """Keep enough groups in flight, and count each one as soon as it has its rewards.
+        """Keep enough groups in flight, and count each one as soon as it has its rewards; with
+        `ordered` as soon as all that were asked for before it have theirs too.
 
-        When the step is full, the groups still in flight are aborted and their triplets go back to
-        the stream. Without a limit `keep_last_round` keeps a round's worth of groups of which none
-        passed, as batches do: the step would never end.
+        When the step is full, the groups that were not counted are aborted and their triplets go
+        back to the stream, finished or not with `ordered`: which groups a step gets does not depend
+        on how long they take. Without a limit `keep_last_round` keeps a round's worth of groups of
+        which none passed, as batches do: the step would never end.
         """
         config, wanted = self._config, self._config.groups_per_step
-        keeps = config.on_exhausted == "keep_last_round"
+        ordered, keeps = config.ordered, config.on_exhausted == "keep_last_round"
         endless, round_size = keeps and math.isinf(limit), config.prompts_per_batch or wanted
         running: dict[asyncio.Task[dict[str, bool]], Group] = {}
         failed: list[Group] = []
@@ -204,7 +217,7 @@ class GroupSampler:
             passes = task.result()[group.id]
             self._passed, self._tried = self._passed + passes, self._tried + 1
             if passes:
-                passing.add(group.id)
+                result.passing.add(group.id)
                 failed[:] = [] if endless else failed
             (result.groups if passes else failed).append(group)
 
@@ -216,15 +229,15 @@ class GroupSampler:
                     running[task] = group
                 if not running:
                     break
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in [task for task in running if task in done]:
-                    count(task)
+                for task in await _finished(running, ordered):
+                    if not ordered or len(result.groups) < wanted:
+                        count(task)
                 if endless and len(failed) >= round_size:
                     result.groups += failed[: max(0, wanted - len(result.groups))]
                     failed.clear()
             for task in running:
                 task.cancel()
-        for task in [task for task in running if not task.cancelled()]:
+        for task in [task for task in running if not (ordered or task.cancelled())]:
             count(task)  # it had finished before it could be cancelled
         self._stream.put_back([group.triplet for group in running.values()])
         if keeps and missing > 0:
@@ -266,10 +279,11 @@ class GroupSampler:
             async for completion in self._engine.generate(requests, self._sampling):
                 group_id = completion.request_id.rpartition(".")[0]
                 done[group_id].append(completion)
-                progress(1)
+                progress(1, result)
                 if len(done[group_id]) == self._group_size:
                     self._fill(by_id[group_id], done[group_id])
-                    rewarding[group_id] = tasks.create_task(self._reward_group(by_id[group_id]))
+                    rewarded = self._reward_group(by_id[group_id], result)
+                    rewarding[group_id] = tasks.create_task(rewarded)
             sampled = time.perf_counter()
             await asyncio.gather(*rewarding.values())
             if not self._config.streaming:
@@ -277,9 +291,8 @@ class GroupSampler:
         if missing := [group_id for group_id in by_id if group_id not in rewarding]:
             raise RuntimeError(f"step {step}: the engine did not finish group(s) {missing}")
         passes = {group_id: task.result() for group_id, task in rewarding.items()}
-        result.groups_done += len(groups)
-        result.groups_kept += sum(passes.values())
-        result.sampled += [response for group in groups for response in group.responses]
+        result.rewarded += groups
+        progress(0, result)
         return passes
 
     def check_prompts(self, anchors: Iterable[Anchor]) -> None:
@@ -323,8 +336,8 @@ class GroupSampler:
                 )
             )
 
-    async def _reward_group(self, group: Group) -> bool:
-        """Reward a complete group; returns whether it passes the filter."""
+    async def _reward_group(self, group: Group, result: StepGroups) -> bool:
+        """Reward a complete group; returns whether it passes the filter, and counts it."""
         triplet, config = group.triplet, self._config
         images = {"anchor": triplet.anchor, "positive": triplet.positive}
         rows = [
@@ -351,4 +364,7 @@ class GroupSampler:
             penalised = config.cut_off == "penalise" and response.finish_reason == "length"
             response.reward = outcome["overall"] - penalised * config.cut_off_penalty
             response.metrics = {k: v for k, v in outcome.items() if k != "overall"}
-        return keep_group(outcomes) or not config.dynamic_sampling
+        passes = keep_group(outcomes) or not config.dynamic_sampling
+        result.groups_done += 1
+        result.groups_kept += passes
+        return passes

@@ -29,14 +29,26 @@ class StepGroups:
     streaming, where nothing waits for rewards."""
     redrawn: Counter[str] | None = None
     """Responses that were drawn again, by the reason; None: the engine does not tell."""
-    sampled: list[Response] = field(default_factory=list)
-    """Every response that was sampled, whether its group passed or not, so that mean reward and
-    accuracy are not those of the passing groups alone."""
+    rewarded: list[Group] = field(default_factory=list)
+    """Every group that was sampled for the step, whether it passed or not."""
+    passing: set[str] = field(default_factory=set)
+    """Ids of those that passed, carried ones included."""
+
+    @property
+    def sampled(self) -> list[Response]:
+        """Every response that was sampled, whether its group passed or not, so that mean reward and
+        accuracy are not those of the passing groups alone."""
+        return [response for group in self.rewarded for response in group.responses]
 
     @property
     def acceptance(self) -> float:
         """Share of the sampled groups that passed."""
         return self.groups_kept / max(1, self.groups_done)
+
+    @property
+    def kept(self) -> str:
+        """How many of the groups that were sampled for this step passed, in words."""
+        return f"{self.groups_kept} of {self.groups_done} groups kept"
 
     @property
     def tokens(self) -> int:
@@ -57,6 +69,9 @@ class StepGroups:
             "filled_up": float(self.filled_up),
             "tokens_per_s": self.tokens / seconds,
         }
+        kept = [len(r.token_ids) for group in self.groups for r in group.responses]
+        if kept:
+            figures["kept_length"] = sum(kept) / len(kept)
         if self.redrawn is not None:
             figures["redrawn"] = self.redrawn.total() / len(sampled)
         for name in sorted({name for r in sampled for name in r.metrics}):

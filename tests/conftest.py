@@ -23,6 +23,14 @@ def threads():
     torch.set_num_threads(1)  # two spin against each other on a busy machine
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_embeddings(tmp_path_factory):
+    """Nothing is found that another test run has embedded, nor left for the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TERCET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=FAMILIES)
 def parts(request) -> PolicyParts:
     return tiny(request.param)

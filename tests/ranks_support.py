@@ -35,7 +35,7 @@ OPTIONS = """--data.path=photos --model.path=policy --data.shots=3 --data.sft_sh
 
 
 def make_workspace(root: Path) -> None:
-    """Write noise photos, a tiny policy and a reward into a folder."""
+    """Write noise photos, tiny policies of two families and a reward into a folder."""
     rng = np.random.default_rng(0)
     for name in ("red_bird", "blue_bird", "grey_bird"):
         (root / "photos" / "bird" / name).mkdir(parents=True)
@@ -43,6 +43,7 @@ def make_workspace(root: Path) -> None:
             pixels = rng.integers(0, 255, (*rng.integers(60, 140, 2), 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "photos" / "bird" / name / f"{n}.png")
     tiny(hidden_size=64, layers=2, vision_layers=1).save(root / "policy")
+    tiny("qwen3_vl", hidden_size=64, layers=2, vision_layers=1).save(root / "qwen3_vl")
     (root / "lengths.py").write_text(LENGTH)
     (root / "hooks").mkdir()
     (root / "hooks" / "sitecustomize.py").write_text(HOOK)

@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
         ("kl_log_clamp", math.nan, "positive, or None for off"),
         ("kl_clamp", -1.0, "positive, or None for off"),
         ("is_cap", 0.0, "positive, or None for off"),
+        ("carried_cap", -1.0, "positive, or None for off"),
         ("kl_coef", math.nan, "finite"),
         ("entropy_coef", math.inf, "finite"),
         ("neg_entropy_coef", -math.inf, "finite"),
@@ -218,6 +219,7 @@ def test_the_loss_options_are_named_in_three_files_only():
     """Everything between the command line and the kernels hands them on as one object; presets only
     give them values."""
     read_by_the_trainer = {"update_on", "neg_at", "is_cap", "mean_over", "mean_over_size"}
+    read_by_the_trainer |= {"carried_cap"}
     read_by_the_trainer |= {"ratio_of", "advantage_std"}
     at_both_ends = {"neg_grad"}  # also decides which forward passes keep what gradients need
     names = {field.name for field in fields(LossConfig)} - read_by_the_trainer - at_both_ends

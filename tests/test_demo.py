@@ -29,9 +29,9 @@ from tercet.train.demo.arms import (
     Row,
 )
 from tercet.train.demo.progress import Progress
-from tercet.train.demo.scores import ACCURACIES, GREYS, Scores, wilson, write_greys
+from tercet.train.demo.scores import ACCURACIES, GREYS, Scores, write_greys
 from tercet.train.demo.stages import VERSION, Seed, claim
-from tercet.train.evaluation.answers import Answer
+from tercet.train.evaluation.held_out import Result
 
 
 def test_permuted_rewards_keep_what_a_group_earns_and_lose_who_earned_it():
@@ -65,22 +65,12 @@ def row(seed: int, arm: str, seen: str, unseen: str = "01", equal: str = "respon
     return Row(seed, arm, equal, 60, 80.0, made(seen, unseen))
 
 
-@pytest.mark.parametrize(("hits", "questions"), [(0, 10), (3, 10), (300, 600), (400, 400)])
-def test_wilson_bounds_lie_1_96_standard_errors_from_the_share(hits, questions):
-    share = hits / questions
-    for bound in wilson(hits, questions):
-        p = bound / 100
-        assert abs(share - p) == pytest.approx(1.96 * np.sqrt(p * (1 - p) / questions), abs=1e-9)
-    low, high = wilson(hits, questions)
-    assert low <= 100 * share + 1e-9 and 100 * share <= high + 1e-9
-
-
 def test_attribute_shares_are_those_of_the_one_name_in_the_answer():
     known = ("azure dusky skipper", "azure misty skipper", "amber dusky skipper")
 
-    def answer(output: str) -> Answer:
+    def answer(output: str) -> Result:
         question = EvalQuestion("x.png", "?", known, known[0], "butterfly", "seen")
-        return Answer(question, output, {})
+        return Result(question, output, {})
 
     said = [
         f"<think>.</think><answer>{known[0]}</answer>",
@@ -199,6 +189,7 @@ def test_a_folder_of_other_options_is_refused(tmp_path):
     for other, more, said in (
         (Seed(tmp_path, 1, "spelled"), [], "run.seed 0 -> 1"),
         (Seed(tmp_path, 0, "opaque"), [], "names spelled -> opaque"),
+        (Seed(tmp_path, 0, "spelled", "qwen3_vl"), [], "architecture qwen2_5_vl -> qwen3_vl"),
         (seed, ["--loss.kl_coef=0.5"], "loss.kl_coef [0-9.]+ -> 0.5"),
     ):
         with pytest.raises(ValueError, match=f"holds the demo with other options .{said}.: give"):
@@ -235,6 +226,7 @@ def test_a_folder_of_another_version_is_moved_aside(tmp_path, capsys, then):
         (["--seeds"], "seeds"),
         (["--out", "x"], "out is for several seeds"),
         (["--names", "latin"], "names.*latin"),
+        (["--architecture", "llama"], "architecture must be one of qwen2_5_vl, .*, got 'llama'"),
         (["--data.path", "x"], "data.path cannot be given"),
     ],
 )
@@ -302,6 +294,20 @@ def test_a_killed_run_of_all_arms_goes_on_where_it_was(small, tmp_path, monkeypa
     commands.main(argv)
     table = (tmp_path / "out" / "table.md").read_text()
     assert table.strip() in before and table.strip() in capsys.readouterr().out
+
+
+def test_the_demo_of_another_family(small, tmp_path, capsys):
+    """Base stage, stage 1, triplets, TAPO and scores of a tiny Qwen3-VL."""
+    out = tmp_path / "out"
+    commands.main(["--architecture=qwen3_vl", f"--run.out={out}", *small])
+    rows = arms.read_rows(out / LEDGER)
+    assert [r.arm for r in rows] == [START, TAPO]
+    (trained,) = (out / "tapo" / "checkpoints").glob("step_*")
+    for folder in (out / "random", trained):
+        assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3_vl"
+    side = json.loads((trained / "preprocessor_config.json").read_text())["size"]["longest_edge"]
+    assert side == 32**2  # pictures of 28 pixels: one token
+    assert (out / "table.md").read_text().strip() in capsys.readouterr().out
 
 
 def test_every_arm_is_trained_from_the_same_start(small, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from tercet.core.data.eval_files import DATASETS
 from tercet.core.types import EvalQuestion
 from tercet.train.evaluation.answer_file import Answer
 from tercet.train.evaluation.confusion import NONE, OTHER, SEVERAL, confusion
-from tercet.train.evaluation.intervals import bootstrap, of_average, standard_error, wilson
+from tercet.train.evaluation.intervals import Z, bootstrap, of_average, standard_error, wilson
 from tercet.train.evaluation.scoring import Scored
 from tercet.train.evaluation.tables import (
     markdown,
@@ -36,6 +36,15 @@ def test_wilson_against_published_values():
         (1, 29, 0.0061, 0.1718),
     ):
         assert wilson(right / n, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (300, 600), (400, 400)])
+def test_wilson_bounds_lie_as_many_standard_errors_from_the_share(hits, n):
+    share = hits / n
+    low, high = wilson(share, n)
+    for bound in (low, high):
+        assert abs(share - bound) == pytest.approx(Z * np.sqrt(bound * (1 - bound) / n), abs=1e-9)
+    assert low <= share + 1e-9 and share <= high + 1e-9
 
 
 def test_bootstrap_is_near_the_normal_interval_and_repeatable():

@@ -133,7 +133,9 @@ def a_row(**changes):
 
 def test_samples_show_what_was_said(tmp_path, drawn):
     name = "a parakeet auklet whose name is far too long for its photo"
-    figures.draw_samples([a_row(), a_row(truth=name, responses=[])], tmp_path / "samples.png")
+    unjudged = [response | {"correct": None} for response in a_row()["responses"][1:2] * 4]
+    rows = [a_row(), a_row(truth=name, responses=[]), a_row(question="What?", responses=unjudged)]
+    figures.draw_samples(rows, tmp_path / "samples.png")
     assert Image.open(tmp_path / "samples.png").mode == "RGBA"
     texts = [text.get_text() for text in drawn[0].texts]
     colours = {text.get_text(): text.get_color() for text in drawn[0].texts}
@@ -141,6 +143,8 @@ def test_samples_show_what_was_said(tmp_path, drawn):
     assert f"A  {name}" in texts and texts.count("a parakeet auklet whose…") == 2
     assert colours["✔  on the anchor photo: reward 1.00, advantage -0.50"] == "#1a7f37"
     assert colours["✘  on the anchor photo: reward 0.10, advantage -0.50"] == "#c62828"
+    assert colours["○  on the anchor photo: reward 0.10, advantage -0.50"] == "#333333"
+    assert "   … 4 responses on the anchor photo" in texts
     assert "   <answer> crested auklet </answer>" in texts
     (end,) = [text for text in texts if text.endswith("<answer>least auklet</answer>")]
     start = texts.index(next(text for text in texts if text.startswith("   <think>a pale")))
@@ -148,7 +152,7 @@ def test_samples_show_what_was_said(tmp_path, drawn):
     assert texts.count("   (empty)") == figures.PER_ROLE
     assert "   … 5 responses on the positive photo, 2 of them correct" in texts
     assert max(map(len, texts)) <= figures.TEXT_COLUMNS
-    assert len([axis for axis in drawn[0].axes if axis.images]) == 6
+    assert len([axis for axis in drawn[0].axes if axis.images]) == 9
     assert_no_text_overlaps(drawn[0])
     width, height = drawn[0].get_size_inches() * drawn[0].dpi
     renderer = drawn[0].canvas.get_renderer()

@@ -15,8 +15,7 @@ from tercet.core.data.vision import PromptEncoder
 from tercet.core.models import load_policy
 from tercet.rollout.local import LocalEngine
 from tercet.train.evaluation import held_out
-from tercet.train.evaluation.answers import ask, table
-from tercet.train.evaluation.held_out import draw
+from tercet.train.evaluation.held_out import ask, draw, table
 from tercet.train.learner.best import BestSoFar
 from tercet.train.learner.command_line import parse
 from tercet.train.learner.interrupt import Interrupted

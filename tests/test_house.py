@@ -19,6 +19,7 @@ ROOMS = (
     "train/demo",
     "train",
     "train/cot",
+    "train/page",
     "train/evaluation",
     "train/fit",
     "train/learner",
@@ -31,7 +32,7 @@ ROOMS = (
 """From the top down: a room imports from itself and from those below it."""
 FILES = sorted(file for room in ROOMS for file in (ROOT / room).glob("*.py"))
 COMMANDS = ("tapo", "sft", "plan", "make_triplets", "eval_fgvr", "predict", "analyse")
-COMMANDS += ("prepare", "make_cot")
+COMMANDS += ("prepare", "make_cot", "report")
 TRAINER = {f"tercet.train.learner.{name}" for name in ("policy", "ranks", "optim", "checkpoint")}
 
 
@@ -154,7 +155,7 @@ def test_help_does_not_wait_for_torch(command, seconds_of_torch):
         "    print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
     )
     printed, seconds = cpu_seconds(code)
-    assert ("--model.path" in printed or "--out OUT" in printed) and printed.endswith("[]\n")
+    assert ("--model.path" in printed or "--out PATH" in printed) and printed.endswith("[]\n")
     assert seconds < seconds_of_torch
 
 

@@ -13,12 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tercet.core.config import TapoConfig
 from tercet.core.data.vision import data_uri
-from tercet.core.rewards import call_reward
+from tercet.core.prompts import VERIFIER
+from tercet.core.rewards import best_of_rollouts, call_reward
 from tercet.core.rollout_config import RolloutConfig
 from tercet.core.weighted_reward import PartFailed
 from tercet.rollout import endpoint, rewarding
-from tercet.rollout.judge import Judge, judged, judged_part, read_number
+from tercet.rollout.judge import Judge, judged, judged_part, read_number, verified_part
 from tercet.rollout.server import ServerError, free_ports
 
 pytestmark = pytest.mark.core
@@ -355,7 +357,7 @@ def test_a_weighted_reward_goes_on_without_a_judge_that_fails(monkeypatch, photo
     reward = {"format": 0.2, "classification": 0.3, "judge_reasoning": 0.5}
     with serving(Endpoint(lambda body: "80")) as url:
         config = RolloutConfig(reward=reward, judge_url=url, judge_model="m")
-        function = rewarding.load_reward(config)
+        function = rewarding.load_reward(TapoConfig(rollout=config))
         found = asyncio.run(call_reward(function, rows))
     assert [f["overall"] for f in found] == pytest.approx([0.3 + 0.4, 0.4], abs=1e-15)
     assert [(f["accuracy"], f["judge_reasoning"]) for f in found] == [(1, 0.8), (0, 0.8)]
@@ -371,6 +373,67 @@ def test_a_judge_that_is_not_there_is_named_at_the_start():
     url = f"http://127.0.0.1:{free_ports(1)[0]}/v1"
     options = {"reward": {"format": 1.0, "judge_reasoning": 1.0}}
     with pytest.raises(ValueError, match="judge_reasoning needs rollout.judge_url and rollout"):
-        rewarding.load_reward(RolloutConfig(**options))
+        rewarding.load_reward(TapoConfig(rollout=RolloutConfig(**options)))
     with pytest.raises(ValueError, match=f"rollout.judge_url: judge {url}: no answer in 0 s: Conn"):
-        rewarding.load_reward(RolloutConfig(**options, judge_url=url, judge_model="m"))
+        named = RolloutConfig(**options, judge_url=url, judge_model="m")
+        rewarding.load_reward(TapoConfig(rollout=named))
+
+
+@pytest.mark.parametrize(
+    ("categories", "values"),
+    [
+        (["generic", "wrong", "less specific", "less specific", None], [0, 0, 1, 1, 0]),
+        (["specific", "more specific", "less specific"], [1, 1, 0]),
+        (["abstain", "wrong", None], [1, 0, 0]),
+        (["wrong", "wrong", None], [0, 0, 0]),
+        (["generic", "generic"], [1, 1]),
+    ],
+)
+def test_the_best_answers_of_a_group_are_rewarded(categories, values):
+    assert best_of_rollouts(categories) == values
+
+
+def test_a_verifier_is_asked_once_about_an_answer_and_again_where_it_rambles():
+    said = {
+        "dog": "generic",
+        "spitz": "<think>generic?</think> Less specific.",
+        "cat": "It is not specific but wrong",
+        "samoyed": "hm",
+    }
+
+    def say(body) -> str:
+        question = body["messages"][0]["content"]
+        question = question if isinstance(question, str) else question[-1]["text"]
+        answer = question.partition("A model answered: ")[2].split("\n")[0]
+        assert "samoyed" in question.splitlines()[0]
+        return (
+            "specific" if answer == "samoyed" and "say one of these." in question else said[answer]
+        )
+
+    answers = ["dog", "spitz", "dog", "samoyed", "cat"]
+    rows = [{"ground_truth": "samoyed", "response": f"<answer>{a}</answer>"} for a in answers]
+    rows.append({"ground_truth": "samoyed", "response": "a samoyed"})
+    with serving(chat := Endpoint(say)) as url:
+        part = verified_part(Judge(url, "m"), VERIFIER)
+        assert asyncio.run(part(rows)) == [0, 0, 0, 1, 0, 0]
+        assert len(chat.bodies) == 5  # four answers, one of them twice
+        said["samoyed"] = "wrong"
+        assert asyncio.run(part([rows[0], rows[1], rows[4]])) == [0, 1, 0]
+        with pytest.raises(PartFailed, match="no answer that can be read"):
+            said["poodle"] = "<think>specific"
+            poodle = {"ground_truth": "samoyed", "response": "<answer>poodle</answer>"}
+            asyncio.run(part([rows[0], poodle]))
+
+
+def test_a_verifier_is_a_part_of_a_reward():
+    reward = {"format": 0.1, "best_of_rollouts": 0.9}
+    rows = [
+        {"ground_truth": "samoyed", "response": r, "group_id": 1}
+        for r in ("<think>a</think><answer>dog</answer>", "<answer>cat</answer>")
+    ]
+    with serving(Endpoint(lambda body: "generic" if "dog" in str(body) else "wrong")) as url:
+        config = RolloutConfig(reward=reward, judge_url=url, judge_model="m")
+        function = rewarding.load_reward(TapoConfig(rollout=config))
+        found = asyncio.run(call_reward(function, rows))
+    assert [f["overall"] for f in found] == pytest.approx([1.0, 0.0], abs=1e-15)
+    assert [f["best_of_rollouts_left_out"] for f in found] == [0.0, 0.0]

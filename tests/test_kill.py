@@ -32,7 +32,7 @@ KILLS = int(os.environ.get("TERCET_KILLS", "3"))
 STEPS = 6
 MARK = "TERCET_KILL_TEST"
 """An environment variable by which all processes of a run are found, also orphaned ones."""
-TIMED = ("seconds_", "tokens_per_s")
+TIMED = ("seconds_", "tokens_per_s", "peak_mem_gib")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from tercet.core.types import Group, Response, Triplet
 from tercet.kernels.reference import TERMS
 from tercet.train.learner.metrics import (
     METRICS,
+    MORE_PANELS,
     PANELS,
     is_reserved,
     phase_seconds,
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.core
 
 def test_every_metric_is_listed_once_and_described():
     names = [metric.name for metric in METRICS]
-    assert len(names) == len(set(names)) == 37
+    assert len(names) == len(set(names)) == 39
     assert all(metric.meaning and metric.meaning[-1] != "." for metric in METRICS)
     labels = [metric.label for metric in METRICS if metric.line]
     assert [label for label in labels if labels.count(label) > 1] == ["clip"] * 3
@@ -39,12 +40,12 @@ def test_what_the_loss_and_the_mismatch_report_is_listed():
 
 def test_what_the_table_shows_is_complete():
     for metric in METRICS:
-        assert (metric.line in (1, 2)) == bool(metric.label) == bool(metric.form), metric
-        assert (metric.panel in PANELS) == bool(metric.curve), metric
+        assert (metric.line in (1, 2, 3)) == bool(metric.label) == bool(metric.form), metric
+        assert (metric.panel in PANELS | MORE_PANELS) == bool(metric.curve), metric
         assert not metric.line or len(format(0.1234, metric.form)) == int(metric.form[0]), metric
-    assert {metric.panel for metric in METRICS if metric.panel} == {*PANELS}
+    assert {metric.panel for metric in METRICS if metric.panel} == {*PANELS, *MORE_PANELS}
     right = {metric.panel for metric in METRICS if metric.right}
-    assert right == {title for title, label in PANELS.items() if label}
+    assert right == {title for title, label in (PANELS | MORE_PANELS).items() if label}
 
 
 def test_tensorboard_groups_by_what_stands_before_the_slash():

@@ -279,6 +279,41 @@ def test_an_export_holds_the_adapter_its_base_and_what_merging_lost(tmp_path):
         load_policy(ModelConfig(path=str(folder / "adapter")))
 
 
+@pytest.mark.parametrize("parts_written", ["both", "adapter", "merged"])
+def test_the_adapter_on_its_base_gives_the_log_probs_of_the_merged_weights(tmp_path, parts_written):
+    """In float32, read back by PEFT and by transformers; each is written where it is asked for."""
+    tiny().save(tmp_path / "base")
+    parts = load_policy(
+        options := ModelConfig(lora_rank=4, lora_alpha=8, path=str(tmp_path / "base"))
+    )
+    ranks = Ranks(torch.device("cpu"), ParallelConfig())
+    policy = build_policy(parts, SftConfig(model=options), ranks)
+    learn(policy.model, 3e-2)
+    Export.take(policy, ranks, False, parts_written).save(parts, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert ("adapter" in names, "model.safetensors" in names) == (
+        parts_written != "merged",
+        parts_written != "adapter",
+    )
+    ids = torch.arange(9, 40)[None]
+    found = {}
+    with torch.no_grad():
+        found["trained"] = policy.model(ids).logits.log_softmax(-1)
+        if "adapter" in names:
+            base = load_policy(ModelConfig(path=str(tmp_path / "base"))).model
+            found["PEFT"] = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")(ids)
+        if "model.safetensors" in names:
+            found["merged"] = load_policy(ModelConfig(path=str(tmp_path / "out"))).model(ids)
+        else:
+            with pytest.raises(ValueError, match="is a LoRA adapter: give the folder of a whole"):
+                load_policy(ModelConfig(path=str(tmp_path / "out")))
+        started = tiny().model(ids).logits.log_softmax(-1)
+    assert not torch.allclose(found["trained"], started, atol=1e-2)
+    for name in found.keys() - {"trained"}:
+        logprobs = found[name].logits.log_softmax(-1)
+        torch.testing.assert_close(logprobs, found["trained"], rtol=0, atol=2e-5)
+
+
 def test_an_export_without_lora_is_the_policy_alone(tmp_path):
     policy = Policy(parts := tiny())
     Export.take(policy, Ranks(torch.device("cpu"), ParallelConfig()), copy=False).save(

@@ -108,3 +108,23 @@ def test_summary_counts_what_was_left_out(inputs, tmp_path):
     lines = summary(manifest).splitlines()
     assert lines[-3:] == ["left out: image 'q' is bad", "left out: image 'r' is bad", "2 left out"]
     assert Counter(line.split(":")[0] for line in lines[:2]) == {"bird": 1, "car": 1}
+
+
+def test_genera_are_told_for_every_layer(inputs, tmp_path, capsys):
+    """As a command that embeds by that layer tells them."""
+    table = tmp_path / "genera.csv"
+    table.write_text("sub_category,genus\na,X\nb,Y\nc,X\nx,Z\ny,Z\nz,Z\n")
+    photos, model = str(inputs / "photos"), ModelConfig(path=str(inputs / "policy"))
+    shared = {"path": photos, "genus": str(table), "seen_fraction": 1.0}
+    data = DataConfig(**shared)
+    make_triplets(data, model, str(tmp_path / "all"), by_layer=True)
+    lines = capsys.readouterr().out.splitlines()
+    for layer in (0, 1, 2, None):
+        named = "policy" if layer is None else f"policy, layer {layer}"
+        (line,) = {text for text in lines if text.endswith(f"(embedder {named})")}
+        one = DataConfig(**shared, embedder_layer=layer)
+        found = make_triplets(one, model, str(tmp_path / f"one{layer}"))
+        assert found.notes == [line] and " of 5 sub-categories" in line
+    assert lines.count(line) == 2  # in the summary as well
+    with pytest.raises(ValueError, match="by_layer needs data.genus"):
+        make_triplets(DataConfig(path=photos), model, str(tmp_path / "x"), by_layer=True)

@@ -118,6 +118,8 @@ def test_genus_keeps_to_the_nearest_of_the_same_genus(folder, tmp_path):
     assert f"of the same genus for {right} of 3 sub-categories ({right / 3:.0%})" in note
     told = prepare_manifest(config(folder, genus=str(table)), embed)
     assert told.notes == [note] and told.anchors == nearest.anchors
+    layer = prepare_manifest(config(folder, genus=str(table), embedder_layer=-1), embed)
+    assert layer.notes == [note.replace("embedder policy", "embedder policy, layer -1")]
 
 
 @pytest.mark.parametrize(

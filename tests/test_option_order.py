@@ -14,8 +14,7 @@ from test_rescore import line, rescore, write_lines
 from tercet.core.types import EvalQuestion
 from tercet.train.evaluation.answer_file import Answer
 from tercet.train.evaluation.option_bias import baseline_rows, by_place, meaning
-from tercet.train.evaluation.orders import orders_of, shown_in
-from tercet.train.evaluation.questions import Questions
+from tercet.train.evaluation.questions import Questions, orders_of, shown_in
 from tercet.train.evaluation.scoring import cell, score_all
 from tercet.train.evaluation.tables import AVERAGE
 

@@ -343,6 +343,31 @@ def test_importance_weights_of_micro_batch_rows(update_on):
     torch.testing.assert_close(batch.is_weights, torch.tensor([3.5, 3.5, positive]))
 
 
+def test_only_carried_groups_are_weighed_by_default():
+    """Those that older weights sampled: capped at 2; responses of this step's weights have 1."""
+    old, new = make_group([2, 1], positives=1), make_group([2, 1], positives=1)
+    for version, group in ((3, old), (4, new)):
+        for each in group.responses:
+            each.weight_version = version
+            each.rollout_logprobs = (-1.0,) * len(each.token_ids)
+            each.old_logprobs = torch.tensor([0.5, -1.25][: len(each.token_ids)])
+    pieces, loss = [whole(old), whole(new)], LossConfig(update_on="own")
+    batch = micro_batch(pieces, encode, loss, 6.0, version=4)
+    expected = [2.0, math.exp(-0.25), 2.0, 1.0, 1.0, 1.0]
+    torch.testing.assert_close(batch.is_weights, torch.tensor(expected))
+    anchor = micro_batch(pieces, encode, LossConfig(), 6.0, version=4)
+    torch.testing.assert_close(anchor.is_weights, torch.tensor([*expected[:2], 1, 1, 1, 1]))
+    assert micro_batch(pieces, encode, loss, 6.0, version=3).is_weights is None
+    for off in ({"carried_cap": None}, {"ratio_of": "sequence", "mean_over": "response"}):
+        loss = LossConfig(update_on="own", **off)
+        assert micro_batch(pieces, encode, loss, 6.0, version=4).is_weights is None
+    everything = micro_batch(
+        pieces, encode, LossConfig(update_on="own", is_cap=9.0), 6.0, version=4
+    )
+    each = [math.exp(1.5), math.exp(-0.25), math.exp(1.5)]
+    torch.testing.assert_close(everything.is_weights, torch.tensor(each * 2))
+
+
 def test_micro_batch_without_scores_or_negative():
     group, loss = make_group([2, 3]), LossConfig(kl_coef=0, neg_entropy_coef=0)
     batch = micro_batch([whole(group)], encode, loss, 5.0)

@@ -1,3 +1,4 @@
+import json
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -152,8 +153,11 @@ def test_the_clone_of_a_data_set_is_read_and_other_splits_are_not(tmp_path):
     data = tmp_path / "clone" / "data"
     data.mkdir(parents=True)
     (data.parent / "README.md").write_text("A data set.")
+    photos = dict.fromkeys(("images", "image_noisy", "image_aug"), {"_type": "Image"})
+    about = {"huggingface": json.dumps({"info": {"features": photos}})}  # as a hub has it
     for name in ("test-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"):
-        write(data / f"{name}.parquet", [row(CELLS["bytes"])])
+        table = pa.Table.from_pylist([row(CELLS["bytes"])]).replace_schema_metadata(about)
+        pq.write_table(table, data / f"{name}.parquet")
     manifest = prepare_manifest(DataConfig(path=str(data.parent)), refuse)
     assert [anchor.id for anchor in manifest.anchors] == [
         "train-00000-of-00002.parquet#0",

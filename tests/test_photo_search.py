@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tercet.core.types import EvalQuestion
-from tercet.train.evaluation.photo_search import find_photo, place_photos, unusable
+from tercet.train.evaluation.questions import find_photo, place_photos, unusable
 
 pytestmark = pytest.mark.core
 

@@ -11,16 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from support import tiny
+from test_lora import learn
 from test_policy import without_float32_islands
 from text_rank import micro_batches
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForImageTextToText
 
+from tercet.core.config import ModelConfig, ParallelConfig, TapoOptimConfig
 from tercet.core.data.vision import PromptEncoder
-from tercet.core.models import FAMILIES, family_of
+from tercet.core.models import FAMILIES, family_of, freeze
 from tercet.core.packing import plain_batch
 from tercet.core.prompts import chat_ids
 from tercet.core.types import EncodedPrompt, to_device
+from tercet.train.learner.lora import add_lora
+from tercet.train.learner.merged import Export
+from tercet.train.learner.optim import build_optimizer, optimizer_step
 from tercet.train.learner.policy import Policy
+from tercet.train.learner.ranks import Ranks
 
 pytestmark = pytest.mark.core
 ANSWERS = [(20, 21, 22, 23, 24), (), (30,), (40, 41, 42)]
@@ -88,6 +95,50 @@ def test_logprobs_and_gradients_are_those_of_sequences_one_by_one(
         assert (parameter.grad - other).norm() <= 1e-9 * other.norm() + 1e-13, name
         checked += 1
     assert checked == len(list(plain.parameters())) or chosen == (1,)
+
+
+EVERY_LAYER = r".*(language_model\.layers\.\d+\..*_proj|merger.*\.(mlp\.[02]|linear_fc[12]))"
+TRAINED = {
+    "additions": {"lora_rank": 3, "lora_targets": EVERY_LAYER},  # mergers of DeepStack among them
+    "mergers": {"freeze_vision": True},
+    "tower": {"freeze_merger": True},
+}
+
+
+@pytest.mark.parametrize("what", TRAINED)
+def test_a_part_is_trained_as_by_sequences_one_by_one(monkeypatch, parts, photos, tmp_path, what):
+    """Its gradients are equal, the rest stays to the bit, and the export is the same policy."""
+    config, model = ModelConfig(**TRAINED[what]), parts.model.double()
+    freeze(model, vision=config.freeze_vision, merger=config.freeze_merger)
+    if config.lora_rank:
+        add_lora(model, config)
+        learn(model, 0.05)
+    plain, start = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    without_float32_islands(monkeypatch, plain)
+    policy, prompts = Policy(parts), make_prompts(parts, photos)
+    batch = plain_batch([(prompt, ANSWERS) for prompt in prompts], 7.0)
+    policy(batch, "cross_entropy")[0].backward()
+    wanted = [plain_logprobs(plain, p, a) for p in prompts for a in ANSWERS if a]
+    (-torch.cat(wanted).sum() / 7).backward()
+    for name, parameter in model.named_parameters():
+        other = plain.get_parameter(name).grad
+        assert (parameter.grad is None) == (other is None) == (not parameter.requires_grad), name
+        if other is not None:
+            assert (parameter.grad - other).norm() <= 1e-9 * other.norm() + 1e-13, name
+    optimizer = build_optimizer(model.named_parameters(), TapoOptimConfig(lr=1e-2))
+    optimizer_step(optimizer, [p for p in model.parameters() if p.requires_grad], 1e-2, 1.0)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, start[name]) != parameter.requires_grad, name
+    ranks = Ranks(torch.device("cpu"), ParallelConfig())
+    Export.take(policy, ranks, copy=False).save(parts, tmp_path)
+    loaded, report = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, dtype=torch.float64, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    exported = torch.cat([plain_logprobs(loaded, p, a) for p in prompts for a in ANSWERS if a])
+    trained = policy(batch.update, "logprobs", labels=batch.labels)
+    assert (exported - trained).abs().max() <= 1e-9
+    assert (torch.cat(wanted) - trained).abs().max() > 1e-3
 
 
 class SquareTensors(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks_support import ONE_THREAD, launch, make_workspace
@@ -19,6 +21,7 @@ from support import LENGTH
 
 from tercet.core.config import ParallelConfig
 from tercet.train.learner.checkpoint import find_checkpoint
+from tercet.train.learner.group_files import read_groups, step_files
 from tercet.train.learner.interrupt import Interrupted
 from tercet.train.learner.ranks import Ranks, deal, picklable
 
@@ -46,7 +49,7 @@ def train(workspace: Path, out: str, ranks: int, *more: str) -> str:
 
 
 def figures(
-    workspace: Path, out: str, timed=("seconds_", "tokens_per_s", "mismatch_")
+    workspace: Path, out: str, timed=("seconds_", "tokens_per_s", "peak_mem_gib", "mismatch_")
 ) -> list[dict]:
     rows = [json.loads(line) for line in (workspace / out / "metrics.jsonl").open()]
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
@@ -56,16 +59,32 @@ def weights(workspace: Path, out: str, step: int) -> dict[str, torch.Tensor]:
     return load_file(workspace / out / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
 
 
-def assert_same(workspace: Path, one: str, other: str, steps: int) -> None:
+def assert_same(workspace: Path, one: str, other: str, steps: int, policy="policy") -> None:
     for row, twin in zip(figures(workspace, one), figures(workspace, other), strict=True):
         for name, value in row.items():
             assert value == pytest.approx(twin[name], rel=1e-4, abs=1e-6), name
-    first = load_file(workspace / "policy" / "model.safetensors")
+    first = load_file(workspace / policy / "model.safetensors")
     ours, theirs = weights(workspace, one, steps), weights(workspace, other, steps)
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         moved = (weight - first[name]).abs().max()
         assert (weight - theirs[name]).abs().max() <= 1e-3 * moved + 1e-7, name
+
+
+def assert_same_groups(workspace: Path, one: str, other: str) -> None:
+    """What rank 0 writes of the first step holds the log-probs that the others computed."""
+    ours, theirs = (
+        read_groups(step_files(workspace / out / "groups")[1])[0] for out in (one, other)
+    )
+    assert [line["id"] for line in ours] == [line["id"] for line in theirs] and len(ours) == 5
+    for line, twin in zip(ours, theirs, strict=True):
+        for found, expected in zip(line["responses"], twin["responses"], strict=True):
+            assert found["tokens"] == expected["tokens"]
+            for name in ("logprobs", "neg_logprobs"):
+                values, wanted = (
+                    np.frombuffer(base64.b64decode(r[name]), "<f2") for r in (found, expected)
+                )
+                assert np.abs(values - wanted).max() < 0.02 and len(values) == len(found["tokens"])
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +109,19 @@ def test_several_ranks_take_the_steps_of_one(workspace, alone, ranks, more):
     said = train(workspace, out, ranks, "--run.steps=2", *more)
     assert "whole copy of the policy" in said
     assert_same(workspace, out, alone, 2)
+    assert_same_groups(workspace, out, alone)
+
+
+def test_qwen3_vl_on_two_ranks_takes_the_step_of_one(workspace):
+    """DeepStack's features of the vision blocks pass between the parts that FSDP shards."""
+    for ranks in (1, 2):
+        train(workspace, f"qwen3_{ranks}", ranks, "--run.steps=1", "--model.path=qwen3_vl")
+    assert_same(workspace, "qwen3_2", "qwen3_1", 1, "qwen3_vl")
+    first, trained = (
+        load_file(workspace / "qwen3_vl" / "model.safetensors"),
+        weights(workspace, "qwen3_2", 1),
+    )
+    assert any(not torch.equal(first[name], trained[name]) for name in first if "deepstack" in name)
 
 
 @pytest.mark.gpu

@@ -343,11 +343,13 @@ def test_figures_count_every_response(make, parts):
     script = Script({1, 4, 6, 8, 9})
     progressed = []
     sampler = make(script, prompts_per_batch=3)
-    result = collect(sampler, progress=progressed.append)
+    result = collect(sampler, progress=lambda n, so_far: progressed.append((n, so_far.kept)))
     assert ranks(result.groups) == ["0.1", "0.4", "0.6", "0.8"]
     assert (result.prompts_sent, result.groups_done, result.groups_kept) == (9, 9, 4)
     assert result.acceptance == 4 / 9 and result.filled_up == 0
-    assert len(result.sampled) == 45 and [n for n in progressed if n] == [1] * 45
+    assert len(result.sampled) == 45 and [n for n, _ in progressed if n] == [1] * 45
+    assert progressed[0][1] == "0 of 0 groups kept" and progressed[-1][1] == "4 of 9 groups kept"
+    assert (0, "1 of 3 groups kept") in progressed  # after the first batch
     texts = [f"{k}.{role}.{j}" for k in range(9) for role, n in (("anchor", 3), ("positive", 2))
              for j in range(n)]  # fmt: skip
     assert [response.text for response in result.sampled] == texts
@@ -618,7 +620,7 @@ def test_a_failing_reward_ends_the_sampling_at_once(make, parts):
     sampler = make(fails, engine=engine, prompts_per_batch=40)
     collected = []
 
-    def progress(responses: int) -> None:
+    def progress(responses: int, so_far) -> None:
         collected.append(responses)
         time.sleep(0.01)
 
@@ -632,7 +634,7 @@ def test_an_interruption_loses_nothing(make, parts):
     sampler, _, carried, position = with_carried(make, parts, fails)
     count = Counter()
 
-    def stop(responses: int) -> None:
+    def stop(responses: int, so_far) -> None:
         count["responses"] += responses
         if count["responses"] == 13:
             raise KeyboardInterrupt
@@ -652,7 +654,7 @@ def test_progress_is_called_while_nothing_comes(make, monkeypatch):
     class Stop(Exception):
         pass
 
-    def stop(responses: int) -> None:
+    def stop(responses: int, so_far) -> None:
         if responses == 0:
             raise Stop
 
@@ -784,6 +786,30 @@ def test_a_stream_does_not_wait_for_slow_responses(make, parts):
     assert [g.triplet.id for g in again.groups] == returned[:4]
 
 
+def test_an_ordered_stream_takes_groups_as_they_were_asked_for(make, parts):
+    """However long each takes: later ones that have finished come again in the next step."""
+    engine = TimedEngine(parts.tokenizer, lambda rank: 200 - 20 * rank)
+    everyone = set(range(100))
+    sampler = make(Script(everyone - {1}, everyone), engine=engine, dispatch="ordered")
+    result = collect(sampler)
+    assert ranks(result.groups) == ["0.0", "0.2", "0.3", "0.4"]
+    assert result.prompts_sent > 5 and result.groups_done == result.prompts_sent
+    assert sampler.carried == [] and engine.running == 0
+    returned = [t.id for t in sampler._stream.state()["returned"]]
+    assert returned == [triplet_of(sampler, rank) for rank in range(5, result.prompts_sent)]
+
+
+@pytest.mark.parametrize(("dispatch", "long_ones"), [("stream", 8), ("ordered", 18)])
+def test_which_lengths_a_stream_keeps(make, parts, dispatch, long_ones):
+    """Every second group takes long; the others are the first to finish."""
+    engine = TimedEngine(parts.tokenizer, lambda rank: 100 if rank % 2 else 1)
+    everyone = set(range(100))
+    sampler = make(Script(*[everyone] * 9), engine=engine, dispatch=dispatch, surplus="drop")
+    steps = [ranks(collect(sampler, step).groups) for step in range(9)]
+    kept = [int(rank.split(".")[1]) % 2 for step in steps for rank in step]
+    assert len(kept) == 9 * 4 and sum(kept) == long_ones
+
+
 def triplet_of(sampler: GroupSampler, rank: int) -> str:
     """Id of the triplet at a rank of a new stream with the same seed."""
     fresh = TripletStream(sampler._stream._anchors, positive="redraw", seed=0)
@@ -905,6 +931,9 @@ def test_a_reward_that_fails_ends_a_stream_and_loses_nothing(make, parts):
 
 
 def test_streams_are_for_servers_and_batches_for_this_process():
-    assert RolloutConfig(engine="sglang").streaming and not RolloutConfig().streaming
+    """An ordered stream, unless the other kind is asked for."""
+    assert RolloutConfig(engine="sglang").ordered and not RolloutConfig().streaming
     assert not RolloutConfig(engine="sglang", dispatch="batch").streaming
-    assert RolloutConfig(dispatch="stream").streaming
+    for dispatch in ("stream", "ordered"):
+        assert RolloutConfig(dispatch=dispatch).streaming
+        assert RolloutConfig(dispatch=dispatch).ordered == (dispatch == "ordered")

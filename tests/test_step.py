@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from support import shape_of
 
-from tercet.bench import figures, kernels, measure, rollout, step
+from tercet.bench import figures, kernels, measure, objectives, rollout, step
 from tercet.bench.step_case import (
     QWEN3_CPU_MODEL,
     Workload,
@@ -284,3 +284,28 @@ def test_an_empty_ledger_draws_nothing(tmp_path):
 def test_a_gpu_s_peak_is_the_datasheet_s(monkeypatch, name, card):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert measure.peak_flops("cuda", torch.bfloat16) == CARDS[card].tflops * 1e12
+
+
+def test_every_objective_is_checked_and_timed_beside_tapo(tmp_path):
+    policy = build_policy(qwen_3b(**TINY), torch.float32, "cpu")
+    rows = objectives.measured(policy, Workload(**SMALL), 1, "wall", "tiny")
+    assert [row.objective for row in rows] == [*objectives.OBJECTIVES, objectives.SCORING]
+    for row in rows[:-1]:
+        assert row.note == "" and row.grad_error <= 1e-4 and row.ms_50 > 0
+        assert row.n_anchor + row.n_positive == 3
+    by_name = {row.objective: row for row in rows}
+    assert by_name["tapo"].of_tapo == 1 and by_name["tapo"].n_positive == 1
+    # TAPO runs the negative's branch too, and keeps its activations.
+    assert by_name["dapo"].extra_mib < 0.8 * by_name["tapo"].extra_mib
+    measure.append(tmp_path / "ledger.csv", rows, measure.conditions("cpu", "now"))
+
+
+def test_an_objective_whose_gradients_are_off_is_not_timed(monkeypatch):
+    policy = build_policy(qwen_3b(**TINY), torch.float32, "cpu")
+    monkeypatch.setattr(
+        objectives, "OBJECTIVES", {n: objectives.OBJECTIVES[n] for n in ("tapo", "dapo")}
+    )
+    monkeypatch.setitem(measure.GATE, torch.float32, -1.0)
+    tapo, dapo, scoring = objectives.measured(policy, Workload(**SMALL), 1, "wall", "tiny")
+    assert tapo.ms_50 is dapo.ms_50 is scoring.of_tapo is None and "over the gate" in dapo.note
+    assert scoring.ms_50 > 0

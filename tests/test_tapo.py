@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 from tercet.core.config import TapoConfig
 from tercet.core.data.triplets import prepare_manifest
 from tercet.core.data.vision import PromptEncoder
+from tercet.core.presets import PRESETS
 from tercet.rollout.judge import Judge, judged
 from tercet.rollout.local import LocalEngine
 from tercet.rollout.sampler import GroupSampler
@@ -103,7 +105,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def figures(out: Path) -> list[dict]:
     lines = (out / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    timed = ("seconds_", "tokens_per_s")
+    timed = ("seconds_", "tokens_per_s", "peak_mem_gib")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
@@ -254,6 +256,19 @@ def test_lora_does_not_go_on_from_the_weights_that_hold_it(monkeypatch, workspac
         train(monkeypatch, overridden(argv, ["--model.lora_alpha=64"]), resume="auto")
 
 
+def test_lora_goes_on_from_the_adapter_alone(monkeypatch, workspace, tmp_path):
+    """Bit for bit, with no other weights in the checkpoint."""
+    lora = ("--model.lora_rank=2", "--run.save_lora=adapter")
+    whole = train(monkeypatch, options(workspace, tmp_path / "whole", *lora))
+    train(monkeypatch, options(workspace, tmp_path / "parts", "--run.steps=1", *lora))
+    went_on = train(monkeypatch, options(workspace, tmp_path / "parts", *lora), resume="auto")
+    assert went_on.name == whole.name == "step_000002" and not [*whole.glob("*.safetensors")]
+    ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (went_on, whole))
+    assert ours.keys() == theirs.keys() and any(w.any() for n, w in ours.items() if "lora_B" in n)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert figures(tmp_path / "whole")[1] == figures(tmp_path / "parts")[1]
+
+
 def test_a_step_that_has_begun_goes_on_as_it_began(monkeypatch, workspace, tmp_path, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(tapo, "clip_and_step", lambda *_: (_ for _ in ()).throw(Interrupted(15)))
@@ -281,6 +296,41 @@ def test_only_later_mini_batches_need_old_logprobs(monkeypatch, workspace, tmp_p
     assert scored == []
     train(monkeypatch, options(workspace, tmp_path / "two", "--run.steps=1"))
     assert len(scored) == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_response_meets_a_photo_twice_at_the_same_weights(
+    monkeypatch, workspace, tmp_path, preset
+):
+    """Scoring and update together, two mini-batches a step; a micro-batch is one forward pass."""
+    met, passes, micros, updates = Counter(), [], [], []
+    forward, deal, update = Policy.forward, tapo.micro_batches, tapo.clip_and_step
+
+    def dealt(items, photos, pack, **given):
+        for pieces, micro in deal(items, photos, pack, **given):
+            micros.append(micro)
+            for piece in pieces:
+                triplet = piece.group.triplet
+                for index, response in zip(piece.responses, piece.chosen(), strict=True):
+                    keys = {"anchor": triplet.anchor, "negative": triplet.negative}
+                    keys["own"] = (
+                        triplet.positive if response.role == "positive" else keys["anchor"]
+                    )
+                    met.update((len(updates), piece.group.id, index, keys[p]) for p in photos)
+            yield pieces, micro
+
+    def passed(self, batch, task, **given):
+        passes.append(task)
+        return forward(self, batch, task, **given)
+
+    monkeypatch.setattr(tapo, "micro_batches", dealt)
+    monkeypatch.setattr(Policy, "forward", passed)
+    monkeypatch.setattr(tapo, "clip_and_step", lambda *a: updates.append(1) or update(*a))
+    train(monkeypatch, options(workspace, tmp_path, f"--run.preset={preset}", "--run.steps=1"))
+    assert len(updates) == 2 and set(met.values()) == {1}
+    assert len(passes) == len(micros)
+    # 16 responses on their photo in the update, 8 of them scored before; 16 on the negative.
+    assert len(met) == 16 + 8 + 16
 
 
 def test_a_prompt_is_laid_out_once_a_run(monkeypatch, workspace, tmp_path):
@@ -322,6 +372,25 @@ def test_importance_weights_scale_the_policy_term(monkeypatch, workspace, tmp_pa
     assert found["null"]["pg_loss"] != 0
     assert found["0.5"]["pg_loss"] == pytest.approx(0.5 * found["null"]["pg_loss"], abs=1e-6)
     assert found["0.5"]["kl"] == pytest.approx(found["null"]["kl"], rel=1e-5)
+
+
+def test_carried_groups_are_weighed_against_the_weights_that_sampled_them(
+    monkeypatch, workspace, tmp_path
+):
+    """The first step samples all groups of the second: a cap near 0 takes their policy term away,
+    and nothing of the first step's."""
+    found = {}
+    for cap in ("null", "1e-9"):
+        out = tmp_path / cap
+        more = [f"--loss.{name}=0" for name in ("kl_coef", "entropy_coef", "neg_entropy_coef")]
+        more += ["--loss.update_on=own", f"--loss.carried_cap={cap}", "--rollout.max_rounds=3"]
+        more += ["--rollout.prompts_per_batch=8", "--rollout.groups_per_step=3"]
+        argv = options(workspace, out, *more, "--optim.groups_per_minibatch=3")
+        train(monkeypatch, argv, reward=by_parity)
+        found[cap] = figures(out)
+    assert found["null"][0] == found["1e-9"][0] and "reward" not in found["null"][1]
+    plain, weighed = (found[cap][1]["grad_norm"] for cap in ("null", "1e-9"))
+    assert plain > 1e-3 and weighed == pytest.approx(1e-9 * plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("mean_over", ["batch", "group", "response", "virtual_batch"])

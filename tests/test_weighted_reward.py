@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tercet.core.config import TapoConfig
 from tercet.core.rewards import (
     PARTS,
     call_reward,
@@ -14,7 +15,9 @@ from tercet.core.rewards import (
     format_attribute,
     keep_group,
 )
+from tercet.core.rollout_config import RolloutConfig
 from tercet.core.weighted_reward import PartFailed, WeightedReward
+from tercet.rollout.rewarding import load_reward
 
 pytestmark = pytest.mark.core
 
@@ -204,3 +207,37 @@ def test_every_part_gives_a_number_a_row():
     for name, part in PARTS.items():
         values = part(rows("<answer>auklet</answer>", ""))
         assert len(values) == 2 and set(values) <= {0.0, 1.0}, name
+
+
+def test_the_right_genus_has_half_the_credit(tmp_path):
+    """By a CSV; a name is right alone, and so is a genus."""
+    names = ("red admiral", "painted lady", "brimstone", "common blue", "adonis blue")
+    csv = tmp_path / "genera.csv"
+    csv.write_text(
+        "sub_category,genus\nRed_Admiral,Vanessa\npainted lady,Vanessa\nbrimstone,Gonepteryx\n"
+    )
+    answers = {
+        "<answer>Red Admiral</answer>": 1.0,
+        "<answer>a painted_lady</answer>": 0.5,
+        "<answer>some kind of vanessa</answer>": 0.5,
+        "<answer>brimstone</answer>": 0.0,
+        "<answer>red admiral or painted lady</answer>": 0.0,
+        "<answer>vanessa, or a brimstone</answer>": 0.0,
+        "<answer>adonis blue</answer>": 0.0,  # of no genus in the file
+        "<answer>red admiral</answer> and more": 0.0,
+        "red admiral": 0.0,
+    }
+    config = TapoConfig(rollout=RolloutConfig(reward={"hierarchical": 2.0}))
+    with pytest.raises(ValueError, match="hierarchical needs data.genus, a CSV of sub_category,ge"):
+        load_reward(config)
+    config.data.genus = str(csv)
+    about = {"ground_truth": "red admiral", "names": names}
+    found = asyncio.run(load_reward(config)([about | {"response": r} for r in answers]))
+    assert [f["overall"] for f in found] == [2 * value for value in answers.values()]
+    assert "accuracy" not in found[0] and "hierarchical_left_out" not in found[0]
+    blue = {
+        "ground_truth": "common blue",
+        "names": names,
+        "response": "<answer>adonis blue</answer>",
+    }
+    assert asyncio.run(load_reward(config)([blue]))[0]["overall"] == 0.0

@@ -134,8 +134,7 @@ def plane(states, path: str, test: list, options: AnalyseConfig, file: Path) -> 
     import torch
 
     from tercet.core.draws import seeded_int, seeded_order
-    from tercet.train.evaluation.analysis import principal_components
-    from tercet.train.evaluation.plane import draw_plane
+    from tercet.train.evaluation.analysis import draw_plane, principal_components
 
     names = defaultdict(set)
     for photo in test:

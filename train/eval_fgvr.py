@@ -36,8 +36,7 @@ def evaluate(options: EvalConfig) -> None:
     """Ask the questions, or read answers to them; score them, write everything and print tables."""
     # Here, so that --help does not wait for torch and transformers.
     from tercet.train.evaluation.answer_file import read_answers
-    from tercet.train.evaluation.photo_search import place_photos
-    from tercet.train.evaluation.questions import read_all
+    from tercet.train.evaluation.questions import place_photos, read_all
     from tercet.train.evaluation.text_similarity import TextEncoder
     from tercet.train.learner.device import set_up
 
@@ -169,8 +168,8 @@ def with_photos(options: EvalConfig, questions: list) -> tuple[list, list[str]]:
     Raises:
         ValueError: a photo is missing and `missing` is "error", or all of them are.
     """
-    from tercet.train.evaluation.photo_search import unusable
     from tercet.train.evaluation.progress import Steps
+    from tercet.train.evaluation.questions import unusable
 
     with Steps("photos", len(questions)) as steps:
         bad = unusable(questions, steps.advance)

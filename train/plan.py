@@ -25,15 +25,13 @@ from rich.table import Table
 from tercet.core.config import TapoConfig
 from tercet.core.tool_config import PlanConfig
 from tercet.train.fit.memory import GIB, Breakdown
-from tercet.train.fit.roofline import CARDS, Lengths
+from tercet.train.fit.roofline import CARDS, LIKELY, Lengths
 from tercet.train.learner.arguments import join_arguments, options_of, split_arguments
 from tercet.train.learner.command_line import RECIPES, command, help_text, parse, read_options
+from tercet.train.learner.help_page import asked
 
 if TYPE_CHECKING:
     from tercet.train.fit.estimate import Plan
-
-LIKELY = 0.4
-"""Share of the roofline's speed that a run is likely to reach."""
 
 
 def show(plan: Plan, title: str, console: Console) -> None:
@@ -155,9 +153,9 @@ def read(argv: Sequence[str]) -> tuple[Plan, str]:
         ValueError: naming an unknown recipe, GPU or option.
     """
     found = split_arguments(argv)
-    if {"-h", "--help"} & set(argv):
-        print(help_text(PlanConfig, __doc__.splitlines()[0]))
-        print("\nand every option of train/tapo.py:\n")
+    if asked(argv):
+        print(help_text(PlanConfig, __doc__.splitlines()[0], False, True))
+        print("and the options of train/tapo.py:\n")
     own = options_of(PlanConfig)
     options = read_options(PlanConfig, join_arguments([a for a in found if a[0] in own]), "")
     rest = join_arguments([a for a in found if a[0] not in own])
@@ -179,7 +177,10 @@ def read(argv: Sequence[str]) -> tuple[Plan, str]:
     from tercet.train.fit.estimate import Plan
     from tercet.train.fit.sizes import ModelSizes
 
-    plan = Plan(config, ModelSizes.of(config), options.gpus, CARDS[options.gpu], lengths)
+    sizes = ModelSizes.of(config)
+    groups = options.anchors and options.anchors * config.run.epochs
+    config.rollout.settle(sizes.parameters.total, groups)
+    plan = Plan(config, sizes, options.gpus, CARDS[options.gpu], lengths)
     return plan, f"{options.recipe or 'options'} on {options.gpus} x {options.gpu}"
 
 

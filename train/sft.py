@@ -10,7 +10,6 @@ other's, which tells what the photos are worth to the policy.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from math import ceil
@@ -52,6 +51,7 @@ from tercet.train.learner.run import (
     saved_on_error,
 )
 from tercet.train.learner.run_folder import RunFolder, open_folder
+from tercet.train.learner.terminal import say_end
 
 
 class SftRun:
@@ -193,9 +193,7 @@ def train(config: SftConfig, resolved: str, resume: str | None = None) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, resume, resolved = parse(SftConfig, argv, __doc__)
-    saved = train(config, resolved, resume)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"checkpoint: {saved}")
+    say_end(config.run.out, train(config, resolved, resume), "sft")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ settings of the same loop (docs/algorithm.md; recipes/dapo_3b.yaml is DAPO).
     torchrun train/tapo.py ... --resume auto                  # go on from the newest checkpoint
     torchrun --nproc-per-node 4 --max-restarts 3 train/tapo.py ...   # 4 GPUs; goes on after a crash
 
---help lists every option. An interrupted run (Ctrl-C, SIGTERM) writes a checkpoint first: set
-TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600, or torchrun kills it after 30 s.
+--help: what matters first; --help all: every option. An interrupted run (Ctrl-C, SIGTERM) writes a
+checkpoint first: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600, or torchrun kills it after 30 s.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import runpy
 import sys
 import time
@@ -43,6 +42,7 @@ from tercet.core.mismatch import mismatch_figures
 from tercet.core.packing import (
     Batches,
     Piece,
+    are_weighed,
     by_response,
     micro_batch,
     mini_batches,
@@ -55,9 +55,11 @@ from tercet.rollout.launch import open_engine
 from tercet.rollout.rewarding import load_reward
 from tercet.rollout.sampler import GroupSampler
 from tercet.train.evaluation.held_out import HeldOut
+from tercet.train.fit.estimate import run_time
 from tercet.train.learner.assemble import build_policy, open_manifest, open_parts, sampled_parts
 from tercet.train.learner.checkpoint import Checkpoints, load_state
 from tercet.train.learner.figures import draw_figures
+from tercet.train.learner.group_log import GroupLog
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.metrics import is_reserved
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
@@ -72,10 +74,13 @@ from tercet.train.learner.run import (
     mean_figures,
     open_log,
     report_end,
+    sampling_progress,
     saved_on_error,
+    settle,
 )
 from tercet.train.learner.run_folder import RunFolder, open_folder
 from tercet.train.learner.sampler_check import check_sampler
+from tercet.train.learner.terminal import say_end
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
 STATE = ("steps_done", "groups", "minibatches_done", "figures", "minibatch_figures")
@@ -98,6 +103,8 @@ class TapoRun:
         self.parts = open_parts(config.model, self.ranks, resume)
         self.encoder = PromptEncoder(self.parts, config.parallel.pixel_cache_mib * 2**20)
         self.manifest = open_manifest(config.data, self.parts, self.ranks, folder, config.loss)
+        state = load_state(resume) if resume else {}
+        self.total_steps = settle(config, self.parts, len(self.manifest.anchors), state)
         sampled = sampled_parts(self.parts, config, self.ranks)
         self.engine = self.ranks.on_first(lambda: self._open_engine(sampled)) or IdleEngine()
         temperature = config.rollout.temperature
@@ -107,8 +114,6 @@ class TapoRun:
         self.checkpoints = Checkpoints(self, config.run, folder)
         self.sampler = self._open_sampler()
         self.ranks.share(lambda: self.sampler.check_prompts(self.manifest.anchors))
-        per_epoch = len(self.manifest.anchors) / config.rollout.groups_per_step
-        self.total_steps = config.run.steps or max(1, int(config.run.epochs * per_epoch))
         self.schedule = Schedule(config.optim, self.total_steps)
         self.held_out = HeldOut(self)
         self.steps_done = self.minibatches_done = self.skipped = 0
@@ -118,14 +123,15 @@ class TapoRun:
         self.working_on: Sequence[Piece] = ()
         self.shown: list[Group] = []
         if resume:
-            self._restore(resume)
+            self._restore(resume, state)
         self._sync(self.steps_done)
-        self.log = open_log(self, resolved)
+        self.log, self.group_log = open_log(self, resolved), GroupLog(self)
         longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
         self.budget = TokenBudget(config, self.ranks, longest, self.log.say, bool(resume))
         given = {"encode": self.encoder, "shape": self.policy.shape, "ranks": self.ranks}
         self.micro_batches = partial(micro_batches, **given, budget=self.budget)
-        announce(self, sampled)
+        cards, model = (self.ranks.device, self.ranks.size), self.parts.model.config
+        announce(self, sampled, run_time(config, model, self.total_steps, *cards))
         check_sampler(self)
 
     def step(self) -> dict[str, float]:
@@ -140,8 +146,8 @@ class TapoRun:
             self.ranks.share(self.engine.sleep)
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
         batches = mini_batches(self.groups, size, config.optim.minibatch_by)
-        # The first one's are those of its own update, unless importance weights need them before.
-        self._score("old_logprobs", loss.update_on, batches[loss.is_cap is None :])
+        before = are_weighed(batches[0], loss, self.steps_done)  # else its own update scores it
+        self._score("old_logprobs", loss.update_on, batches[not before :])
         if loss.needs_negative and not loss.negative_now:
             self._score("neg_logprobs", "negative", batches)
         with self.reference() as frozen:
@@ -155,20 +161,20 @@ class TapoRun:
                         for pieces, micro in self._micro_batches(batch):
                             self.check_stop()
                             value, metrics = policy.accumulate(micro, config.parallel.branches)
-                            logprobs = metrics.pop("logprobs")
+                            found |= self.group_log.take(pieces, metrics)
                             add_up(sums, {"loss": value} | metrics)
-                            found |= by_response(pieces, logprobs, weighted=True)
                             phase.advance(len(pieces) * self.ranks.size / len(batches))
                 if sums:  # else no row of the mini-batch counts
                     lr = self.schedule.rate(self.steps_done, self.minibatches_done, len(batches))
                     self.minibatch_figures.append(clip_and_step(self, lr, sums))
                 self.minibatches_done, self.working_on = self.minibatches_done + 1, ()
-                if self.minibatches_done == 1 and loss.is_cap is None:
+                if self.minibatches_done == 1 and not before:
                     self._set("old_logprobs", found)
         with self.log.phase("sync", total=1, unit="update"):
             self._sync(self.steps_done + 1, wake=config.rollout.colocated)
         figures = self.figures | mismatch_figures(self.groups, self.steps_done)
         figures |= mean_figures(self.minibatch_figures) | self.held_out.figures()
+        self.group_log.write(self.groups)
         self.shown, self.groups, self.figures = self.groups[:SAMPLES_SHOWN], [], {}
         self.steps_done, self.minibatches_done, self.minibatch_figures = self.steps_done + 1, 0, []
         return figures
@@ -182,16 +188,12 @@ class TapoRun:
 
         def sample() -> tuple[list[Group], dict[str, float]]:
             with self.log.phase("generate", total=responses, unit="responses") as phase:
-
-                def progress(count: int) -> None:
-                    phase.advance(count)
-                    self.stop.check()
-
-                started = time.perf_counter()
+                started, progress = time.perf_counter(), sampling_progress(self, phase)
                 sampled = asyncio.run(self.sampler.collect(self.steps_done, progress))
                 figures = sampled.figures(time.perf_counter() - started)
                 self.log.add_time("reward", sampled.reward_seconds)
             set_advantages(sampled.groups, self.config.loss.advantage_std)
+            self.group_log.sampled = sampled
             return sampled.groups, figures
 
         self.groups, self.figures = self.ranks.share(sample, self.policy.gather_weights)
@@ -227,7 +229,7 @@ class TapoRun:
             return
 
         def pack(pieces: Sequence[Piece]) -> MicroBatch:
-            return micro_batch(pieces, self.encoder, loss, num_loss_tokens)
+            return micro_batch(pieces, self.encoder, loss, num_loss_tokens, self.steps_done)
 
         photos = [loss.update_on, "negative"] if loss.negative_now else [loss.update_on]
         self.policy.train()
@@ -272,7 +274,7 @@ class TapoRun:
         config, anchors, seed = self.config, self.manifest.anchors, self.config.run.seed
         self.stream = TripletStream(anchors, positive=config.data.positive, seed=seed)
         with self.stop.at_once():
-            reward = self.ranks.on_first(lambda: load_reward(config.rollout))
+            reward = self.ranks.on_first(lambda: load_reward(config))
         return GroupSampler(
             self.engine,
             self.stream,
@@ -300,8 +302,7 @@ class TapoRun:
         state |= {"stream": self.stream.state(), **self.sampler.state()}
         return self.checkpoints.save(self.steps_done, state, keep)
 
-    def _restore(self, folder: Path) -> None:
-        state = load_state(folder)
+    def _restore(self, folder: Path, state: dict) -> None:
         if state["groups"]:
             self.folder.check_step()
         for name in STATE:
@@ -341,9 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Not imported: the demo imports this file.
         runpy.run_module("tercet.train.demo", run_name="__main__", alter_sys=True)
         return
-    saved = train(config, resolved, resume)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"checkpoint: {saved}\nlog and figures: {config.run.out}")
+    say_end(config.run.out, train(config, resolved, resume), "tapo")
 
 
 if __name__ == "__main__":

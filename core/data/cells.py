@@ -1,10 +1,11 @@
-"""Photos in cells of Parquet files: one row group's column is read at a time, and kept."""
+"""Photos in cells of Parquet and Arrow files: a column of one part is read at a time, and kept."""
 
 from __future__ import annotations
 
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +20,8 @@ OPEN_FILES = 64
 
 
 class RowGroups:
-    """Columns of row groups, the most recently used ones kept; threads may share it.
+    """Columns of row groups or record batches, the most recently used ones kept; threads may
+    share it.
 
     Args:
         cache_bytes: most bytes that are kept; the newest column is kept in any case.
@@ -38,13 +40,13 @@ class RowGroups:
             OSError, KeyError, IndexError, ValueError, pa.ArrowException: there is no such cell.
         """
         with self._lock:
-            file, ends = _open(path)
+            read, ends = _open(path)
             if not 0 <= row < ends[-1]:
                 raise IndexError(f"row {row} of {ends[-1]}")
             group = bisect_right(ends, row)
             key = (path, column, group)
             if key not in self._kept:
-                self._keep(key, file.read_row_group(group, columns=[column]).column(column))
+                self._keep(key, read(group, column))
             self._kept.move_to_end(key)
             values = self._kept[key]
         return values[row - (ends[group - 1] if group else 0)].as_py()
@@ -60,16 +62,42 @@ ROW_GROUPS = RowGroups()
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _open(path: str) -> tuple[pq.ParquetFile, list[int]]:
-    """A Parquet file, and the row that follows each of its row groups."""
+def _open(path: str) -> tuple[Callable[[int, str], pa.ChunkedArray], list[int]]:
+    """What reads a column of one part of a file, and the row that follows each of its parts."""
     regular(path)
+    if path.endswith(".arrow"):
+        table = arrow_table(path)
+        batches = table.to_batches()
+        ends = list(accumulate(batch.num_rows for batch in batches))
+        return lambda part, name: pa.chunked_array([batches[part].column(name)]), ends or [0]
     file = pq.ParquetFile(path, memory_map=True)
     groups = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
-    return file, list(accumulate(groups)) or [0]
+    return (
+        lambda part, name: file.read_row_group(part, columns=[name]).column(name),
+        list(accumulate(groups)) or [0],
+    )
+
+
+def arrow_table(path: str) -> pa.Table:
+    """The table of an Arrow stream, as `datasets` writes them; its cells stay on the disk.
+
+    Raises:
+        OSError, pa.ArrowException: it is none, or damaged.
+    """
+    with pa.memory_map(path) as source, pa.ipc.open_stream(source) as stream:
+        table = stream.read_all()
+    table.validate(full=True)  # a wrong offset would be read without a check
+    return table
+
+
+def table_of(key: str) -> str | None:
+    """The Parquet or Arrow file in which an image key names a cell; None for a photo's own file."""
+    file = key.rpartition("#")[0]
+    return file if file.endswith((".parquet", ".arrow")) else None
 
 
 def cell_bytes(key: str) -> bytes:
-    """The encoded photo that `file.parquet#row/column/index` names.
+    """The encoded photo that `file.parquet#row/column/index` names, or the same of an Arrow file.
 
     A cell holds one photo or a list; a photo is bytes, a path from the file's folder, or a struct
     of both.

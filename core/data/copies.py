@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 
+from tercet.core.data.cells import cell_bytes, table_of
 from tercet.core.types import Photo
 
 CHUNK = 1 << 20
@@ -16,25 +17,30 @@ CHUNK = 1 << 20
 def find_copies(keys: Iterable[str]) -> list[list[str]]:
     """Groups of photos whose files hold the same bytes, each in the order of the keys.
 
-    Only files of equal size are read.
+    Only files of equal size are read, and cells of tables.
 
     Args:
-        keys: paths of photos.
+        keys: image keys.
     """
     by_size: dict[int, list[str]] = defaultdict(list)
     for key in dict.fromkeys(keys):
-        by_size[os.stat(key).st_size].append(key)
+        size = len(cell_bytes(key)) if table_of(key) else os.stat(key).st_size
+        by_size[size].append(key)
     alike = [key for same in by_size.values() if len(same) > 1 for key in same]
     by_content: dict[bytes, list[str]] = defaultdict(list)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for key, content in zip(alike, pool.map(_digest, alike), strict=True):
+        for key, content in zip(alike, pool.map(content_digest, alike), strict=True):
             by_content[content].append(key)
     return [group for group in by_content.values() if len(group) > 1]
 
 
-def _digest(path: str) -> bytes:
+def content_digest(key: str) -> bytes:
+    """Digest of what a photo's file, or its cell of a table, holds."""
     found = blake2b(digest_size=16)
-    with open(path, "rb") as file:
+    if table_of(key):
+        found.update(cell_bytes(key))
+        return found.digest()
+    with open(key, "rb") as file:
         while chunk := file.read(CHUNK):
             found.update(chunk)
     return found.digest()

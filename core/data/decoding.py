@@ -14,7 +14,7 @@ from io import BytesIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from tercet.core.data.cells import cell_bytes
+from tercet.core.data.cells import cell_bytes, table_of
 from tercet.core.data.files import regular
 
 MAX_ASPECT = 200
@@ -68,7 +68,7 @@ def opened(key: str) -> Iterator[Image.Image]:
     """A photo whose header was read and whose size is allowed; errors name the key.
 
     Args:
-        key: a path, or `file.parquet#row/column/index` for a cell of a Parquet file.
+        key: a path, or `file.parquet#row/column/index` for a cell of a Parquet (or Arrow) file.
 
     Raises:
         ValueError: naming the key, for whatever goes wrong here or in the `with` block.
@@ -91,7 +91,7 @@ def _open(key: str) -> Image.Image:
         key.encode()
     except UnicodeEncodeError:
         raise ValueError("its name is not UTF-8: rename it") from None
-    source = BytesIO(cell_bytes(key)) if ".parquet#" in key else key
+    source = BytesIO(cell_bytes(key)) if table_of(key) else key
     if source is key:
         regular(key)
     try:

@@ -92,7 +92,7 @@ def read_layout(
             splits[key] = SPLITS[parts[level].lower()] if level is not None else "train"
     notes += renamed
     if level is not None:
-        notes.append(_about_splits(sorted({parts[level] for parts in full}), splits))
+        notes.append(about_splits(sorted({parts[level] for parts in full}), splits))
     is_split = "test" in splits.values()
     return Layout(photos, splits if is_split else None, notes)
 
@@ -213,7 +213,8 @@ def _refuse_empty(
             raise ValueError(f"{root.joinpath(*parts)} holds no photo ({allowed}){instead}")
 
 
-def _about_splits(folders: list[str], splits: Mapping[str, Split]) -> str:
+def about_splits(folders: list[str], splits: Mapping[str, Split]) -> str:
+    """A line on folders that are splits, and on how many photos each of the two parts has."""
     count = Counter(splits.values())
     if "test" not in count:
         return f"folder {', '.join(folders)} is read as a split; held-out photos are drawn from it"

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
+from tercet.core.data.cells import table_of
 from tercet.core.data.fields import load_json, text_of, texts_of
 from tercet.core.data.files import check_text
 from tercet.core.data.photos import OnBadImage, check_images
@@ -125,11 +126,9 @@ class Manifest:
         return listed | {(photo.super_category, photo.sub_category) for photo in photos}
 
     def common_folder(self) -> str:
-        """The deepest folder that holds every photo, or the Parquet file that the photo is in."""
-        folders = {
-            os.path.dirname(os.path.abspath(key.rpartition(".parquet#")[0] or key))
-            for key in self.image_keys()
-        }
+        """The deepest folder that holds every photo, or the table that the photo is in."""
+        keys = self.image_keys()
+        folders = {os.path.dirname(os.path.abspath(table_of(key) or key)) for key in keys}
         return os.path.commonpath(folders) if folders else os.sep
 
     def without_bad(self, on_bad_image: OnBadImage) -> Manifest:

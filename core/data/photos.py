@@ -23,6 +23,7 @@ from tercet.core.data.fields import (
     text_of,
 )
 from tercet.core.data.folder_names import read_names
+from tercet.core.data.labelled_tables import read_tables, table_files
 from tercet.core.data.layouts import Split, read_layout
 from tercet.core.data.photo_table import read_photo_table
 from tercet.core.data.vision import check_image
@@ -65,10 +66,11 @@ def read_photos(
     sub_category, split), exactly the images of those classes are read; their paths are relative to
     its `root`, itself relative to the folder, or to the folder without one. A line of JSON Lines is
     {"image", "super_category", "sub_category", "question"?}; paths are relative to the file. A CSV
-    table is read by core.data.photo_table.
+    table is read by core.data.photo_table, a folder of `datasets` or a Parquet file of photos and
+    labels by core.data.labelled_tables.
 
     Args:
-        path: the folder, or a file ending in .jsonl or .csv.
+        path: the folder, or a file ending in .jsonl, .csv or .parquet.
         on_bad_image: "error" raises for a bad photo, "skip" leaves it out and lists it.
         names: JSON or YAML of names by folder (see `read_names`); None: the folders' own.
         super_category: what all photos show, for a folder `<sub_category>/<photo>` or a CSV table.
@@ -82,18 +84,20 @@ def read_photos(
     path = Path(os.path.abspath(path))
     root, partitions, splits, notes = path, None, None, []
     listing = _read_listing(path / "manifest.json") if path.is_dir() else None
-    is_table = path.suffix == ".csv" and path.is_file()
-    if (names or super_category) and (listing or not (path.is_dir() or is_table and not names)):
+    is_csv, tables = path.suffix == ".csv" and path.is_file(), not listing and table_files(path)
+    may_name = path.is_dir() or tables
+    if (names or super_category) and (listing or not (may_name or is_csv and not names)):
         option = "names" if names else "super_category"
         raise ValueError(f"data.{option} is for folders of photos by sub-category, not for {path}")
     if listing:
         root, photos, partitions, splits = listing
-    elif path.is_dir():
-        layout = read_layout(path, None if names is None else read_names(names), super_category)
+    elif may_name:
+        root, read = path if path.is_dir() else path.parent, read_tables if tables else read_layout
+        layout = read(path, None if names is None else read_names(names), super_category)
         photos, splits, notes = layout.photos, layout.splits, layout.notes
     elif path.suffix == ".jsonl":
         root, photos = path.parent, list(_read_photo_lines(path))
-    elif is_table:
+    elif is_csv:
         root = path.parent
         photos, splits = read_photo_table(path, super_category)
     else:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tercet.core.config import DataConfig
 from tercet.core.data.copies import spoilt_tests
+from tercet.core.data.labelled_tables import table_files
 from tercet.core.data.manifest import MANIFEST_NAME, Manifest
 from tercet.core.data.negatives import (
     Embed,
@@ -43,8 +44,8 @@ def prepare_manifest(config: DataConfig, embed: Embed) -> Manifest:
     """Read or make the triplets that `config.path` stands for.
 
     A triplets.json (or its folder) is read back; its choices hold, whatever the other options say.
-    A Parquet file (or a folder of them) gives its rows as they are. For a folder of photos or a
-    JSON Lines file everything is chosen here, with a warning where there are too few photos.
+    A Parquet file of triplets (or a folder of them) gives its rows as they are. For labelled photos
+    (see `read_photos`) everything is chosen here, with a warning where there are too few.
 
     Args:
         config: path, split, shots, question templates, seed.
@@ -59,7 +60,7 @@ def prepare_manifest(config: DataConfig, embed: Embed) -> Manifest:
     if path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file():
         return Manifest.read(path).without_bad(config.on_bad_image)
     files, others = parquet_files(path)
-    if files:
+    if files and not table_files(path):
         return _from_rows(path, [file.name for file in others], config)
     if not 0 < config.seen_fraction <= 1:
         raise ValueError(f"data.seen_fraction must lie in (0, 1], got {config.seen_fraction}")
@@ -212,7 +213,8 @@ def _choose(photo_set: PhotoSet, config: DataConfig, embed: Embed) -> Manifest:
     if config.genus is not None:
         genera = read_genera(config.genus)
         if similar.nearest:
-            notes.append(neighbours_note(similar, genera, config.embedder))
+            layer = "" if config.embedder_layer is None else f", layer {config.embedder_layer}"
+            notes.append(neighbours_note(similar, genera, config.embedder + layer))
     names = defaultdict(list)
     for super_category, sub_category in sorted(partitions):
         names[super_category].append(sub_category)

@@ -2,6 +2,7 @@
 
     torchrun train/tapo.py                             # one seed; options of TAPO may follow
     python -m tercet.train.demo --names opaque         # names that do not spell what is seen
+    python -m tercet.train.demo --architecture FAMILY  # a policy of another model family
     python -m tercet.train.demo --seeds 0 1 2 3 4      # five seeds beside their controls
     python -m tercet.train.demo --seeds 5 6 7 --arms forms --workers 4   # forms of the loss
 
@@ -19,13 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tercet.core.config import TapoConfig
+from tercet.core.models import FAMILIES
 from tercet.core.tool_config import SeedsConfig
 from tercet.train.demo.arms import START, TAPO, Job, run_arm
 from tercet.train.demo.comparison import report, seed_table
 from tercet.train.demo.forms import forms_report
 from tercet.train.demo.jobs import jobs_of, run_in_turn, run_side_by_side
 from tercet.train.demo.progress import Progress
-from tercet.train.demo.species import Names
 from tercet.train.demo.stages import PLAN, SHARED, Seed, parse_tapo, prepare
 from tercet.train.learner.arguments import join_arguments, options_of, split_arguments
 from tercet.train.learner.command_line import command, read_options
@@ -42,11 +43,11 @@ def check_options(argv: Sequence[str]) -> TapoConfig:
     return parse_tapo(argv)
 
 
-def demo(names: Names, argv: Sequence[str]) -> None:
+def demo(options: SeedsConfig, argv: Sequence[str]) -> None:
     """Run one seed and print its table; `argv` holds further options of train/tapo.py."""
     config = check_options(argv)
     out, clock = Path(config.run.out), time.process_time()
-    seed = Seed(out, config.run.seed, names)
+    seed = Seed(out, config.run.seed, options.names, _architecture(options))
     scoring, training = PLAN["scores"], PLAN["training"] + PLAN["scores"]
     plan = [(name, PLAN[name]) for name in SHARED]
     progress = Progress([*plan, ("scores of the start", scoring), ("TAPO", training)])
@@ -62,8 +63,16 @@ def demo(names: Names, argv: Sequence[str]) -> None:
         f"All of it took {time.process_time() - clock:.0f} CPU seconds."
     )
     print(
-        f"pictures: {out}/tapo/curves.png, {out}/tapo/samples.png\npolicy: {out}/tapo/checkpoints"
+        f"pictures: {out}/tapo/curves.png, {out}/tapo/samples.png\npolicy: {out}/tapo/checkpoints\n"
+        f"what the policy says about each photo: python -m tercet.train.report {out}/tapo"
     )
+
+
+def _architecture(options: SeedsConfig) -> str:
+    name = options.architecture or FAMILIES[0]
+    if name not in FAMILIES:
+        raise ValueError(f"architecture must be one of {', '.join(FAMILIES)}, got {name!r}")
+    return name
 
 
 def demo_seeds(options: SeedsConfig, argv: Sequence[str]) -> None:
@@ -81,8 +90,8 @@ def demo_seeds(options: SeedsConfig, argv: Sequence[str]) -> None:
     if options.minutes and not options.workers:
         raise ValueError("minutes needs workers: the processes that are stopped")
     check_options(argv)
-    out = Path(options.out)
-    seeds = [Seed(out / f"seed_{number}", number, options.names) for number in options.seeds]
+    out, shared = Path(options.out), (options.names, _architecture(options))
+    seeds = [Seed(out / f"seed_{number}", number, *shared) for number in options.seeds]
     jobs = jobs_of(options.arms, seeds)
     try:
         if options.workers:
@@ -111,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
             f"{min(of_seeds)} is for several seeds (--seeds); the folder of one is --run.out"
         )
     else:
-        demo(options.names, rest)
+        demo(options, rest)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from statistics import mean
 import numpy as np
 
 from tercet.train.demo.arms import ARMS, DAPO, LABELS, PERMUTED, START, TAPO, Equal, Row
-from tercet.train.demo.scores import ACCURACIES, Scores, wilson
+from tercet.train.demo.scores import ACCURACIES, Scores
 from tercet.train.demo.species import ATTRIBUTES, Names
+from tercet.train.evaluation.intervals import wilson
 
 GAIN, UNSEEN_LOSS, PERMUTED_GAIN, LABELS_LOSS = 5.0, 1.0, 2.0, 10.0
 """Bounds of `verdicts`, in percentage points."""
@@ -49,8 +50,8 @@ def _with_intervals(scores: Scores) -> list[str]:
     shown = []
     for name in ACCURACIES:
         hits = scores.hits[name]
-        low, high = wilson(hits.count("1"), len(hits))
-        shown.append(f"{scores.accuracy(name):.1f} [{low:.0f}, {high:.0f}]")
+        low, high = wilson(hits.count("1") / len(hits), len(hits))
+        shown.append(f"{scores.accuracy(name):.1f} [{100 * low:.0f}, {100 * high:.0f}]")
     return shown
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from tercet.rollout.engine import Engine, Sampling
 from tercet.rollout.local import LocalEngine
 from tercet.train.demo.margins import margins_of
 from tercet.train.demo.species import ATTRIBUTES, QUESTIONS, SUPER_CATEGORY, Names, species_of
-from tercet.train.evaluation.answers import Answer, ask
+from tercet.train.evaluation.held_out import Result, ask
 from tercet.train.learner.device import set_up
 
 PARTITIONS = ("seen", "unseen")
@@ -58,15 +57,6 @@ class Scores:
     def accuracy(self, name: str) -> float:
         """Accuracy (%) of one of ACCURACIES."""
         return 100 * mean(map(int, self.hits[name]))
-
-
-def wilson(hits: int, questions: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, as (low, high) in percent."""
-    share, spread = hits / questions, z * z / questions
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / questions + spread / (4 * questions))
-    half /= 1 + spread
-    return 100 * (middle - half), 100 * (middle + half)
 
 
 def write_greys(folder: Path, size: int) -> list[str]:
@@ -124,10 +114,10 @@ def _named(text: str, known: Sequence[str]) -> list[str]:
 
 
 def _attribute_shares(
-    answers: Sequence[Answer], known: Sequence[str], names: Names
+    results: Sequence[Result], known: Sequence[str], names: Names
 ) -> dict[str, float]:
     values = {species.name: species.values for species in species_of(names)}
-    pairs = [(values[a.question.truth], _named(a.output, known)) for a in answers]
+    pairs = [(values[r.question.truth], _named(r.output, known)) for r in results]
     return {
         attribute: mean(any(values[name][i] == true[i] for name in named) for true, named in pairs)
         for i, attribute in enumerate(ATTRIBUTES)

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -18,7 +19,7 @@ from tercet.core.config import ModelConfig, SftConfig, TapoConfig
 from tercet.core.data.embedders import embedder
 from tercet.core.data.manifest import MANIFEST_NAME, Manifest
 from tercet.core.data.triplets import prepare_manifest
-from tercet.core.models import build_tiny, load_policy
+from tercet.core.models import FAMILIES, build_tiny, load_policy
 from tercet.core.types import PolicyParts
 from tercet.train import sft, tapo
 from tercet.train.demo.drawn_world import write_base, write_world
@@ -57,6 +58,7 @@ class Seed:
     out: Path
     number: int
     names: Names
+    architecture: str = FAMILIES[0]
 
     @property
     def data(self) -> Path:
@@ -93,7 +95,8 @@ def claim(seed: Seed, argv: Sequence[str]) -> None:
     config.run.seed = seed.number
     if config.run.overwrite and seed.out.exists() and not restarts():
         print(move_aside(seed.out))
-    now = {"version": VERSION, "names": seed.names, "options": options_of(config)}
+    shared = {"names": seed.names, "architecture": seed.architecture}
+    now = {"version": VERSION, **shared, "options": options_of(config)}
     noted = seed.out / "options.json"
     if noted.exists():
         then = json.loads(noted.read_text(encoding="utf-8"))
@@ -106,11 +109,14 @@ def claim(seed: Seed, argv: Sequence[str]) -> None:
 
 
 def _refuse_changes(out: Path, then: dict, now: dict) -> None:
-    old, new = ({"names": said["names"]} | said["options"] for said in (then, now))
-    changed = {name: (old.get(name), value) for name, value in new.items()}
-    changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
-    names = {"names": changed.pop("names")} if "names" in changed else {}
-    if changed := names | of_kind(changed, Kind.FIXED, Kind.STEP, Kind.LISTED):
+    def differs(old: dict, new: dict) -> dict[str, tuple]:
+        pairs = {name: (old.get(name), value) for name, value in new.items()}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    own = {name: now[name] for name in ("names", "architecture")}
+    changed = differs({"architecture": FAMILIES[0], **then}, own)  # early folders do not name it
+    options = differs(then["options"], now["options"])
+    if changed := changed | of_kind(options, Kind.FIXED, Kind.STEP, Kind.LISTED):
         raise ValueError(
             f"run.out {out} holds the demo with other options ({shown(changed)}): give another "
             "--run.out, or --run.overwrite true, which moves it aside"
@@ -152,15 +158,16 @@ def draw_base(seed: Seed) -> None:
         records = json.loads((base / "records.json").read_text(encoding="utf-8"))
         said = [message["content"] for record in records for message in record["messages"]]
         sizes = {"image_size": SIZE, "layers": LAYERS, "vision_layers": LAYERS}
-        parts = build_tiny([*vocabulary(seed.names), *said], **sizes, seed=seed.number)
+        kind = {"architecture": seed.architecture, "seed": seed.number}
+        parts = build_tiny([*vocabulary(seed.names), *said], **sizes, **kind)
         _save(parts, seed.out / "random")
 
 
 def _save(parts: PolicyParts, folder: Path) -> None:
     """Write a policy into a folder that takes its name only when it is complete."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    parts.save(partial)
-    partial.rename(folder)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    parts.save(unfinished)
+    unfinished.rename(folder)
 
 
 def greys_of(seed: Seed) -> list[str]:
@@ -188,7 +195,8 @@ def choose_triplets(seed: Seed, argv: Sequence[str]) -> None:
     data = parse_tapo(argv).data
     data.path, data.questions = str(seed.data), str(seed.data / "questions.yaml")
     data.seed = seed.number
-    embed = embedder(data.embedder, lambda: load_policy(ModelConfig(path=str(seed.start))))
+    load = partial(load_policy, ModelConfig(path=str(seed.start)))
+    embed = embedder(data.embedder, load, layer=data.embedder_layer)
     prepare_manifest(data, embed).write(seed.triplets)
 
 

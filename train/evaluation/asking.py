@@ -9,7 +9,7 @@ from tercet.core.prompts import answer_opening, chat_ids
 from tercet.core.types import EvalQuestion, PolicyParts, Request
 from tercet.rollout.engine import Engine, Sampling
 from tercet.train.evaluation.answer_file import Answer, Key, Mode
-from tercet.train.evaluation.orders import OptionOrder, Order, orders_of, shown_in
+from tercet.train.evaluation.questions import OptionOrder, Order, orders_of, shown_in
 from tercet.train.evaluation.styles import Wording
 
 AT_ONCE = 2048

@@ -18,7 +18,7 @@ from tercet.rollout.launch import read_api_key
 from tercet.rollout.server import ServerError
 from tercet.train.evaluation.answer_file import Answer
 from tercet.train.evaluation.asking import Asked, request_id
-from tercet.train.evaluation.orders import shown_in
+from tercet.train.evaluation.questions import shown_in
 from tercet.train.evaluation.styles import Wording
 
 UNFIT = (400, 413, 422)

@@ -19,6 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from tercet.core.data.cells import table_of
 from tercet.core.data.vision import data_uri
 from tercet.rollout.at_once import at_once
 from tercet.rollout.chat import photo_item
@@ -118,14 +119,15 @@ def judge_all(
 
 async def _judge(judge: Judge, s: Scored) -> Judged:
     shown = f"Options: {list(s.shown)}\n" if s.answer.mode == "closed" else ""
-    photo = bool(s.question.image) and os.path.isfile(s.question.image)
+    image = s.question.image
+    photo = os.path.isfile(table_of(image) or image)
     text = (PROMPT if photo else TEXT_ONLY).format(
         question=s.question.question,
         options=shown,
         truth=s.question.truth,
         response=s.answer.output[:RESPONSE_CHARS],
     )
-    photos = [photo_item(data_uri(s.question.image))] if photo else []
+    photos = [photo_item(data_uri(image))] if photo else []
     for attempt in range(1, ATTEMPTS + 1):
         asked = text + (AGAIN.format(attempt=attempt) if attempt > 1 else "")
         content = [*photos, {"type": "text", "text": asked}]

@@ -25,8 +25,7 @@ from tercet.train.evaluation.metrics import (
     released_answer,
     released_word,
 )
-from tercet.train.evaluation.orders import shown_in
-from tercet.train.evaluation.questions import Questions
+from tercet.train.evaluation.questions import Questions, shown_in
 from tercet.train.evaluation.styles import STYLES, Style, scored_text
 from tercet.train.evaluation.text_similarity import Embeddings
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable
-from contextlib import closing
 from hashlib import blake2b
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from tercet.core.data.kept_rows import kept_rows
 from tercet.train.evaluation.progress import Steps
 
 MAX_TOKENS = 64
@@ -19,7 +18,6 @@ MAX_TOKENS = 64
 AT_ONCE = 256
 SMALL = 10**7
 """Parameters up to which several threads cost more time in waiting than they save."""
-LOCK_TIMEOUT_S = 60.0
 PROBES = ("object", "a photo of a bird", "Boeing 737-200")
 """Texts whose embeddings tell one encoder from another."""
 
@@ -107,12 +105,14 @@ class Embeddings:
         new = [text for text in dict.fromkeys(texts) if text not in self._rows]
         if not new:
             return
-        try:
-            with closing(sqlite3.connect(self._file, timeout=LOCK_TIMEOUT_S)) as store:
-                store.execute("CREATE TABLE IF NOT EXISTS texts (id BLOB PRIMARY KEY, vector BLOB)")
-                found = [self._embed(store, new[i : i + AT_ONCE]) for i in self._batches(len(new))]
-        except sqlite3.Error as error:
-            raise ValueError(f"{self._file} cannot be used: {error}; it may be removed") from error
+        ids = [blake2b(self._identity + text.encode(), digest_size=16).digest() for text in new]
+        found = []
+        with Steps("texts", len(new)) as steps:
+            for rows in kept_rows(
+                self._file, ids, lambda places: self._encoder([new[n] for n in places]), AT_ONCE
+            ):
+                found.append(rows)
+                steps.advance(len(rows))
         self._rows |= {text: len(self._rows) + n for n, text in enumerate(new)}
         self._matrix = np.concatenate([self._matrix, *found] if self._matrix.size else found)
 
@@ -126,28 +126,3 @@ class Embeddings:
             norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
             cosines[part] = (one * other).sum(axis=1) / norms
         return cosines
-
-    @staticmethod
-    def _batches(n: int):
-        with Steps("texts", n) as steps:
-            for start in range(0, n, AT_ONCE):
-                yield start
-                steps.advance(min(AT_ONCE, n - start))
-
-    def _embed(self, store: sqlite3.Connection, texts: list[str]) -> np.ndarray:
-        """Embeddings of one batch: from the file where it has them, else computed and stored."""
-        ids = [blake2b(self._identity + text.encode(), digest_size=16).digest() for text in texts]
-        marks = ",".join("?" * len(ids))
-        rows = store.execute(f"SELECT id, vector FROM texts WHERE id IN ({marks})", ids)
-        known = {id_: np.frombuffer(vector, np.float32) for id_, vector in rows}
-        missing = [n for n, id_ in enumerate(ids) if id_ not in known]
-        if missing:
-            made = self._encoder([texts[n] for n in missing])
-            fresh = {ids[n]: vector for n, vector in zip(missing, made, strict=True)}
-            with store:
-                store.executemany(
-                    "INSERT OR REPLACE INTO texts VALUES (?, ?)",
-                    [(id_, vector.tobytes()) for id_, vector in fresh.items()],
-                )
-            known |= fresh
-        return np.stack([known[id_] for id_ in ids])

@@ -6,10 +6,24 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from transformers import PretrainedConfig
+
 from tercet.core.config import TapoConfig
+from tercet.core.tool_config import PlanConfig
 from tercet.kernels.linear_logprobs import GPU_CHUNK_ROWS
 from tercet.train.fit.memory import GIB, Activations, Breakdown, Memory, kv_bytes_per_token
-from tercet.train.fit.roofline import Card, Engines, Lengths, PhaseCost, Step, Volume, phases
+from tercet.train.fit.roofline import (
+    LIKELY,
+    Card,
+    Engines,
+    Lengths,
+    PhaseCost,
+    Step,
+    Volume,
+    card_of,
+    phases,
+)
 from tercet.train.fit.sizes import ModelSizes
 
 USABLE = 0.92
@@ -223,6 +237,32 @@ class Plan:
     def longest(self) -> int:
         """Most tokens of a prompt with one response."""
         return self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
+
+
+def run_time(
+    config: TapoConfig, model: PretrainedConfig, steps: int, device: torch.device, gpus: int
+) -> str:
+    """How long a run is likely to take, in words, as far as a datasheet tells.
+
+    Args:
+        config: every option.
+        model: configuration of the model.
+        steps: rollout steps of the whole run.
+        device: of this process.
+        gpus: GPUs that train.
+    """
+    if device.type == "cpu":
+        return "no estimate of time on a CPU"
+    name = torch.cuda.get_device_name(device)
+    card = card_of(name)
+    if card is None:
+        return f"no estimate of time: train/fit/roofline.py has no {name}"
+    sizes = ModelSizes.of(config, model)
+    usual = PlanConfig()
+    lengths = Lengths(usual.prompt_tokens, usual.photo_tokens, usual.response_tokens)
+    plan = Plan(config, sizes, gpus, card, lengths)
+    hours = steps * sum(phase.seconds for phase in plan.phases()) / LIKELY / 3600
+    return f"about {hours:.1f} h, at {LIKELY:.0%} of the datasheet's speed"
 
 
 Setting = tuple[str, object]

@@ -41,6 +41,14 @@ CARDS = {
     "H200": Card(141, 989, 4800),
 }
 """A100, H100 and H200 are the SXM modules."""
+LIKELY = 0.4
+"""Share of the roofline's speed that a run is likely to reach."""
+
+
+def card_of(device_name: str) -> Card | None:
+    """The card that CUDA calls so, `NVIDIA A100-SXM4-80GB` for instance; None: not listed."""
+    name = device_name.replace(" ", "")
+    return next((CARDS[key] for key in CARDS if all(p in name for p in key.split("-"))), None)
 
 
 class Lengths(NamedTuple):

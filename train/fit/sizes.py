@@ -96,14 +96,18 @@ class ModelSizes:
     element_bytes: ElementBytes
 
     @classmethod
-    def of(cls, config: TapoConfig) -> ModelSizes:
+    def of(cls, config: TapoConfig, found: PretrainedConfig | None = None) -> ModelSizes:
         """Sizes of the model that a run trains, with its LoRA matrices and frozen parts.
+
+        Args:
+            config: every option.
+            found: the model's configuration; None: that of model.path.
 
         Raises:
             ValueError: for a path or architecture that is not known, or options that do not fit it.
         """
         options = config.model
-        found = model_config(options.path)
+        found = found or model_config(options.path)
         family = family_of(found)
         with torch.device("meta"):
             model = family.MODEL._from_config(found)

@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
+from difflib import get_close_matches
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -115,13 +116,12 @@ class Arguments:
     given: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if {"-h", "--help"} & set(self.argv):
-            self.words = ["--help"]
-            return
         files: list[str] = []
         seen: dict[str, list[str]] = {}
         for name, values in split_arguments(self.argv):
             option = name.removesuffix("+")
+            if not values and self.options.get(option) is bool:
+                values = ["true"]  # --run.verbose alone
             if name == "print_config":
                 self.words += join_arguments([(name, values)])
                 continue
@@ -148,7 +148,9 @@ class Arguments:
     def _check(self, name: object, values: list, where: str) -> None:
         """The option exists, is not a section, and has one value, or is a list and has several."""
         if name not in self.options:
-            raise ValueError(f"{where}there is no option {shown(name or values[0])}")
+            near = get_close_matches(str(name), self.options, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{where}there is no option {shown(name or values[0])}{hint}")
         if is_dataclass(self.options[name]):
             raise ValueError(f"{where}{name} has options of its own; give them as --{name}.NAME")
         if not values or (len(values) > 1 and not self._is_list(name)):

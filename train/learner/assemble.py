@@ -68,7 +68,7 @@ def open_manifest(
     def make() -> Manifest:
         visual = parts.model.model.visual
         home = visual.device
-        embed = embedder(config.embedder, lambda: parts, ranks.device)
+        embed = embedder(config.embedder, lambda: parts, ranks.device, config.embedder_layer)
         visual.to(ranks.device)
         manifest = prepare_manifest(config, embed)
         visual.to(home)

@@ -1,7 +1,8 @@
 """Checkpoints: all of a run's state on disk, whole or not there at all.
 
     <out>/checkpoints/step_000020/   a Hugging Face folder that also holds
-        README.md, adapter/          with LoRA: what merging lost, and the adapter beside it
+        README.md, adapter/          with LoRA: what merging lost, and the adapter beside it; with
+                                     run.save_lora adapter all that there is of the policy
         sharded/                     optimiser states, as safetensors: each rank writes its shards
         trainer_state.pt             random numbers, data position, carried groups
         complete.json                the run's identity, size and CRC-32 of every other file
@@ -78,7 +79,7 @@ class Checkpoints:
 
     Args:
         trained: the run whose weights and optimiser are written.
-        config: out, keep_last, keep_best, stop_after and async_save are used.
+        config: out, keep_last, keep_best, stop_after, save_lora and async_save are used.
         folder: the run's; its identity is a part of every checkpoint.
 
     Raises:
@@ -138,7 +139,8 @@ class Checkpoints:
         folder = self._ranks.share(lambda: self._begin(step))
         self._latest = (folder, copy.deepcopy(state))
         shards, updates = _training_tensors(self._trained)
-        export = Export.take(self._trained.policy, self._ranks, copy=self._pool is not None)
+        given = self._trained.policy, self._ranks, self._pool is not None
+        export = Export.take(*given, self._config.save_lora)
         if self._pool:
             shards = {name: tensor.to("cpu", copy=True) for name, tensor in shards.items()}
         self.best.rate(folder.name)

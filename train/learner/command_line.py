@@ -6,12 +6,16 @@ Nothing here imports torch or transformers, so that --help and a misspelt option
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from contextlib import suppress
+from dataclasses import MISSING, fields, is_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +26,7 @@ from tercet.core.option_types import PathText
 from tercet.core.presets import PRESETS
 from tercet.rollout.server import ServerError
 from tercet.train.learner.arguments import Arguments, load_yaml, one_line, options_of
+from tercet.train.learner.help_page import asked, help_page
 from tercet.train.learner.interrupt import Interrupted
 
 Config = TypeVar("Config")
@@ -30,6 +35,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 EXTRA = {"config": PathText, "resume": PathText | None}
 """Options of a command that trains which are not in its dataclass."""
+EXTRA_DEFAULTS = dict.fromkeys(EXTRA)
 NAMED = re.compile(r'Parser key "([^"]+)"')
 """How jsonargparse names the option whose value it refuses."""
 
@@ -70,7 +76,11 @@ def read_options(
 def _read(
     config_class: type[Config], argv: Sequence[str] | None, description: str, extra: dict[str, Any]
 ) -> tuple[Config, jsonargparse.Namespace, jsonargparse.ArgumentParser]:
-    arguments = Arguments(sys.argv[1:] if argv is None else argv, options_of(config_class) | extra)
+    argv = sys.argv[1:] if argv is None else argv
+    if which := asked(argv):
+        print(help_text(config_class, description, bool(extra), which == "all"), end="")
+        sys.exit(0)
+    arguments = Arguments(argv, options_of(config_class) | extra)
     parser = _parser(config_class, description, bool(extra))
     options = _parse_args(parser, arguments)
     if "run" in options and PRESETS.get(options.run.get("preset", DEFAULT_PRESET)):
@@ -114,14 +124,32 @@ def _plain(value: object) -> object:
 
 
 def show_help(config_class: type, description: str) -> None:
-    """Print the options of `config_class` and end, where the command line asks for them."""
-    if {"-h", "--help"} & set(sys.argv):
-        _parser(config_class, description, True).parse_args(["--help"])
+    """Print the options of a command that trains and end, where the command line asks for them."""
+    if asked(sys.argv):
+        _read(config_class, None, description, EXTRA)
 
 
-def help_text(config_class: type, description: str) -> str:
-    """What --help prints of a command's own options, without --config and --resume."""
-    return _parser(config_class, description, False).format_help()
+def help_text(config_class: type, description: str, trains: bool, everything: bool) -> str:
+    """What --help prints.
+
+    Args:
+        config_class: as for `parse`.
+        description: stands above the options.
+        trains: whether --config and --resume are among them.
+        everything: all options, also where there are many.
+    """
+    parser = _parser(config_class, description, trains)
+    options = (EXTRA if trains else {}) | options_of(config_class)
+    meanings = {action.dest: action.help or "" for action in parser._actions}
+    found = parser.get_defaults().as_dict()
+    flat = {
+        name: reduce(lambda inner, part: inner[part], name.split("."), found)
+        for name, hint in options.items()
+        if not is_dataclass(hint) and name != "config"
+    }
+    needed = {f.name for f in fields(config_class) if f.default is f.default_factory is MISSING}
+    defaults = {name: value for name, value in flat.items() if name not in needed}
+    return help_page(description, options, meanings, defaults | EXTRA_DEFAULTS, everything)
 
 
 def _parser(
@@ -154,12 +182,24 @@ def check_output(path: Path, option: str) -> None:
         raise ValueError(f"--{option}: {path} cannot be written: {folder} is no folder to write in")
 
 
+def tell_torchrun(said: str) -> None:
+    """Leave a line where torchrun looks for it: its report of a failed rank ends with that line."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    # As torch.distributed.elastic's own error handler writes it.
+    found = {"extraInfo": {"py_callstack": said, "timestamp": str(int(time.time()))}}
+    with suppress(OSError):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps({"message": {"message": said, **found}}), encoding="utf-8")
+
+
 def command(main) -> None:
     """Run `main()` and end the process.
 
     Bad input, a full disk and servers that fail end it with one line. So does an interruption, with
     128 + its signal; under torchrun with 0, and the line is rank 0's: a rank that stops on purpose
-    must not be restarted, nor called failed.
+    must not be restarted, nor called failed. torchrun is told what failed, and says it last.
     """
     code, under_torchrun = 0, "TORCHELASTIC_RUN_ID" in os.environ
     at_once = under_torchrun  # taking gloo's threads down aborts a process now and then
@@ -169,6 +209,7 @@ def command(main) -> None:
     except (ValueError, OSError, ServerError) as error:
         code = 1
         print(f"{name}: {error}", file=sys.stderr)
+        tell_torchrun(f"{name}: {error}")
     except (Interrupted, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):  # before the run began, or after its end
             error = Interrupted(signal.SIGINT)
@@ -176,6 +217,9 @@ def command(main) -> None:
         at_once = True  # taking torch and transformers down takes seconds on a busy machine
         if os.environ.get("RANK", "0") == "0":
             print(f"{name}: {error}", file=sys.stderr)
+    except Exception as error:
+        tell_torchrun(f"{name}: {type(error).__name__}: {error}")
+        raise
     if at_once:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -39,6 +39,8 @@ TEXT_COLUMNS = 116
 """Characters of a line of text in samples.png."""
 FONT_SIZE, LINE = 8.5, 0.165
 """Points of the text; inches from one line to the next."""
+MARKS = {True: ("✔", "#1a7f37"), False: ("✘", "#c62828"), None: ("○", "#333333")}
+"""Mark and colour of right and wrong responses, and of those that nobody judges."""
 MAX_CHARACTERS, PER_ROLE = 3 * TEXT_COLUMNS - 30, 3
 """Characters shown of a response; responses shown of each role."""
 
@@ -176,7 +178,7 @@ def draw_samples(rows: list[dict], png: Path | str) -> None:
     Args:
         rows: one dict a triplet: `anchor`, `positive`, `negative` (PIL images), `question`,
             `truth` and `responses`, a list of dicts with `role` ("anchor" or "positive"), `text`,
-            `correct` (bool), `reward` and `advantage`.
+            `correct` (bool; None: the reward function does not tell), `reward` and `advantage`.
         png: picture to write.
 
     Raises:
@@ -222,7 +224,7 @@ def _text_lines(row: dict) -> list[tuple[str, str, str]]:
     for role in ("anchor", "positive"):
         said = [response for response in row["responses"] if response["role"] == role]
         for response in said[:PER_ROLE]:
-            mark, colour = ("✔", "#1a7f37") if response["correct"] else ("✘", "#c62828")
+            mark, colour = MARKS[response["correct"]]
             head = (
                 f"{mark}  on the {role} photo: reward {response['reward']:.2f}, "
                 f"advantage {response['advantage']:+.2f}"
@@ -230,8 +232,9 @@ def _text_lines(row: dict) -> list[tuple[str, str, str]]:
             lines.append((head, colour, "bold"))
             lines += [(line, "#333333", "normal") for line in _wrap("   ", response["text"])]
         if len(said) > PER_ROLE:
-            right = sum(bool(response["correct"]) for response in said)
-            note = f"   … {len(said)} responses on the {role} photo, {right} of them correct"
+            note = f"   … {len(said)} responses on the {role} photo"
+            if None not in (marks := [response["correct"] for response in said]):
+                note += f", {sum(marks)} of them correct"
             lines.append((note, "#777777", "normal"))
     return lines
 
@@ -297,7 +300,7 @@ def sample_rows(groups: Sequence[Group]) -> list[dict]:
                     "text": response.text,
                     "correct": is_correct(response.metrics)
                     if "accuracy" in response.metrics
-                    else response.advantage > 0,
+                    else None,
                     "reward": response.reward,
                     "advantage": response.advantage,
                 }

@@ -12,8 +12,10 @@ from hashlib import blake2b
 from pathlib import Path
 
 from tercet.core.config import SftConfig, TapoConfig
+from tercet.core.data.cells import table_of
 from tercet.core.data.files import regular
 
+IDENTITY, LOCK = "identity.json", ".lock"  # in run.out
 Options = dict[str, object]
 """By name, such as `optim.lr`."""
 Changes = dict[str, tuple[object, object]]
@@ -193,8 +195,7 @@ def photos_digest(keys: Iterable[str], root: str) -> str:
     """
     found: dict[str, str] = {}
     for key in keys:
-        head, parquet, _ = key.rpartition(".parquet#")
-        file = f"{head}.parquet" if parquet else key
+        file = table_of(key) or key
         if file not in found:
             try:
                 found[file] = _file_digest(Path(file))

@@ -20,11 +20,13 @@ from tercet.train.learner.ranks import Ranks
 MERGE_ERROR = "lora_merge_error"
 LARGE_ERROR = 0.2
 ADAPTER_FOLDER = "adapter"
-README = """# A LoRA adapter, merged
+MERGED = """# A LoRA adapter, merged
 
 The weights of this folder are W + alpha / r * B A, computed in float32 and rounded to {dtype}.
 Relative error of what was added, caused by rounding: {error:.3g} (root of the sums of squares).
-Without this error: the adapter in `{adapter}/` on its base, `{base}`.
+"""
+ADAPTER = """
+The adapter by itself is in `{adapter}/`, for its base, `{base}`:
 
     from peft import PeftModel
     model = PeftModel.from_pretrained(base_model, "{adapter}")
@@ -61,23 +63,25 @@ class Export:
     """What a policy's folder is written from: tensors on the CPU of rank 0, none elsewhere."""
 
     weights: dict[str, Tensor]
-    """Whole and merged."""
+    """Whole and merged; empty for the adapter alone."""
     added: dict[str, Tensor]
-    """Of LoRA, by their names in the model."""
+    """Of LoRA, by their names in the model; empty for the merged weights alone."""
     error: float
     """As `merge_error`."""
 
     @classmethod
-    def take(cls, policy: Policy, ranks: Ranks, copy: bool) -> Export:
+    def take(cls, policy: Policy, ranks: Ranks, copy: bool, parts: str = "both") -> Export:
         """Gather a policy's weights; a collective.
 
         Args:
             policy: with or without LoRA.
             ranks: of the run.
             copy: whether the policy may change before they are written.
+            parts: with LoRA, what is written: run.save_lora.
         """
-        weights, added = {}, {}
-        named = (weights, policy.named_weights()), (added, added_weights(policy.model))
+        weights, added, has_lora = {}, {}, hasattr(policy.model, "adapter_config")
+        named = [] if has_lora and parts == "adapter" else [(weights, policy.named_weights())]
+        named += [] if parts == "merged" else [(added, added_weights(policy.model))]
         for kept, items in named:
             for name, weight in items:
                 if ranks.is_first:
@@ -85,10 +89,15 @@ class Export:
         return cls(weights, added, merge_error(policy, ranks))
 
     def save(self, parts: PolicyParts, folder: Path) -> None:
-        """Write a folder that transformers loads; with LoRA also README.md and adapter/."""
-        parts.save(folder, self.weights)
+        """Write a folder that transformers loads; with LoRA also adapter/, or that alone, and
+        README.md about them."""
+        text = ""
+        if self.weights:
+            parts.save(folder, self.weights)
+            dtype = str(parts.model.dtype).removeprefix("torch.")
+            text = MERGED.format(dtype=dtype, error=self.error)
         if self.added:
             base = save_adapter(parts.model, self.added, folder / ADAPTER_FOLDER)
-            dtype = str(parts.model.dtype).removeprefix("torch.")
-            text = README.format(dtype=dtype, error=self.error, base=base, adapter=ADAPTER_FOLDER)
-            (folder / "README.md").write_text(text, encoding="utf-8")
+            text += ADAPTER.format(base=base, adapter=ADAPTER_FOLDER)
+        if hasattr(parts.model, "adapter_config"):
+            (folder / "README.md").write_text(text.lstrip(), encoding="utf-8")

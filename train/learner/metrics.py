@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-METRICS_FILE = "metrics.jsonl"  # in run.out
+METRICS_FILE, ENVIRONMENT = "metrics.jsonl", "environment.json"  # in run.out
 SECONDS = "seconds_"
 """What the name of a phase's seconds begins with."""
 
@@ -23,9 +23,10 @@ class Metric(NamedTuple):
     name: str
     meaning: str
     line: int | None = None
-    """Line of a step on the terminal, 1 or 2; None: not shown there."""
+    """Where the terminal shows it: 1 a column of the step's line, 2 below it with run.verbose,
+    3 on a line of its own, as few steps have it; None: nowhere."""
     label: str = ""
-    """What stands before it on that line; neighbours with the same label share a column."""
+    """What it is called there; neighbours on line 2 with the same label are joined."""
     form: str = ""
     """Its format there, with a fixed width."""
     panel: str | None = None
@@ -45,6 +46,12 @@ PANELS = {
     "Response length and groups kept": "share kept",
 }
 """The panels of curves.png in their order: the title, and the label of the right axis."""
+MORE_PANELS = {
+    "Sampler against trainer": "maximum",
+    "Tokens a second": "",
+    "Memory": "",
+}
+"""Further panels of the report page."""
 
 # fmt: off
 METRICS = (
@@ -54,44 +61,49 @@ METRICS = (
     Metric("accuracy", "share of responses that the reward function counts as correct",
            1, "acc", "5.3f", "Reward", "accuracy"),
     Metric("several_names", "share of responses whose answer holds more than one known name",
-           1, "several", "5.3f", "Reward", "several names"),
-    Metric("format", "share of responses in the format that the prompt asks for"),
+           2, "several", "5.3f", "Reward", "several names"),
+    Metric("format", "share of responses in the format that the prompt asks for",
+           panel="Reward", curve="format"),
     Metric("acceptance", "share of the step's sampled groups that passed dynamic sampling",
            1, "kept", "5.3f", "Response length and groups kept", "share of groups kept", True),
     Metric("response_length", "mean length of a response, in tokens",
            1, "len", "6.1f", "Response length and groups kept", "tokens a response"),
-    Metric("cut_off", "share of responses that were cut off at rollout.max_response_tokens"),
+    Metric("kept_length", "the same of the responses that are trained on",
+           panel="Response length and groups kept", curve="tokens a kept response"),
+    Metric("cut_off", "share of responses that were cut off at rollout.max_response_tokens",
+           panel="Response length and groups kept", curve="share cut off", right=True),
     Metric("redrawn", "responses drawn again because of what was drawn, as a share of all"),
     Metric("groups", "groups that the step trains on"),
     Metric("filled_up", "groups trained on although they did not pass dynamic sampling"),
     # Of an evaluation during training.
     Metric("eval_seen", "share of held-out photos of seen sub-categories that are named right",
-           2, "seen", "5.3f", "Reward", "held out, seen"),
+           3, "seen", "5.3f", "Reward", "held out, seen"),
     Metric("eval_unseen", "share of held-out photos of unseen sub-categories that are named right",
-           2, "unseen", "5.3f", "Reward", "held out, unseen"),
+           3, "unseen", "5.3f", "Reward", "held out, unseen"),
     # Of the loss: sums over response tokens divided by num_loss_tokens, then means over updates.
     Metric("loss", "the loss that is minimised",
-           1, "loss", "7.4f", "Loss", "total"),
+           2, "loss", "7.4f", "Loss", "total"),
     Metric("cross_entropy", "the loss of stage 1: minus the mean log-prob of the target tokens",
            1, "ce", "7.4f", "Loss", "cross entropy"),
     Metric("held_out_ce", "the same on records that are held out",
-           1, "held", "7.4f", "Loss", "held out"),
+           3, "cross entropy", "6.4f", "Loss", "held out"),
     Metric("permuted_ce", "the same on held-out records, each with another one's photos",
-           1, "other", "7.4f", "Loss", "held out, others' photos"),
+           3, "with others' photos", "6.4f", "Loss", "held out, others' photos"),
     Metric("pg_loss", "the clipped policy-gradient term of the loss",
-           1, "pg", "7.4f", "Loss", "policy gradient"),
+           2, "pg", "7.4f", "Loss", "policy gradient"),
     Metric("kl", "KL to the policy that sees the negative photo (k3 estimate), after its clamps",
            1, "kl", "6.4f", "Entropy and KL", "KL to negative", True),
     Metric("entropy", "minus the mean log-prob of the sampled tokens",
-           1, "H", "6.3f", "Entropy and KL", "H"),
+           1, "entropy", "6.3f", "Entropy and KL", "H"),
     Metric("neg_entropy", "minus the mean log-prob of the same tokens on the negative photo",
-           1, "Hneg", "6.3f", "Entropy and KL", "H negative"),
+           2, "Hneg", "6.3f", "Entropy and KL", "H negative"),
     Metric("margin", "mean of log-prob on the anchor - on the negative, of sampled tokens",
            panel="Entropy and KL", curve="margin"),
-    Metric("ref_kl", "KL to the reference policy (k3 estimate), after its clamps"),
+    Metric("ref_kl", "KL to the reference policy (k3 estimate), after its clamps",
+           panel="Entropy and KL", curve="KL to reference", right=True),
     Metric("exact_neg_entropy", "entropy of the next-token distribution on the negative photo"),
     Metric("exact_entropy", "entropy of the policy's whole next-token distribution",
-           1, "Hexact", "5.3f", "Entropy and KL", "H exact"),
+           2, "Hexact", "5.3f", "Entropy and KL", "H exact"),
     Metric("clip_frac_high", "share of tokens held by the upper bound on the ratio",
            2, "clip", "5.3f", "Share of tokens clipped", "high"),
     Metric("clip_frac_low", "share of tokens held by the lower bound on the ratio",
@@ -102,7 +114,7 @@ METRICS = (
            2, "kl_old", "7.1e", "Entropy and KL", "KL to old", True),
     # Of the optimiser: means over the step's updates.
     Metric("grad_norm", "norm of the gradient before it is clipped",
-           2, "grad", "7.1e", "Gradient norm and learning rate", "gradient norm"),
+           1, "grad", "7.1e", "Gradient norm and learning rate", "gradient norm"),
     Metric("skipped_steps", "share of updates skipped because the gradient was not finite",
            2, "skip", "1.0f"),
     Metric("lr", "learning rate",
@@ -111,15 +123,21 @@ METRICS = (
            2, "merge", "7.1e"),
     # Of the sampler.
     Metric("tokens_per_s", "response tokens sampled in a second",
-           2, "tok/s", "5.0f"),
+           2, "tok/s", "5.0f", "Tokens a second", "sampled"),
     # The sampler against the trainer, over the tokens of responses on the anchor photo.
-    Metric("mismatch_mean", "mean of |log-prob of the trainer - log-prob of the sampler|"),
-    Metric("mismatch_max", "maximum of |log-prob of the trainer - log-prob of the sampler|"),
-    Metric("mismatch_kl", "KL(sampler || trainer) (k3 estimate)"),
-    Metric("mismatch_over", "share of tokens whose log-probs differ by more than 0.1"),
+    Metric("mismatch_mean", "mean of |log-prob of the trainer - log-prob of the sampler|",
+           panel="Sampler against trainer", curve="mean difference"),
+    Metric("mismatch_max", "maximum of |log-prob of the trainer - log-prob of the sampler|",
+           panel="Sampler against trainer", curve="maximum", right=True),
+    Metric("mismatch_kl", "KL(sampler || trainer) (k3 estimate)",
+           panel="Sampler against trainer", curve="KL"),
+    Metric("mismatch_over", "share of tokens whose log-probs differ by more than 0.1",
+           panel="Sampler against trainer", curve="share above 0.1"),
+    Metric("peak_mem_gib", "most GiB of memory so far, of rank 0: the GPU's, else the process's",
+           panel="Memory", curve="peak, GiB"),
 )
 # fmt: on
-"""Every metric that the training commands write, in the order of the terminal's two lines."""
+"""Every metric that the training commands write, in the order of the terminal's columns."""
 
 FROM_REWARDS = ("accuracy", "several_names", "format")
 """Metrics of the table that reward functions give."""
@@ -139,6 +157,7 @@ PHASES = {
     "update": "upd",
     "sync": "sync",
     "eval": "eval",
+    "log": "log",
 }
 """The phases of a step in their order, with their labels on the terminal."""
 

@@ -136,7 +136,8 @@ class Policy(nn.Module):
                 half the activations and one more forward pass.
 
         Returns:
-            The loss and its metrics, detached; `logprobs` [R] among them.
+            The loss and its metrics, detached; `logprobs` [R] among them, and `neg_logprobs` [R]
+            where the loss has them.
         """
         if batch.response_index is not None and batch.old_logprobs is not None:
             # A response's ratio is that of all its tokens: their log-probs are needed first.
@@ -160,7 +161,6 @@ class Policy(nn.Module):
                 hidden.backward(leaf.grad)
         if negative_apart and self.loss.neg_grad == "flow":
             self(negative_apart, "negative", logprobs=metrics["logprobs"])[0].backward()
-        metrics.pop("neg_logprobs", None)
         return value.detach(), metrics
 
     def named_weights(self) -> NamedWeights:

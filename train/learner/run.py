@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -15,8 +15,11 @@ from torch import Tensor
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.packing import Piece
 from tercet.core.rewards import read_apart
+from tercet.core.rollout_config import LEAST_STEPS
 from tercet.core.types import PolicyParts
+from tercet.rollout.step_groups import StepGroups
 from tercet.train.learner.checkpoint import Checkpoints
+from tercet.train.learner.environment import peak_memory_gib, write_environment
 from tercet.train.learner.failed import set_aside
 from tercet.train.learner.interrupt import Interrupted
 from tercet.train.learner.merged import lora_figures
@@ -24,10 +27,7 @@ from tercet.train.learner.optim import HALF_UPDATED, Schedule, optimizer_step
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
 from tercet.train.learner.run_folder import RunFolder
-from tercet.train.learner.run_log import RunLog, SilentLog
-
-FEW_UPDATES = 20
-"""Optimiser steps of a run below which a line warns of it."""
+from tercet.train.learner.run_log import Phase, RunLog, SilentLog
 
 
 class Run(Protocol):
@@ -57,10 +57,12 @@ def open_log(run: Run, resolved: str) -> RunLog | SilentLog:
 
     def make() -> RunLog:
         run.folder.write()
-        log = RunLog(run.config.run.out, run.total_steps, resolved, run.config.run.wandb)
+        options = run.config.run
+        log = RunLog(options.out, run.total_steps, resolved, options.wandb, options.verbose)
         for line in run.folder.lines:
             log.say(line)
         log.resume_at(run.steps_done + 1)
+        write_environment(log.out, run.ranks.device, run.ranks.size, run.total_steps)
         log.say(f"attention: {run.policy.attention}")
         return log
 
@@ -109,6 +111,7 @@ def _save_from(run: Run, error: BaseException) -> None:
 def finish_step(run: Run, figures: dict[str, float]) -> Path | None:
     """Log a step, and save it where one is due; returns the checkpoint's folder."""
     figures = figures | lora_figures(run.policy, run.ranks)
+    figures["peak_mem_gib"] = peak_memory_gib(run.ranks.device)
     run.ranks.share(run.folder.check)
     try:
         run.log.step(run.steps_done, figures)  # before anything else can fail
@@ -120,7 +123,11 @@ def finish_step(run: Run, figures: dict[str, float]) -> Path | None:
         said = f"{options.stop_after} values of {options.keep_best} without a new best"
         run.log.say(f"step {run.steps_done} is the last: {said} (run.stop_after)")
         last = True
-    return run.save() if last or run.steps_done % options.save_every == 0 else None
+    if not last and run.steps_done % options.save_every:
+        return None
+    folder = run.save()
+    run.log.say(f"checkpoint after step {run.steps_done}: {folder}")
+    return folder
 
 
 def add_up(sums: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
@@ -177,42 +184,81 @@ def report_end(run: Run, draw: Callable[[], None]) -> None:
             run.log.say(f"the figures of the run are not drawn: {error}")
 
 
-def length_lines(config: TapoConfig, steps: int) -> list[str]:
+def sampling_progress(run: Run, phase: Phase) -> Callable[[int, StepGroups], None]:
+    """What a TAPO run does while it samples: moves the bar, and stops where it is told to.
+
+    Once a step it says that none of the first `groups_per_step` groups passed: a reward that ties
+    every group is noticed before the last round.
+    """
+    said = False
+
+    def progress(responses: int, so_far: StepGroups) -> None:
+        nonlocal said
+        phase.advance(responses, so_far.kept)
+        if not (said or so_far.groups_kept):
+            said = so_far.groups_done >= run.config.rollout.groups_per_step
+            if said:
+                run.log.say(f"step {run.steps_done + 1}: {so_far.kept} so far")
+        run.stop.check()
+
+    return progress
+
+
+def settle(config: TapoConfig, parts: PolicyParts, anchors: int, saved: Mapping) -> int:
+    """Put numbers in the place of a run's `auto` options, and say how many steps it has.
+
+    Args:
+        config: changed in place.
+        parts: the policy, before LoRA is added.
+        anchors: of the run.
+        saved: trainer state of the checkpoint that the run goes on from, whose groups a step it
+            keeps; empty for a new run.
+
+    Returns:
+        Rollout steps of the whole run.
+    """
+    rollout, groups = config.rollout, anchors * config.run.epochs
+    if rollout.groups_per_step == "auto":
+        rollout.groups_per_step = saved.get("groups_per_step", "auto")
+    rollout.settle(sum(parameter.numel() for parameter in parts.model.parameters()), groups)
+    return config.run.steps or max(1, groups // rollout.groups_per_step)
+
+
+def length_lines(config: TapoConfig, steps: int, time: str) -> list[str]:
     """How long a run is, and a warning where that is too short to change much.
 
     Args:
-        config: every option.
+        config: every option, settled.
         steps: rollout steps of the whole run.
+        time: how long it is likely to take, in words.
     """
     rollout, groups = config.rollout, config.rollout.groups_per_step
     size = config.optim.groups_per_minibatch or groups
     updates = steps * math.ceil(groups / size)
     responses = steps * groups * (rollout.n_anchor + rollout.n_positive)
-    counts = f"{updates:,} optimiser steps, {responses:,} responses"
+    counts = f"{updates:,} optimiser steps, {responses:,} responses; {time}"
     lines = [f"{steps:,} steps of {groups:,} groups: {counts}"]
-    if updates < FEW_UPDATES:
+    if updates < LEAST_STEPS:
         lines.append(
-            f"{updates} optimiser steps are few (under {FEW_UPDATES}) at optim.lr "
+            f"{updates} optimiser steps are few (under {LEAST_STEPS}) at optim.lr "
             f"{config.optim.lr:g}: lower rollout.groups_per_step, or raise run.epochs"
         )
     return lines
 
 
-def announce(run: Run, sampled: PolicyParts) -> None:
+def announce(run: Run, sampled: PolicyParts, time: str) -> None:
     """Say what is to be known at a TAPO run's start: of its data, its reward and its sampler.
 
     Args:
         run: a TAPO run.
         sampled: what rank 0 samples from, where it samples in this process.
+        time: how long it is likely to take, in words.
     """
-    for line in run.manifest.remarks():
-        run.log.say(line)
+    config = run.config
     names = [name for of_super in run.manifest.names.values() for name in of_super]
-    if line := read_apart(run.config.rollout.reward, names):
-        run.log.say(line)
-    for line in length_lines(run.config, run.total_steps):
-        run.log.say(line)
-    if line := run.config.loss.works_against_kl:
-        run.log.say(line)
+    lines = [*run.manifest.remarks(), read_apart(config.rollout.reward, names)]
+    lines += [*length_lines(config, run.total_steps, time), config.loss.works_against_kl]
     if sampled is not run.parts:
-        run.log.say("rank 0 samples on a whole copy of the policy")
+        lines.append("rank 0 samples on a whole copy of the policy")
+    for line in filter(None, lines):
+        run.log.say(line)

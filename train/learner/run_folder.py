@@ -20,6 +20,8 @@ from tercet.train.learner.checkpoint import find_checkpoint, identity_of, load_s
 from tercet.train.learner.complete import seal, sync, unseal
 from tercet.train.learner.device import set_up
 from tercet.train.learner.identity import (
+    IDENTITY,
+    LOCK,
     Changes,
     Identity,
     Kind,
@@ -34,8 +36,6 @@ from tercet.train.learner.identity import (
 from tercet.train.learner.metrics import METRICS_FILE, read_metrics
 from tercet.train.learner.ranks import Ranks, restarts
 
-IDENTITY = "identity.json"
-LOCK = ".lock"
 INPUTS = ("data.path", "data.questions", "data.embedder", "model.path")
 """Options that may name files in the folder of an earlier run."""
 ANOTHER = "another --run.out, or --run.overwrite true, which moves this run's folder aside"

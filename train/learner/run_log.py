@@ -18,10 +18,7 @@ import math
 import os
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Collection, Iterator
-from itertools import groupby
-from operator import attrgetter
+from collections import defaultdict, deque
 from pathlib import Path
 from types import ModuleType
 
@@ -36,19 +33,17 @@ from rich.progress import (
 )
 
 from tercet.train.learner.metrics import (
-    METRICS,
     METRICS_FILE,
     PHASES,
     SECONDS,
-    Metric,
-    phase_seconds,
     tensorboard_tag,
     whole_lines,
 )
 from tercet.train.learner.scalars import Scalars
+from tercet.train.learner.terminal import StepLines
 
-LINE_WIDTH = 160
-"""Characters: a step longer than this takes more than one line."""
+RECENT_STEPS = 20
+"""Steps whose time says how long the rest will take."""
 
 
 class _Lines(Console):
@@ -74,9 +69,10 @@ class Phase:
         self._log._shut(self)
         self._log.progress.remove_task(self._task)
 
-    def advance(self, n: float = 1) -> None:
-        """Move the bar by `n` units."""
-        self._log.progress.advance(self._task, n)
+    def advance(self, n: float = 1, note: str = "") -> None:
+        """Move the bar by `n` units; a note stands behind the unit from then on."""
+        unit = {"unit": f"{self._unit}, {note}"} if note else {}
+        self._log.progress.update(self._task, advance=n, **unit)
 
     def show(self, visible: bool) -> None:
         """Show or hide the bar."""
@@ -94,6 +90,7 @@ class RunLog:
         total_steps: steps of the whole run.
         config_yaml: the resolved options as YAML.
         wandb: Weights & Biases project; None: not used.
+        verbose: show every metric of a step, not the most important ones alone.
         console: where lines and bars are shown; None: standard output.
 
     Raises:
@@ -106,6 +103,7 @@ class RunLog:
         total_steps: int,
         config_yaml: str,
         wandb: str | None = None,
+        verbose: bool = False,
         console: Console | None = None,
     ):
         self.out = Path(out)
@@ -118,6 +116,8 @@ class RunLog:
         self._phases: list[Phase] = []
         self._clock: float | None = None
         self._shown: dict[str, None] = {}  # every name so far, in the order of its first step
+        self._lines, self._total_steps = StepLines(total_steps, verbose), total_steps
+        self._ends = deque([time.perf_counter()], RECENT_STEPS + 1)  # of the last steps
         self._wandb = None if wandb is None else _start_wandb(wandb, self.out, config_yaml)
         self.console = console or _Lines(highlight=False, force_terminal=sys.stdout.isatty())
         self.progress = Progress(
@@ -217,7 +217,10 @@ class RunLog:
             self._wandb.log(numbers, step=step)
         self._last_step = step
         self._shown |= dict.fromkeys(numbers)
-        self.say(step_line(step, numbers, self._shown))
+        self._ends.append(time.perf_counter())
+        a_step = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        left_s = a_step * max(0, self._total_steps - step)
+        self.say(self._lines.of(step, numbers, self._shown, left_s))
         self.progress.advance(self._run)
 
     def say(self, text: str) -> None:
@@ -267,51 +270,6 @@ class RunLog:
         return {f"{SECONDS}{name}": round(max(0.0, seconds[name]), 4) for name in order}
 
 
-def step_line(step: int, metrics: dict[str, float], shown: Collection[str]) -> str:
-    """A step as aligned text: one line where LINE_WIDTH allows it, else two or more.
-
-    Args:
-        step: its number.
-        metrics: its metrics, with `seconds_<phase>`.
-        shown: every name that has a column; a metric without a value now leaves it blank.
-    """
-    first, second = ([*_cells(line, metrics, shown)] for line in (1, 2))
-    if phases := phase_seconds({name: metrics.get(name, 0.0) for name in shown}):
-        parts = [f"{PHASES.get(name, name)} {_short(value)}" for name, value in phases.items()]
-        second.append(f"{_short(sum(phases.values()))} s: {' '.join(parts)}")
-    label, indent = f"step {step:>5}", " " * 4
-    if len("  ".join([label, *first, *second])) <= LINE_WIDTH:
-        return "  ".join([label, *first, *second])
-    lines = []
-    for start, cells in ((label, first), (indent, second)):
-        lines.append(start)
-        for cell in cells:
-            if len(lines[-1]) + 2 + len(cell) > LINE_WIDTH:
-                lines.append(indent)
-            lines[-1] += "  " + cell
-    return "\n".join(lines)
-
-
-def _cells(line: int, metrics: dict[str, float], shown: Collection[str]) -> Iterator[str]:
-    """`label value` of each column of the line; metrics with one label are joined by slashes."""
-    listed = [metric for metric in METRICS if metric.line == line and metric.name in shown]
-    for label, column in groupby(listed, attrgetter("label")):
-        yield f"{label} {'/'.join(_value(metric, metrics) for metric in column)}"
-
-
-def _value(metric: Metric, metrics: dict[str, float]) -> str:
-    """The metric's number, or as many blanks."""
-    if metric.name in metrics:
-        return format(metrics[metric.name], metric.form)
-    return " " * int(metric.form.split(".")[0])
-
-
-def _short(seconds: float) -> str:
-    """Three digits in four characters."""
-    digits = 2 if seconds < 9.995 else 1 if seconds < 99.95 else 0
-    return f"{seconds:4.{digits}f}"
-
-
 def _number(name: str, value: float, step: int) -> float:
     try:
         return float(value)
@@ -358,7 +316,7 @@ class SilentLog:
     def phase(self, name: str, total: float | None = None, unit: str = "") -> SilentLog:
         return self
 
-    def advance(self, n: float = 1) -> None: ...
+    def advance(self, n: float = 1, note: str = "") -> None: ...
 
     def add_time(self, name: str, seconds: float) -> None: ...
 

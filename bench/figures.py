@@ -11,6 +11,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
+LONGEST = 10
+"""Bars of this many times ours and more have the same length; their labels tell the value."""
 KERNEL_KEYS = ("device", "dtype", "rows", "hidden", "vocabulary")
 STEP_KEYS = ("device", "model", "dtype", "clock")
 SWEEPS = {
@@ -34,8 +36,8 @@ def newest(
 
 
 def draw_kernels(path: Path = RESULTS / "kernels.csv", out: Path = RESULTS / "kernels.png") -> None:
-    """Time and extra memory of each method, one line of panels per shape."""
-    groups = newest(path)
+    """Time and extra memory of each method, one line of panels per shape that has peers."""
+    groups = {key: rows for key, rows in newest(path).items() if len(rows) > 2}
     if not groups:
         raise ValueError(f"{path} holds no timed row")
     figure = Figure(figsize=(10, 2.8 * len(groups)), layout="constrained")
@@ -49,7 +51,9 @@ def draw_kernels(path: Path = RESULTS / "kernels.csv", out: Path = RESULTS / "ke
             (time, [float(row["ms_50"]) for row in rows], "ms, forward + backward"),
             (memory, [float(row["extra_mib"] or "nan") for row in rows], "MiB above gradients"),
         ):
-            bars = panel.barh(range(len(names)), values, color=colours)
+            longest = LONGEST * values[names.index("ours")]
+            held = [min(value, longest) if value == value else value for value in values]
+            bars = panel.barh(range(len(names)), held, color=colours)
             panel.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
             panel.bar_label(bars, [f" {v:,.0f}" if v == v else "" for v in values])
             panel.set_xlabel(unit)
@@ -61,17 +65,24 @@ def draw_kernels(path: Path = RESULTS / "kernels.csv", out: Path = RESULTS / "ke
 
 
 def draw_step(path: Path = RESULTS / "step.csv", out: Path = RESULTS / "step.png") -> None:
-    """Time and memory of each method, and how ours grow; two lines of panels per device."""
+    """Time and memory of each method, and how ours grow: a line of panels each, per device."""
     groups = newest(path, STEP_KEYS, ("sweep", "method", "update_on", "packed_tokens"))
     if not groups:
         raise ValueError(f"{path} holds no timed row")
-    figure = Figure(figsize=(10, 6.4 * len(groups)), layout="constrained")
-    panels = figure.subplots(2 * len(groups), 2, squeeze=False)
-    for index, (key, rows) in enumerate(groups.items()):
-        bars, curves = panels[2 * index : 2 * index + 2]
-        _step_bars(bars, [r for r in rows if not r["sweep"] and r["groups"] == "1"])
-        _step_curves(curves, [row for row in rows if row["sweep"]])
-        bars[0].set_title(", ".join(key) + " time", loc="left", fontsize=10)
+    shown = [
+        (key, [r for r in rows if bool(r["sweep"]) == swept], swept)
+        for key, rows in groups.items()
+        for swept in (False, True)
+    ]
+    shown = [one for one in shown if one[1]]
+    figure = Figure(figsize=(10, 3.2 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 2, squeeze=False)
+    for pair, (key, rows, swept) in zip(panels, shown, strict=True):
+        if swept:
+            _step_curves(pair, rows)
+            continue
+        _step_bars(pair, [row for row in rows if row["groups"] == "1"])
+        pair[0].set_title(", ".join(key) + " time", loc="left", fontsize=10)
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=110)

@@ -10,7 +10,8 @@ KERNEL_TESTS := tests/test_rows.py tests/test_linear_logprobs.py tests/test_tapo
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install help demo demo-seeds test test-core lint bench bench-kernels bench-objectives bench-step gpu \
+.PHONY: install help demo demo-seeds test test-core lint bench bench-kernels bench-objectives \
+	bench-step bench-whole-step gpu \
 	gpu-rehearsal gpu-wheels bench-figures bench-rollout bench-evaluation kernel-table gpu-folder test-kill \
 	test-sglang clean
 
@@ -79,6 +80,10 @@ bench-objectives: $(STAMP)  ## an update step of each objective beside TAPO's, i
 bench-step: $(STAMP)  ## an update step beside other ways to compute it, into bench/results/step.csv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]' -c $(CONSTRAINTS)
 	$(BIN)/python -m tercet.bench.step
+
+bench-whole-step: $(STAMP)  ## whole steps beside TRL's GRPOTrainer, into bench/results/whole_step.csv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]' -c $(CONSTRAINTS)
+	$(BIN)/python -m tercet.bench.whole_step
 
 # On a GPU machine, with its own python3, torch and transformers, and the wheels in WHEELS.
 # make gpu OUT=folder PARTS="card tests kernels": within 9 minutes; bench/gpu.py lists the parts.

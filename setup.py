@@ -61,7 +61,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8", "liger-kernel>=0.6"],
-        "bench": ["liger-kernel>=0.6", "cut-cross-entropy>=25.1", "trl>=1.0", "prefix-grouper"],
+        "bench": ["liger-kernel>=0.6", "cut-cross-entropy>=25.1", "trl>=1.16", "prefix-grouper"],
         "dev": [
             "pytest>=8.3",
             "pytest-benchmark>=5.1",

@@ -4,7 +4,12 @@
 
 For sm_86 (RTX A6000) and sm_90 (H100, H200): no register may spill, shared memory must fit an
 sm_86 block, and the PTX must hold no fp64 arithmetic (a Python float that slipped in). Prints the
-table that README shows; exits with 1 when a limit is exceeded.
+tables of docs/benchmarks.md; exits with 1 when a limit is exceeded.
+
+The second table is counted, not measured: for an RTX A6000, from its datasheet, the code of sm_86
+and the bytes that a kernel reads and writes. `at memory's rate` is the least time that these bytes
+take. `at the issue rate` is the most that the instructions take, were all of a kernel's executed
+for each tile: where it is the smaller one, memory decides.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +27,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tercet.kernels import rows_triton
+from tercet.train.fit.roofline import CARDS
 
 ARCHITECTURES = (86, 90)
 MAX_SHARED = 101_376
 """Bytes of shared memory that a block can have on sm_86."""
 TIMEOUT_S = 60
+LANES_PER_S = 38.7e12 / 2
+"""Instructions of single lanes that an RTX A6000 issues: its float32 rate counts two for each."""
+WARPS_PER_SM, REGISTERS_PER_SM, SHARED_PER_SM, BLOCKS_PER_SM = 48, 65_536, 102_400, 16
+"""Of sm_86."""
+ROWS, VOCABULARY = 8192, 151_936
+"""What times are counted for."""
+CLASSES = {
+    "float": ("FADD", "FMUL", "FFMA", "FMNMX", "FSEL", "FSETP", "F2FP", "F2F"),
+    "special": ("MUFU",),
+    "memory": ("LDG", "STG", "LDS", "STS", "SHFL", "BAR"),
+}
+"""Instructions by what they do; all others are addresses, predicates and control."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,13 @@ class Kernel:
     types: dict[str, str]
     constants: dict[str, object]
     num_warps: int
+    moved: int
+    """Bytes that it reads and writes of each logit; 0: it works on rows."""
+
+    @property
+    def memory_ms(self) -> float:
+        """Least time of its traffic on an RTX A6000."""
+        return ROWS * VOCABULARY * self.moved / CARDS["A6000"].gb_per_s / 1e6
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,20 @@ class Usage:
     has_fp64: bool
     barriers: int
     """Barriers in the PTX."""
+    instructions: dict[str, int]
+    """By class, in the whole kernel."""
+
+    def warps_at_once(self, warps: int) -> int:
+        """Warps that an SM of sm_86 holds, in blocks of `warps`."""
+        by_registers = REGISTERS_PER_SM // (-(-self.registers // 8) * 8 * 32) // 4 * 4
+        by_shared = SHARED_PER_SM // (self.shared_bytes + 1024)
+        blocks = min(by_registers // warps, WARPS_PER_SM // warps, by_shared, BLOCKS_PER_SM)
+        return blocks * warps
+
+    def issue_ms(self, kernel: Kernel) -> float:
+        """Most time that its instructions take on an RTX A6000."""
+        lanes = sum(self.instructions.values()) * 32 * kernel.num_warps
+        return 1e3 * ROWS * VOCABULARY / rows_triton.BLOCK * lanes / LANES_PER_S
 
     def faults(self) -> list[str]:
         """The limits that it exceeds, in words."""
@@ -75,7 +115,14 @@ def kernels() -> list[Kernel]:
     }
     floats = dict.fromkeys(["logprobs", "lse", "entropy", "d_logprobs", "d_entropy"], "*fp32")
     found = [
-        Kernel("row_logprobs", rows_triton.row_logprobs_kernel, row_types | floats, rows, 8),
+        Kernel(
+            "row_logprobs",
+            rows_triton.row_logprobs_kernel,
+            row_types | floats,
+            rows,
+            rows_triton.WARPS,
+            4,
+        ),
     ]
     for grad in ("bf16", "fp16", "fp32"):
         types = row_types | floats | {"grad": f"*{grad}", "grad_stride": "i32"}
@@ -83,7 +130,8 @@ def kernels() -> list[Kernel]:
             name = f"logits_grad {grad}" + (", entropy" if entropy else "")
             constants = rows | {"HAS_D_ENTROPY": entropy}
             function = rows_triton.logits_grad_kernel
-            found.append(Kernel(name, function, types, constants, rows_triton.WARPS))
+            moved = 8 if grad == "fp32" else 6
+            found.append(Kernel(name, function, types, constants, rows_triton.WARPS, moved))
     flags = ("HAS_OLD", "HAS_NEG", "HAS_REF", "HAS_MASK", "HAS_IS_WEIGHTS", "CISPO")
     function = rows_triton.tapo_rows_kernel
     types = {name: "fp32" for name in function.arg_names} | {"rows": "i32"}
@@ -91,7 +139,7 @@ def kernels() -> list[Kernel]:
     types |= dict.fromkeys(pointers, "*fp32")
     for name, present in (("tapo_rows", True), ("tapo_rows, plain", False)):
         constants = dict.fromkeys(flags, present) | {"ROWS": rows_triton.ROWS}
-        found.append(Kernel(name, function, types, constants, 4))
+        found.append(Kernel(name, function, types, constants, 4, 0))
     return found
 
 
@@ -112,7 +160,8 @@ def compile_kernel(kernel: Kernel, architecture: int) -> Usage:
         target=GPUTarget("cuda", architecture, 32),
         options={"num_warps": kernel.num_warps},
     )
-    registers, spilled = _resources(compiled.asm["cubin"])
+    cubin = compiled.asm["cubin"]
+    registers, spilled = _resources(cubin)
     ptx = compiled.asm["ptx"]
     return Usage(
         kernel.name,
@@ -122,37 +171,71 @@ def compile_kernel(kernel: Kernel, architecture: int) -> Usage:
         compiled.metadata.shared,
         has_fp64=re.search(r"\.f64\b", ptx) is not None,
         barriers=len(re.findall(r"\bbar(?:rier)?\.(?:cta\.)?sync", ptx)),
+        instructions=_instructions(cubin),
     )
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, and bytes of local memory per thread (spills and stack)."""
+def _dumped(cubin: bytes, option: str) -> str:
+    """What cuobjdump prints about a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        printed = subprocess.run(
+        command = [str(tool), option, file.name]
+        return subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S
         ).stdout
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread, and bytes of local memory per thread (spills and stack)."""
+    printed = _dumped(cubin, "--dump-resource-usage")
     values = {
         name: int(re.search(rf"{name}:(\d+)", printed)[1]) for name in ("REG", "LOCAL", "STACK")
     }
     return values["REG"], values["LOCAL"] + values["STACK"]
 
 
+def _instructions(cubin: bytes) -> dict[str, int]:
+    """Instructions of the whole kernel by class."""
+    lines = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)"
+    found = Counter(re.findall(lines, _dumped(cubin, "--dump-sass"), re.MULTILINE))
+    del found["NOP"]
+    counts = {name: sum(found[code] for code in codes) for name, codes in CLASSES.items()}
+    return counts | {"other": found.total() - sum(counts.values())}
+
+
+def counted(used: list[tuple[Kernel, Usage]]) -> list[str]:
+    """The table of what an RTX A6000 would take, counted."""
+    lines = [
+        f"| counted: R = {ROWS}, V = {VOCABULARY}, RTX A6000 | warps of {WARPS_PER_SM} | "
+        f"{', '.join(CLASSES)}, other instructions | bytes a logit | ms at memory's rate | "
+        "ms at the issue rate |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for kernel, usage in used:
+        if kernel.moved and usage.architecture == 86:
+            lines.append(
+                f"| {kernel.name} | {usage.warps_at_once(kernel.num_warps)} | "
+                f"{', '.join(map(str, usage.instructions.values()))} | {kernel.moved} | "
+                f"{kernel.memory_ms:.1f} | {usage.issue_ms(kernel):.1f} |"
+            )
+    return lines
+
+
 def main() -> None:
     print("| kernel | sm | registers | spilled bytes | shared bytes |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    faults = []
-    for kernel in kernels():
-        for architecture in ARCHITECTURES:
-            usage = compile_kernel(kernel, architecture)
-            faults += usage.faults()
-            print(
-                f"| {usage.kernel} | {usage.architecture} | {usage.registers} | "
-                f"{usage.spilled_bytes} | {usage.shared_bytes} |"
-            )
+    used = [
+        (k, compile_kernel(k, architecture)) for k in kernels() for architecture in ARCHITECTURES
+    ]
+    for kernel, usage in used:
+        print(
+            f"| {kernel.name} | {usage.architecture} | {usage.registers} | "
+            f"{usage.spilled_bytes} | {usage.shared_bytes} |"
+        )
+    print("", *counted(used), sep="\n")
+    faults = [fault for _, usage in used for fault in usage.faults()]
     if faults:
         sys.exit("\n".join(faults))
 

@@ -148,6 +148,15 @@ def liger_triton_grpo(case: Case) -> Tensor:
     return loss
 
 
+def liger_scaled_cross_entropy(case: Case) -> Tensor:
+    """Liger's newest head: CUTLASS on sm_90; elsewhere PyTorch in a loop of 512 rows at a time."""
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
+
+    function = module.LigerFusedLinearScaledCrossEntropyFunction
+    losses = function.apply(case.hidden, case.weight, case.labels)
+    return case.loss(-losses.float())
+
+
 def cce(case: Case, filter_eps: str | None = "high") -> Tensor:
     """Apple's cut cross-entropy, with its gradient filter."""
     from cut_cross_entropy import linear_cross_entropy
@@ -189,6 +198,7 @@ METHODS: list[Callable[[Case], Tensor]] = [
     checkpointed,
     liger_grpo,
     liger_triton_grpo,
+    liger_scaled_cross_entropy,
     cce,
     cce_exact,
     torch_linear_cross_entropy,

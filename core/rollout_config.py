@@ -94,7 +94,7 @@ class RolloutConfig:
     """batch: each batch of prompts is finished before the next; every run gets the same groups.
     stream: enough prompts are always in flight, and the rest is aborted once the step is full;
     nothing waits for the slowest response, and short ones are favoured. ordered: the same, but
-    groups count in the order in which they were asked for, so that none is. auto: AUTO with
+    groups count in the order in which they were asked for, so that none is. auto: ordered with
     SGLang, batch in this process."""
     prompts_per_batch: PerStep | None = None
     """Prompts of a batch; None: `groups_per_step`."""
@@ -170,6 +170,9 @@ class RolloutConfig:
             self.groups_per_step = min(MOST_GROUPS, max(1, few))
 
     @property
+    def ordered(self) -> bool:
+        return self.dispatch == "ordered" or (self.dispatch == "auto" and self.engine == "sglang")
+
+    @property
     def streaming(self) -> bool:
-        is_auto = self.dispatch == "auto"
-        return self.dispatch in ("stream", "ordered") or (is_auto and self.engine == "sglang")
+        return self.ordered or self.dispatch == "stream"

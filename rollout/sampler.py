@@ -46,6 +46,15 @@ async def _beat(progress: Progress, result: StepGroups) -> None:
         progress(0, result)
 
 
+async def _finished(running: Iterable[asyncio.Task], ordered: bool) -> list[asyncio.Task]:
+    """Wait for another task; then those that are done, of `ordered` ones up to the first that is
+    not."""
+    if unfinished := [task for task in running if not task.done()]:
+        await asyncio.wait(unfinished, return_when=asyncio.FIRST_COMPLETED)
+    done = asyncio.Task.done
+    return list(takewhile(done, running) if ordered else filter(done, running))
+
+
 class GroupSampler:
     """Samples the groups of each step.
 
@@ -197,8 +206,7 @@ class GroupSampler:
         which none passed, as batches do: the step would never end.
         """
         config, wanted = self._config, self._config.groups_per_step
-        ordered = config.dispatch == "ordered"
-        keeps = config.on_exhausted == "keep_last_round"
+        ordered, keeps = config.ordered, config.on_exhausted == "keep_last_round"
         endless, round_size = keeps and math.isinf(limit), config.prompts_per_batch or wanted
         running: dict[asyncio.Task[dict[str, bool]], Group] = {}
         failed: list[Group] = []
@@ -221,13 +229,7 @@ class GroupSampler:
                     running[task] = group
                 if not running:
                     break
-                if unfinished := [task for task in running if not task.done()]:
-                    await asyncio.wait(unfinished, return_when=asyncio.FIRST_COMPLETED)
-                if ordered:
-                    done = list(takewhile(asyncio.Task.done, running))
-                else:
-                    done = [task for task in running if task.done()]
-                for task in done:
+                for task in await _finished(running, ordered):
                     if not ordered or len(result.groups) < wanted:
                         count(task)
                 if endless and len(failed) >= round_size:

@@ -43,7 +43,32 @@ def test_kernel_stays_in_its_limits(kernel, architecture):
 )
 def test_faults_are_told(change, fault):
     values = {"kernel": "k", "architecture": 86, "registers": 32, "spilled_bytes": 0}
-    values |= {"shared_bytes": 0, "has_fp64": False, "barriers": 0}
+    values |= {"shared_bytes": 0, "has_fp64": False, "barriers": 0, "instructions": {}}
     assert compile_kernels.Usage(**values).faults() == []
     (told,) = compile_kernels.Usage(**(values | change)).faults()
     assert "k on sm_86" in told and fault in told
+
+
+@pytest.mark.parametrize(
+    "registers, shared, warps, at_once",
+    [(31, 0, 8, 48), (48, 32, 8, 40), (126, 4096, 4, 16), (32, 49_000, 8, 16), (16, 0, 1, 16)],
+)
+def test_warps_that_an_sm_holds(registers, shared, warps, at_once):
+    """By registers, which a warp gets in portions of 256; by shared memory; by blocks."""
+    usage = compile_kernels.Usage("k", 86, registers, 0, shared, False, 0, {})
+    assert usage.warps_at_once(warps) == at_once
+
+
+def test_what_is_counted_for_a_card():
+    kernel = next(k for k in compile_kernels.kernels() if k.name == "logits_grad bf16")
+    usage = compile_kernels.compile_kernel(kernel, 86)
+    logits = 8192 * 151_936
+    assert kernel.memory_ms == pytest.approx(1e3 * logits * (4 + 2) / 768e9)
+    # A thread has 2,048 / 256 logits of a tile: an exponential each, and a load of four.
+    assert usage.instructions["special"] == 8 and usage.instructions["memory"] >= 2 + 2
+    total = sum(usage.instructions.values())
+    assert 8 * 6 < total < 8 * 25
+    assert usage.issue_ms(kernel) == pytest.approx(1e3 * logits * total / 8 / 19.35e12)
+    assert usage.issue_ms(kernel) < kernel.memory_ms
+    (_, _, line) = compile_kernels.counted([(kernel, usage)])
+    assert line.startswith("| logits_grad bf16 | 48 | ") and "| 6 | 9.7 |" in line

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_parts import download, real_language_model
 from safetensors.torch import load_file
 from sglang_support import FLAGS, PYTHON, avoid_image_tokens, processes_in
 from support import LENGTH, tiny
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from tercet.bench.real_parts import download, real_language_model
 from tercet.core.types import PolicyParts
 from tercet.train.learner.arguments import overridden
 

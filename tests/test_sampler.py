@@ -931,6 +931,9 @@ def test_a_reward_that_fails_ends_a_stream_and_loses_nothing(make, parts):
 
 
 def test_streams_are_for_servers_and_batches_for_this_process():
-    assert RolloutConfig(engine="sglang").streaming and not RolloutConfig().streaming
+    """An ordered stream, unless the other kind is asked for."""
+    assert RolloutConfig(engine="sglang").ordered and not RolloutConfig().streaming
     assert not RolloutConfig(engine="sglang", dispatch="batch").streaming
-    assert RolloutConfig(dispatch="stream").streaming
+    for dispatch in ("stream", "ordered"):
+        assert RolloutConfig(dispatch=dispatch).streaming
+        assert RolloutConfig(dispatch=dispatch).ordered == (dispatch == "ordered")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 from tercet.core.config import TapoConfig
 from tercet.core.data.triplets import prepare_manifest
 from tercet.core.data.vision import PromptEncoder
+from tercet.core.presets import PRESETS
 from tercet.rollout.judge import Judge, judged
 from tercet.rollout.local import LocalEngine
 from tercet.rollout.sampler import GroupSampler
@@ -294,6 +296,41 @@ def test_only_later_mini_batches_need_old_logprobs(monkeypatch, workspace, tmp_p
     assert scored == []
     train(monkeypatch, options(workspace, tmp_path / "two", "--run.steps=1"))
     assert len(scored) == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_response_meets_a_photo_twice_at_the_same_weights(
+    monkeypatch, workspace, tmp_path, preset
+):
+    """Scoring and update together, two mini-batches a step; a micro-batch is one forward pass."""
+    met, passes, micros, updates = Counter(), [], [], []
+    forward, deal, update = Policy.forward, tapo.micro_batches, tapo.clip_and_step
+
+    def dealt(items, photos, pack, **given):
+        for pieces, micro in deal(items, photos, pack, **given):
+            micros.append(micro)
+            for piece in pieces:
+                triplet = piece.group.triplet
+                for index, response in zip(piece.responses, piece.chosen(), strict=True):
+                    keys = {"anchor": triplet.anchor, "negative": triplet.negative}
+                    keys["own"] = (
+                        triplet.positive if response.role == "positive" else keys["anchor"]
+                    )
+                    met.update((len(updates), piece.group.id, index, keys[p]) for p in photos)
+            yield pieces, micro
+
+    def passed(self, batch, task, **given):
+        passes.append(task)
+        return forward(self, batch, task, **given)
+
+    monkeypatch.setattr(tapo, "micro_batches", dealt)
+    monkeypatch.setattr(Policy, "forward", passed)
+    monkeypatch.setattr(tapo, "clip_and_step", lambda *a: updates.append(1) or update(*a))
+    train(monkeypatch, options(workspace, tmp_path, f"--run.preset={preset}", "--run.steps=1"))
+    assert len(updates) == 2 and set(met.values()) == {1}
+    assert len(passes) == len(micros)
+    # 16 responses on their photo in the update, 8 of them scored before; 16 on the negative.
+    assert len(met) == 16 + 8 + 16
 
 
 def test_a_prompt_is_laid_out_once_a_run(monkeypatch, workspace, tmp_path):

@@ -254,14 +254,11 @@ def announce(run: Run, sampled: PolicyParts, time: str) -> None:
         sampled: what rank 0 samples from, where it samples in this process.
         time: how long it is likely to take, in words.
     """
-    for line in run.manifest.remarks():
-        run.log.say(line)
+    config = run.config
     names = [name for of_super in run.manifest.names.values() for name in of_super]
-    if line := read_apart(run.config.rollout.reward, names):
-        run.log.say(line)
-    for line in length_lines(run.config, run.total_steps, time):
-        run.log.say(line)
-    if line := run.config.loss.works_against_kl:
-        run.log.say(line)
+    lines = [*run.manifest.remarks(), read_apart(config.rollout.reward, names)]
+    lines += [*length_lines(config, run.total_steps, time), config.loss.works_against_kl]
     if sampled is not run.parts:
-        run.log.say("rank 0 samples on a whole copy of the policy")
+        lines.append("rank 0 samples on a whole copy of the policy")
+    for line in filter(None, lines):
+        run.log.say(line)

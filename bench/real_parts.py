@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
@@ -52,42 +53,8 @@ def real_language_model(folder: Path) -> tuple[PolicyParts, torch.nn.Module]:
     tokenizer.add_tokens([t for t in special if t not in known], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
-    c = language.config
-    text_config = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_hidden_layers,
-        "num_attention_heads": c.num_attention_heads,
-        "num_key_value_heads": c.num_key_value_heads,
-        "rms_norm_eps": c.rms_norm_eps,
-        "max_position_embeddings": c.max_position_embeddings,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": c.rope_parameters["rope_theta"],
-            "mrope_section": [8, 12, 12],
-        },
-        "eos_token_id": ids["<|im_end|>"],
-    }
-    vision_config = {
-        "depth": 2,
-        "hidden_size": 64,
-        "num_heads": 2,
-        "intermediate_size": 128,
-        "out_hidden_size": c.hidden_size,
-        "fullatt_block_indexes": [1],
-    }
-    config = Qwen2_5_VLConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = Qwen2_5_VLForConditionalGeneration(_frame(language.config, len(tokenizer), ids))
     source = language.model.state_dict()
     target = model.model.language_model.state_dict()
     for name, value in target.items():
@@ -100,3 +67,35 @@ def real_language_model(folder: Path) -> tuple[PolicyParts, torch.nn.Module]:
     model.generation_config = GenerationConfig(eos_token_id=[ids["<|im_end|>"]])
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 28 * 28 * 16})
     return PolicyParts(model.eval(), tokenizer, processor), language.eval()
+
+
+def _frame(language: PretrainedConfig, vocabulary: int, ids: dict[str, int]) -> Qwen2_5_VLConfig:
+    """A configuration with the language model's sizes and a small vision tower."""
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    names += " num_key_value_heads rms_norm_eps max_position_embeddings"
+    text_config = {name: getattr(language, name) for name in names.split()} | {
+        "vocab_size": vocabulary,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": language.rope_parameters["rope_theta"],
+            "mrope_section": [8, 12, 12],
+        },
+        "eos_token_id": ids["<|im_end|>"],
+    }
+    vision_config = {
+        "depth": 2,
+        "hidden_size": 64,
+        "num_heads": 2,
+        "intermediate_size": 128,
+        "out_hidden_size": language.hidden_size,
+        "fullatt_block_indexes": [1],
+    }
+    return Qwen2_5_VLConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )

@@ -10,7 +10,7 @@ KERNEL_TESTS := tests/test_rows.py tests/test_linear_logprobs.py tests/test_tapo
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install help demo demo-seeds test test-core docs lint bench bench-kernels bench-objectives \
+.PHONY: install help demo demo-seeds demo-forms test test-core docs lint bench bench-kernels bench-objectives \
 	bench-step bench-whole-step gpu \
 	gpu-rehearsal gpu-wheels bench-figures bench-rollout bench-evaluation kernel-table gpu-folder test-kill \
 	test-sglang clean
@@ -35,6 +35,12 @@ DEMO_SEEDS := 0 1 2 3 4
 demo-seeds: $(STAMP)  ## five seeds of the demo beside their controls; goes on where it was stopped
 	$(BIN)/python -m tercet.train.demo --seeds $(DEMO_SEEDS) --out runs/demo_seeds
 	$(BIN)/python -m tercet.train.demo --seeds $(DEMO_SEEDS) --out runs/demo_seeds_opaque --names opaque
+
+# Named before their first run: 5 to 9 to choose the form of the loss, 10 to 12 to confirm the choice.
+FORM_SEEDS := 5 6 7 8 9 10 11 12
+WORKERS ?= 2
+demo-forms: $(STAMP)  ## forms of the loss on eight seeds of the demo; goes on where it was stopped
+	$(BIN)/python -m tercet.train.demo --seeds $(FORM_SEEDS) --arms forms --workers $(WORKERS) --out runs/forms
 
 test: $(STAMP)  ## all tests; then those of the kernels again, in Triton's interpreter
 	$(BIN)/pytest -n 2

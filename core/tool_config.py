@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from tercet.core.config import DataConfig, ModelConfig
 from tercet.core.option_types import (
@@ -333,6 +333,12 @@ class SeedsConfig:
 
     seeds: list[Seed] = field(default_factory=list)
     """Seeds that are run beside their controls."""
+    arms: list[Word] = field(default_factory=lambda: ["controls"])
+    """What is run of each seed: controls, forms (of the loss), or the names of some forms."""
+    workers: PositiveInt | None = None
+    """Arms at a time, each in a process with one thread; None: one, in this process."""
+    minutes: PositiveFloat | None = None
+    """End after so long; what is not done is done by the same command later. Needs workers."""
     names: Literal["spelled", "opaque"] = "spelled"
     """Whether a sub-category's name spells its attributes."""
     architecture: Word | None = None

@@ -17,8 +17,19 @@ from tercet.core.data.manifest import Manifest
 from tercet.core.rewards import fine_r1_strict
 from tercet.core.types import EvalQuestion
 from tercet.train.demo import __main__ as commands
-from tercet.train.demo import arms, comparison, scores, stages
-from tercet.train.demo.arms import ARMS, DAPO, LABELS, LEDGER, PERMUTED, START, TAPO, Row
+from tercet.train.demo import arms, comparison, jobs, scores, stages
+from tercet.train.demo.arms import (
+    ARMS,
+    DAPO,
+    LABELS,
+    LEDGER,
+    PERMUTED,
+    RELEASED,
+    START,
+    TAPO,
+    Job,
+    Row,
+)
 from tercet.train.demo.progress import Progress
 from tercet.train.demo.scores import ACCURACIES, GREYS, Scores, write_greys
 from tercet.train.demo.stages import VERSION, Seed, claim
@@ -281,7 +292,7 @@ def test_the_notebook_runs_and_shows_its_figures(small, tmp_path, monkeypatch, c
 
 
 def test_a_killed_run_of_all_arms_goes_on_where_it_was(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "ARMS", (TAPO, LABELS))
+    monkeypatch.setattr(jobs, "ARMS", (TAPO, LABELS))
     argv = ["--seeds", "5", "--names", "opaque", "--out", str(tmp_path / "out"), *small]
     trained, train = count(), stages._timed
 
@@ -330,12 +341,17 @@ def test_the_demo_of_another_family(small, tmp_path, capsys):
 
 
 def test_every_arm_is_trained_from_the_same_start(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(arms, "evaluate", lambda *_: made("01"))
+    margins = []
+    monkeypatch.setattr(arms, "evaluate", lambda *given: margins.append(given[-1]) or made("01"))
     seed = Seed(tmp_path / "out", 5, "spelled")
-    progress = Progress([("stage", 1.0)] * 3)
-    start = commands.prepare(seed, small, progress)
-    rows = [arms.run_arm(seed, start, arm, "responses", small) for arm in ARMS]
+    stages.prepare(seed, small)
+    rows = [arms.run_arm(Job(seed, arm, "responses"), small) for arm in ARMS]
     assert [r.arm for r in rows] == list(ARMS)
+    assert arms.run_arm(Job(seed, "flow, exact", "responses", True), small).arm == "flow, exact"
+    assert margins == [False] * len(ARMS) + [True]
+    config = (seed.out / "flow_exact" / "config.yaml").read_text()
+    for line in ("update_on: anchor", "neg_grad: flow", "entropy_form: exact", "kl_coef: 0.01"):
+        assert f"  {line}\n" in config
     nearest = Manifest.read(seed.triplets).nearest["butterfly"]
     assert len(nearest) == 75
     near = [
@@ -345,7 +361,7 @@ def test_every_arm_is_trained_from_the_same_start(small, tmp_path, monkeypatch):
     anchors = set()
     for arm in ARMS:
         config = (seed.out / arms.folder_of(arm) / "config.yaml").read_text()
-        assert str(start) in config
+        assert str(seed.start) in config
         if arm in arms.TAPO_ARMS:
             found = (seed.out / arms.folder_of(arm) / "triplets.json").read_text()
             anchors.add(json.dumps(json.loads(found)["anchors"]))
@@ -356,3 +372,34 @@ def test_every_arm_is_trained_from_the_same_start(small, tmp_path, monkeypatch):
     answer = labels[0]["messages"][1]["content"]
     assert re.fullmatch("<answer>[a-z ]+</answer>", answer)
     assert oracle[0]["messages"][1]["content"].endswith(answer)
+
+
+def test_a_run_of_forms_side_by_side_keeps_each_row_and_ends_in_time(tmp_path, monkeypatch, capsys):
+    """Two seeds of which one fails and one form of the other takes too long."""
+    argv = ["--seeds", "7", "8", "--arms", "released", "flow", "flow, exact"]
+    argv += ["--out", str(tmp_path), "--workers", "2", "--minutes", "1"]
+    asked = []
+
+    def run_tasks(tasks, workers, done, limit_s):
+        asked.append(([task.name for task in tasks], [task.after for task in tasks]))
+        assert (workers, limit_s) == (2, 60)
+        for task in tasks[:4]:
+            if task.name == "seed 8":
+                continue
+            done(task, None if task.name == "seed 7" else row(7, task.run.args[0].arm, "01"))
+        return [tasks[4].name], [tasks[1]]
+
+    (tmp_path / "seed_7").mkdir()
+    monkeypatch.setattr(jobs, "run_tasks", run_tasks)
+    monkeypatch.setattr(commands, "forms_report", lambda rows: f"{len(rows)} rows")
+    with pytest.raises(ValueError, match=r"failed, .*: seed 8 \(.*seed_8.log\)"):
+        commands.main(argv)
+    names, after = asked[0]
+    first = [f"seed 7: {arm}, equal responses" for arm in (START, RELEASED)]
+    assert names[:4] == ["seed 7", "seed 8", *first]
+    assert after[2:] == [("seed 7",)] * 4 + [("seed 8",)] * 4
+    said = capsys.readouterr().out
+    assert f"not done: {names[4]}; the same command goes on" in said and "2 rows" in said
+    with pytest.raises(ValueError, match="failed"):
+        commands.main(argv)
+    assert asked[1][0] == [*names[:2], *names[4:]]

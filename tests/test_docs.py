@@ -112,6 +112,7 @@ PARSED_ONLY = {
 FOREIGN = {"--dtype", "--enable-memory-saver", "--mem-fraction-static"}
 FOREIGN |= {"--model", "--model_args", "--tasks", "--batch_size"}
 FOREIGN |= {"--model-path", "--host", "--port", "--image-processor-backend"}
+FOREIGN |= {"--enable-lora", "--lora-backend"}
 """Options of SGLang's servers and of lmms-eval."""
 COMMANDS = ("make", "pip", "pytest", "python", "torchrun", ".")
 

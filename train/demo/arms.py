@@ -44,6 +44,22 @@ TAPO_ARMS: dict[str, tuple[str, ...]] = {
     "DAPO + inter": _ANCHOR_ONLY,
 }
 """The arms that train/tapo.py trains: the options in which they differ from TAPO."""
+_FLOW = ("--loss.update_on=anchor", "--loss.neg_grad=flow")
+_KL_ALONE = (*_FLOW, "--loss.neg_entropy_coef=0")
+RELEASED = "released"
+FORMS: dict[str, tuple[str, ...]] = {
+    RELEASED: ("--loss.update_on=own", "--loss.neg_grad=detach"),
+    "released, anchor": ("--loss.update_on=anchor", "--loss.neg_grad=detach"),
+    "flow": _FLOW,
+    "flow, own": ("--loss.update_on=own", "--loss.neg_grad=flow"),
+    "flow, exact": (*_FLOW, "--loss.entropy_form=exact"),
+    "flow, kl 0.01": (*_KL_ALONE, "--loss.kl_coef=0.01"),
+    "flow, kl 0.03": (*_KL_ALONE, "--loss.kl_coef=0.03"),
+    "flow, kl 0.1": (*_KL_ALONE, "--loss.kl_coef=0.1"),
+    "flow, policy_over_neg": (*_FLOW, "--loss.kl_ratio=policy_over_neg"),
+}
+"""Forms of the loss: the options in which they differ from the demo's recipe. "flow"
+is that of the preset tercet."""
 ARMS = (TAPO, DAPO, PERMUTED, LABELS, "DAPO + intra", "DAPO + inter", ORACLE)
 LEDGER = "scores.jsonl"
 
@@ -84,45 +100,74 @@ def read_rows(path: Path) -> list[Row]:
     return [Row(**row | {"scores": Scores(**row["scores"])}) for row in found]
 
 
-def run_arm(seed: Seed, start: Path, arm: str, equal: Equal, argv: Sequence[str]) -> Row:
-    """Train and score an arm, or read its row where it is in the ledger.
+@dataclass(frozen=True)
+class Job:
+    """One arm of one seed."""
+
+    seed: Seed
+    arm: str
+    """START, or one of ARMS or FORMS."""
+    equal: Equal
+    margins: bool = False
+    """Whether margins are scored too."""
+
+    @property
+    def name(self) -> str:
+        return f"seed {self.seed.number}: {self.arm}, equal {self.equal}"
+
+    def kept(self, arm: str | None = None, equal: Equal | None = None) -> Row | None:
+        """The row of this job, or of another arm of its seed, where it is in the ledger."""
+        wanted = (arm or self.arm, equal or self.equal)
+        rows = {(row.arm, row.equal): row for row in read_rows(self.seed.out / LEDGER)}
+        return rows.get(wanted)
+
+    def keep(self, row: Row) -> None:
+        """Add a row to the seed's ledger."""
+        with (self.seed.out / LEDGER).open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(asdict(row)) + "\n")
+
+
+def run_arm(job: Job, argv: Sequence[str]) -> Row:
+    """Train and score an arm and keep its row, or read it where it is in the ledger.
 
     Args:
-        seed: with its triplets chosen.
-        start: the checkpoint after stage 1.
-        arm: START or one of ARMS.
-        equal: what the arm has as much of as TAPO. "time" needs the rows of the arm and of TAPO for
-            "responses".
+        job: of a seed that is prepared.
         argv: further options of train/tapo.py.
     """
-    ledger = seed.out / LEDGER
-    kept = {(row.arm, row.equal): row for row in read_rows(ledger)}
-    if (arm, equal) in kept:
-        return kept[arm, equal]
-    steps, seconds, trained = 0, 0.0, start
-    if arm != START:
-        steps, folder = parse_tapo(argv).run.steps, folder_of(arm)
-        if equal == "time":
-            share = kept[TAPO, "responses"].cpu_s / kept[arm, "responses"].cpu_s
-            steps, folder = max(1, round(steps * share)), f"{folder}_time"
-        trained = _train(seed, start, arm, folder, steps, argv)
-        seconds = cpu_seconds(seed.out / folder)
-    scores = evaluate(trained, Manifest.read(seed.triplets), greys_of(seed), seed.names)
-    row = Row(seed.number, arm, equal, steps, seconds, scores)
-    with ledger.open("a", encoding="utf-8") as opened:
-        opened.write(json.dumps(asdict(row)) + "\n")
+    if row := job.kept():
+        return row
+    row = measured(job, argv)
+    job.keep(row)
     return row
 
 
-def _train(seed: Seed, start: Path, arm: str, folder: str, steps: int, argv: Sequence[str]) -> Path:
-    if arm in TAPO_ARMS:
-        more = overridden(argv, [*TAPO_ARMS[arm], f"--run.steps={steps}"])
-        return train_tapo(seed, start, folder, more)
+def measured(job: Job, argv: Sequence[str]) -> Row:
+    """Train and score an arm. At equal time it needs the rows of the arm and of TAPO at equal
+    responses."""
+    seed, arm = job.seed, job.arm
+    steps, seconds, trained = 0, 0.0, seed.start
+    if arm != START:
+        steps, folder = parse_tapo(argv).run.steps, folder_of(arm)
+        if job.equal == "time":
+            share = job.kept(TAPO, "responses").cpu_s / job.kept(arm, "responses").cpu_s
+            steps, folder = max(1, round(steps * share)), f"{folder}_time"
+        trained = _train(seed, arm, folder, steps, argv)
+        seconds = cpu_seconds(seed.out / folder)
+    manifest = Manifest.read(seed.triplets)
+    scores = evaluate(trained, manifest, greys_of(seed), seed.names, job.margins)
+    return Row(seed.number, arm, job.equal, steps, seconds, scores)
+
+
+def _train(seed: Seed, arm: str, folder: str, steps: int, argv: Sequence[str]) -> Path:
+    options = TAPO_ARMS | FORMS
+    if arm in options:
+        more = overridden(argv, [*options[arm], f"--run.steps={steps}"])
+        return train_tapo(seed, seed.start, folder, more)
     path = seed.out / f"{folder_of(arm)}.json"
     path.write_text(json.dumps(_records(seed, arm)), encoding="utf-8")
     pictures = parse_tapo(argv).rollout.groups_per_step
     more = [f"--run.steps={steps}", f"--optim.samples_per_step={pictures}"]
-    return train_sft(seed, "demo_stage1.yaml", path, start, folder, more)
+    return train_sft(seed, "demo_stage1.yaml", path, seed.start, folder, more)
 
 
 def _records(seed: Seed, arm: str) -> list[dict]:

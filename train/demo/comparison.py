@@ -118,12 +118,13 @@ def difference_table(rows: Sequence[Row]) -> str:
         ]
         seeds = len({row.seed for row in rows if row.arm == arm})
         if seeds:
-            shown = " | ".join(_shown(cell) if cell else "" for cell in cells)
+            shown = " | ".join(with_interval(cell) if cell else "" for cell in cells)
             lines.append(f"| {arm} | {seeds} | {shown} |")
     return "\n".join(lines)
 
 
-def _shown(found: tuple[float, float, float]) -> str:
+def with_interval(found: tuple[float, float, float]) -> str:
+    """A difference and its interval."""
     value, low, high = found
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
@@ -149,7 +150,7 @@ def verdicts(rows: Sequence[Row], names: Names) -> list[str]:
             lines.append(f"not run  {arm}: {name}, {bound}")
         else:
             verdict = "pass" if holds(found[0]) else "FAIL"
-            lines.append(f"{verdict}  {arm}: {name} {_shown(found)} points, {bound}")
+            lines.append(f"{verdict}  {arm}: {name} {with_interval(found)} points, {bound}")
     return lines
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
@@ -21,6 +21,7 @@ from tercet.core.rewards import fine_r1_strict
 from tercet.core.types import PolicyParts, Request
 from tercet.rollout.engine import Engine, Sampling
 from tercet.rollout.local import LocalEngine
+from tercet.train.demo.margins import margins_of
 from tercet.train.demo.species import ATTRIBUTES, QUESTIONS, SUPER_CATEGORY, Names, species_of
 from tercet.train.evaluation.held_out import Result, ask
 from tercet.train.learner.device import set_up
@@ -50,6 +51,8 @@ class Scores:
     """Share of open responses in the form `<think>...</think><answer>...</answer>`."""
     length: float
     """Mean tokens of an open response."""
+    margins: dict[str, float] = field(default_factory=dict)
+    """By partition the mean of `margins_of`, in nats; empty where it was not asked for."""
 
     def accuracy(self, name: str) -> float:
         """Accuracy (%) of one of ACCURACIES."""
@@ -65,7 +68,9 @@ def write_greys(folder: Path, size: int) -> list[str]:
     return [str(path) for path in paths]
 
 
-def evaluate(model: Path, manifest: Manifest, greys: Sequence[str], names: Names) -> Scores:
+def evaluate(
+    model: Path, manifest: Manifest, greys: Sequence[str], names: Names, margins: bool = False
+) -> Scores:
     """Scores of a checkpoint on the manifest's held-out pictures.
 
     Args:
@@ -73,9 +78,11 @@ def evaluate(model: Path, manifest: Manifest, greys: Sequence[str], names: Names
         manifest: of the drawn world.
         greys: paths of blank pictures.
         names: kind of the world's names.
+        margins: whether margins are computed too.
     """
     parts = load_policy(ModelConfig(path=str(model)), set_up(RunConfig()))
-    engine = LocalEngine(parts, PromptEncoder(parts, PIXEL_BYTES), max_rows=64)
+    encoder = PromptEncoder(parts, PIXEL_BYTES)
+    engine = LocalEngine(parts, encoder, max_rows=64)
     questions = [q for partition in PARTITIONS for q in eval_questions(manifest, partition)]
     known, hits = tuple(manifest.names[SUPER_CATEGORY]), dict.fromkeys(ACCURACIES, "")
     answers = ask(engine, parts, questions, prompt="stage2", names={}, max_tokens=MAX_TOKENS)
@@ -96,6 +103,7 @@ def evaluate(model: Path, manifest: Manifest, greys: Sequence[str], names: Names
         mean(name in seen for name in named) if named else 0.0,
         mean(result["format"] for result in results),
         mean(len(parts.tokenizer.encode(a.output)) + 1 for a in answers),
+        margins_of(parts, encoder, manifest, names) if margins else {},
     )
 
 

@@ -20,6 +20,7 @@ from tercet.core.data.embedders import embedder
 from tercet.core.data.manifest import MANIFEST_NAME, Manifest
 from tercet.core.data.triplets import prepare_manifest
 from tercet.core.models import FAMILIES, build_tiny, load_policy
+from tercet.core.types import PolicyParts
 from tercet.train import sft, tapo
 from tercet.train.demo.drawn_world import write_base, write_world
 from tercet.train.demo.scores import write_greys
@@ -44,6 +45,10 @@ SIZE = 84
 LAYERS = 2
 """Of the language model, and of the vision tower."""
 STEP_CPU = "cpu.json"
+SHARED = ("drawing", "base stage", "stage 1")
+"""What `prepare` does, stage by stage."""
+PLAN = {"drawing": 6, "base stage": 45, "stage 1": 4, "training": 80, "scores": 10}
+"""CPU seconds of the demo's stages on one x86-64 core."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class Seed:
     def data(self) -> Path:
         """The drawn world."""
         return self.out / "data"
+
+    @property
+    def start(self) -> Path:
+        """The policy after stage 1: with `triplets` all that arms need beside the drawn world."""
+        return self.out / "start"
 
     @property
     def triplets(self) -> Path:
@@ -113,11 +123,35 @@ def _refuse_changes(out: Path, then: dict, now: dict) -> None:
         )
 
 
-def draw_world(seed: Seed) -> None:
-    """Draw the pictures of all stages and build the random policy."""
-    base = seed.out / "base_data"
+def prepare(seed: Seed, argv: Sequence[str], begin: Callable[[], None] = lambda: None) -> None:
+    """Make everything that a seed's arms share: the drawn world, the start and the triplets.
+
+    Args:
+        seed: its folder, number and kind of names.
+        argv: further options of train/tapo.py.
+        begin: called when each of the stages in SHARED begins.
+    """
+    claim(seed, argv)
+    made = seed.start.exists()
+    begin()
     if not seed.data.exists():
         write_world(seed.data, seed.number, **PICTURES, size=SIZE, names=seed.names)
+    if not made:
+        draw_base(seed)
+    begin()
+    base = seed.start if made else base_stage(seed)
+    begin()
+    if not made:
+        _save(load_policy(ModelConfig(path=str(stage1(seed, base)))), seed.start)
+    choose_triplets(seed, argv)
+    print(
+        f"{near_share(seed):.0%} of negatives differ from the anchor in one attribute (chance 8%)"
+    )
+
+
+def draw_base(seed: Seed) -> None:
+    """Draw the base stage's pictures and build the random policy."""
+    base = seed.out / "base_data"
     if not base.exists():
         write_base(base, seed.number, BASE_PICTURES[seed.names], SIZE, seed.names)
     if not (seed.out / "random").exists():
@@ -126,9 +160,14 @@ def draw_world(seed: Seed) -> None:
         sizes = {"image_size": SIZE, "layers": LAYERS, "vision_layers": LAYERS}
         kind = {"architecture": seed.architecture, "seed": seed.number}
         parts = build_tiny([*vocabulary(seed.names), *said], **sizes, **kind)
-        partial = seed.out / ".random.partial"
-        parts.save(partial)
-        partial.rename(seed.out / "random")
+        _save(parts, seed.out / "random")
+
+
+def _save(parts: PolicyParts, folder: Path) -> None:
+    """Write a policy into a folder that takes its name only when it is complete."""
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    parts.save(unfinished)
+    unfinished.rename(folder)
 
 
 def greys_of(seed: Seed) -> list[str]:
@@ -144,19 +183,19 @@ def base_stage(seed: Seed) -> Path:
 
 
 def stage1(seed: Seed, base: Path) -> Path:
-    """Chains of thought on seen sub-categories; returns the checkpoint that all arms start from."""
+    """Chains of thought on seen sub-categories; returns the checkpoint."""
     records, steps = seed.data / "stage1.json", [f"--run.steps={STAGE1_STEPS[seed.names]}"]
     return train_sft(seed, "demo_stage1.yaml", records, base, "stage1", steps)
 
 
-def choose_triplets(seed: Seed, start: Path, argv: Sequence[str]) -> None:
+def choose_triplets(seed: Seed, argv: Sequence[str]) -> None:
     """Choose the triplets of all arms, with the vision tower of the start."""
     if (seed.triplets / MANIFEST_NAME).exists():
         return
     data = parse_tapo(argv).data
     data.path, data.questions = str(seed.data), str(seed.data / "questions.yaml")
     data.seed = seed.number
-    load = partial(load_policy, ModelConfig(path=str(start)))
+    load = partial(load_policy, ModelConfig(path=str(seed.start)))
     embed = embedder(data.embedder, load, layer=data.embedder_layer)
     prepare_manifest(data, embed).write(seed.triplets)
 

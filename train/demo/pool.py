@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 
 import torch
@@ -64,10 +65,7 @@ def run_tasks(
             free = [t for t in waiting if names.issuperset(t.after)][: workers - len(running)]
             for task in free:
                 waiting.remove(task)
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(task, sender))
-                process.start()
-                sender.close()
+                receiver, process = _start(context, task)
                 running[receiver] = (task, process)
             left = end - time.monotonic()
             if not running or left <= 0 or signals:
@@ -89,6 +87,15 @@ def run_tasks(
         sys.exit(128 + signals[0])
     late = [task.name for task in waiting] + [task.name for task, _ in running.values()]
     return late, failed
+
+
+def _start(context: ForkContext, task: Task) -> tuple[Connection, ForkProcess]:
+    """A process at work, and where its result will come from."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(task, sender))
+    process.start()
+    sender.close()
+    return receiver, process
 
 
 def _work(task: Task, sender: Connection) -> None:

@@ -10,7 +10,7 @@ KERNEL_TESTS := tests/test_rows.py tests/test_linear_logprobs.py tests/test_tapo
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install help demo demo-seeds demo-forms test test-core lint bench bench-kernels bench-objectives \
+.PHONY: install help demo demo-seeds demo-forms test test-core docs lint bench bench-kernels bench-objectives \
 	bench-step bench-whole-step gpu \
 	gpu-rehearsal gpu-wheels bench-figures bench-rollout bench-evaluation kernel-table gpu-folder test-kill \
 	test-sglang clean
@@ -68,6 +68,10 @@ test-kill: $(STAMP)  ## kill -9 a run at 20 random points, on one rank, on two a
 
 test-core: $(STAMP)  ## the quick tests that need no trained model
 	$(BIN)/pytest -n 2 -m core
+
+docs: $(STAMP)  ## the documentation as a site, in build/docs; broken links are errors
+	$(BIN)/python docs/make_pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(STAMP)  ## ruff and its formatter, changing nothing
 	$(BIN)/ruff check .

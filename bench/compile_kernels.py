@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from tercet.kernels import rows_triton
+from tercet.kernels.ahead_of_time import Kernel, kernels
 from tercet.train.fit.roofline import CARDS
 
 ARCHITECTURES = (86, 90)
@@ -47,22 +46,9 @@ CLASSES = {
 """Instructions by what they do; all others are addresses, predicates and control."""
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel with the argument types and constants that the trainer launches it with."""
-
-    name: str
-    function: triton.JITFunction
-    types: dict[str, str]
-    constants: dict[str, object]
-    num_warps: int
-    moved: int
-    """Bytes that it reads and writes of each logit; 0: it works on rows."""
-
-    @property
-    def memory_ms(self) -> float:
-        """Least time of its traffic on an RTX A6000."""
-        return ROWS * VOCABULARY * self.moved / CARDS["A6000"].gb_per_s / 1e6
+def memory_ms(kernel: Kernel) -> float:
+    """Least time of a kernel's traffic on an RTX A6000."""
+    return ROWS * VOCABULARY * kernel.moved / CARDS["A6000"].gb_per_s / 1e6
 
 
 @dataclass(frozen=True)
@@ -104,62 +90,9 @@ class Usage:
         return [f"{self.kernel} on sm_{self.architecture} {fault}" for fault in found]
 
 
-def kernels() -> list[Kernel]:
-    """Every kernel, in each variant that computes something else."""
-    rows = {"BLOCK": rows_triton.BLOCK}
-    row_types = {
-        "logits": "*fp32",
-        "labels": "*i64",
-        "vocabulary": "i32",
-        "inv_temperature": "fp32",
-    }
-    floats = dict.fromkeys(["logprobs", "lse", "entropy", "d_logprobs", "d_entropy"], "*fp32")
-    found = [
-        Kernel(
-            "row_logprobs",
-            rows_triton.row_logprobs_kernel,
-            row_types | floats,
-            rows,
-            rows_triton.WARPS,
-            4,
-        ),
-    ]
-    for grad in ("bf16", "fp16", "fp32"):
-        types = row_types | floats | {"grad": f"*{grad}", "grad_stride": "i32"}
-        for entropy in (False, True):
-            name = f"logits_grad {grad}" + (", entropy" if entropy else "")
-            constants = rows | {"HAS_D_ENTROPY": entropy}
-            function = rows_triton.logits_grad_kernel
-            moved = 8 if grad == "fp32" else 6
-            found.append(Kernel(name, function, types, constants, rows_triton.WARPS, moved))
-    flags = ("HAS_OLD", "HAS_NEG", "HAS_REF", "HAS_MASK", "HAS_IS_WEIGHTS", "CISPO")
-    function = rows_triton.tapo_rows_kernel
-    types = {name: "fp32" for name in function.arg_names} | {"rows": "i32"}
-    pointers = function.arg_names[: function.arg_names.index("rows")]
-    types |= dict.fromkeys(pointers, "*fp32")
-    for name, present in (("tapo_rows", True), ("tapo_rows, plain", False)):
-        constants = dict.fromkeys(flags, present) | {"ROWS": rows_triton.ROWS}
-        found.append(Kernel(name, function, types, constants, 4, 0))
-    return found
-
-
 def compile_kernel(kernel: Kernel, architecture: int) -> Usage:
     """Compile one kernel for one architecture and measure it."""
-    names = kernel.function.arg_names
-    signature = {n: "constexpr" if n in kernel.constants else kernel.types[n] for n in names}
-    constants = {(names.index(n),): value for n, value in kernel.constants.items()}
-    # Pointers of PyTorch tensors, and V, are divisible by 16: say so, as a launch would.
-    divisible = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(names)
-        if signature[n].startswith("*") or n in ("vocabulary", "grad_stride")
-    }
-    source = ASTSource(kernel.function, signature, constants, divisible)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": kernel.num_warps},
-    )
+    compiled = kernel.compile(architecture)
     cubin = compiled.asm["cubin"]
     registers, spilled = _resources(cubin)
     ptx = compiled.asm["ptx"]
@@ -218,7 +151,7 @@ def counted(used: list[tuple[Kernel, Usage]]) -> list[str]:
             lines.append(
                 f"| {kernel.name} | {usage.warps_at_once(kernel.num_warps)} | "
                 f"{', '.join(map(str, usage.instructions.values()))} | {kernel.moved} | "
-                f"{kernel.memory_ms:.1f} | {usage.issue_ms(kernel):.1f} |"
+                f"{memory_ms(kernel):.1f} | {usage.issue_ms(kernel):.1f} |"
             )
     return lines
 

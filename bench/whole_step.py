@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -223,17 +223,14 @@ def time_all(options: argparse.Namespace, work: Work, error: float) -> list[Row]
     return rows
 
 
-def learn(options: argparse.Namespace, work: Work) -> list[RewardRow]:
+def learn(options: argparse.Namespace, work: Work) -> Iterator[RewardRow]:
     """Rewards of ours and of TRL's last micro-batch, over the same steps and seeds."""
-    rows = []
     for seed in LEARN_SEEDS:
         for method in ("ours", "trl"):
             size = options.micro_batches[-1]
             found = run_child(options, method, size, steps=LEARN_STEPS, seed=seed)
             first, last = (statistics.mean(found["rewards"][part]) for part in TEN)
-            rows.append(RewardRow(method, work.policy, seed, LEARN_STEPS, first, last))
-            print(rows[-1], flush=True)
-    return rows
+            yield RewardRow(method, work.policy, seed, LEARN_STEPS, first, last)
 
 
 def standard_errors(rows: Sequence[RewardRow]) -> float:
@@ -256,7 +253,8 @@ def show(row: Row) -> str:
     return f"{what} {row.s_per_step:7.2f} s ({parts}) {row.tokens_per_s:6.0f}/s {memory} {ratios}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def read(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", choices=WORKS, default="demo")
     parser.add_argument("--folder", type=Path, default=Path("runs/whole_step"))
@@ -272,7 +270,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--child", choices=("ours", "sglang", "trl", "gate"), help=argparse.SUPPRESS
     )
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = read(argv)
     torch.set_num_threads(options.threads)
     work = WORKS[options.policy]
     if options.child:
@@ -291,9 +293,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(*map(show, rows), sep="\n", flush=True)
         measure.append(options.out / RESULTS.name, rows, shared)
     if "learn" in options.parts:
-        rows = learn(options, work)
+        rows = []
+        for row in learn(options, work):
+            print(row, flush=True)
+            measure.append(options.out / REWARDS.name, [row], shared)
+            rows.append(row)
         print(f"last rewards differ by {standard_errors(rows):.1f} standard errors")
-        measure.append(options.out / REWARDS.name, rows, shared)
 
 
 if __name__ == "__main__":

@@ -27,15 +27,9 @@ from tercet.core.prompts import stage2_text
 from tercet.core.rewards import fine_r1_strict
 from tercet.core.types import Group, Response, Triplet
 from tercet.train import tapo
+from tercet.train.demo import stages
 from tercet.train.demo.drawn_world import write_world
-from tercet.train.demo.stages import (
-    PICTURES,
-    Seed,
-    base_stage,
-    choose_triplets,
-    draw_world,
-    stage1,
-)
+from tercet.train.demo.stages import Seed
 from tercet.train.learner.command_line import RECIPES, parse
 from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.metrics import phase_seconds, read_metrics
@@ -75,22 +69,18 @@ WORKS = {
 
 
 def prepare(work: Work, folder: Path) -> None:
-    """Write `policy` and `triplets` into the folder, where they are not there yet."""
+    """Write `start`, a policy, and `triplets` into the folder, where they are not there yet."""
     if (folder / "triplets").exists():
         return
     seed = Seed(folder, 0, "spelled")
-    folder.mkdir(parents=True, exist_ok=True)
     if work.policy == "demo":
-        draw_world(seed)
-        start = stage1(seed, base_stage(seed))
-    else:
-        start = folder / "smollm2"
-        write_world(seed.data, 0, **PICTURES, size=SIDE, names="spelled")
-        parts, _ = real_language_model(download())
-        parts.image_processor.size = {"shortest_edge": 56**2, "longest_edge": SIDE**2}
-        parts.save(start)
-    (folder / "policy").symlink_to(start.resolve())
-    choose_triplets(seed, folder / "policy", [])
+        return stages.prepare(seed, [])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_world(seed.data, 0, **stages.PICTURES, size=SIDE, names="spelled")
+    parts, _ = real_language_model(download())
+    parts.image_processor.size = {"shortest_edge": 56**2, "longest_edge": SIDE**2}
+    parts.save(seed.start)
+    stages.choose_triplets(seed, [])
 
 
 def config_of(
@@ -99,7 +89,7 @@ def config_of(
     """Our options, and the same as YAML: DAPO on one photo, every sampled group trained on."""
     options = {
         "data.path": folder / "triplets",
-        "model.path": folder / "policy",
+        "model.path": folder / "start",
         "rollout.n_anchor": work.responses,
         "rollout.n_positive": 0,
         "rollout.groups_per_step": work.groups,

@@ -198,7 +198,7 @@ def make_trainer(
 
     Args:
         work: what is trained.
-        folder: with policy and triplets.
+        folder: with start and triplets.
         out: TRL's own folder; nothing is saved.
         steps: of the run.
         seed: of the sampling.
@@ -206,7 +206,7 @@ def make_trainer(
         rollout: what gives responses, in place of sampling; gradients are not clipped then.
     """
     config, _ = config_of(work, folder, out, steps, seed)
-    parts = load_policy(ModelConfig(path=str(folder / "policy"), dtype="float32"))
+    parts = load_policy(ModelConfig(path=str(folder / "start"), dtype="float32"))
     names = Manifest.read(config.data.path).names
     triplets = triplets_of(config, work.groups * steps)
 

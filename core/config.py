@@ -32,6 +32,7 @@ from tercet.core.option_types import (
 )
 from tercet.core.parallel_config import ParallelConfig
 from tercet.core.rollout_config import RolloutConfig
+from tercet.core.tracker_config import TrackerConfig
 
 
 @dataclass
@@ -242,7 +243,7 @@ class TapoOptimConfig(OptimConfig):
 
 
 @dataclass
-class RunConfig(LogConfig):
+class RunConfig(LogConfig, TrackerConfig):
     out: PathText = "runs/tapo"
     """Folder of checkpoints, logs and figures."""
     overwrite: bool = False
@@ -269,8 +270,6 @@ class RunConfig(LogConfig):
     """auto: cuda where there is a GPU, else cpu."""
     threads: Threads | None = None
     """CPU threads of PyTorch; None: its own choice."""
-    wandb: Word | None = None
-    """Weights & Biases project; None: not used."""
     seed: Seed = 0
 
     def __post_init__(self) -> None:

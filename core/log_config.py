@@ -35,7 +35,7 @@ class ReportConfig:
     out: PathText | None = None
     """File of the page; None: report.html in the first run's folder."""
     evaluations: list[PathText] = field(default_factory=list)
-    """Folders of evaluations of the run, beside those inside its own folder."""
+    """Folders of evaluations of the first run, beside those inside its own folder."""
     serve: bool = False
     """Show the page live, on this machine alone, in place of writing it."""
     port: Port = 8123

@@ -292,6 +292,42 @@ class PlanConfig:
 
 
 @dataclass
+class DoctorConfig:
+    """Options of train/doctor.py, beside those of train/tapo.py."""
+
+    start_server: bool = False
+    """Start an SGLang server on the model, ask it whether it is well, and stop it."""
+    json: bool = False
+    """Print a JSON object a line instead of text."""
+
+
+@dataclass
+class ExportConfig:
+    """Options of train/export.py."""
+
+    source: PathText
+    """Folder of a checkpoint, or a stage1.json; it may also be given first, without --source."""
+    out: PathText
+    """Folder to write, new or empty."""
+    adapter: bool = False
+    """Export the LoRA adapter alone."""
+    merged: bool = False
+    """Export the whole model, LoRA merged; so it is without --adapter too."""
+    base: Word | None = None
+    """Hub id of the model that training began with; None: as the run's options tell."""
+    evaluation: PathText | None = None
+    """Folder of an evaluation (train/eval_fgvr.py) whose tables go into the card."""
+    licence: Word | None = None
+    """Licence as the hub names it, apache-2.0 for instance; None: the card names the base's."""
+    photos: bool = False
+    """Copy the photos of stage-1 records too."""
+    push: Word | None = None
+    """Repository on the Hugging Face hub, USER/NAME, that the folder is uploaded to."""
+    private: bool = True
+    """Whether a repository that is made is private."""
+
+
+@dataclass
 class SeedsConfig:
     """Options of the demo, beside those of train/tapo.py."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections import Counter
 from dataclasses import asdict
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ from tercet.train.demo.progress import Progress
 from tercet.train.demo.scores import ACCURACIES, GREYS, Scores, write_greys
 from tercet.train.demo.stages import VERSION, Seed, claim
 from tercet.train.evaluation.held_out import Result
+from tercet.train.learner.figures import draw_figures
 
 
 def test_permuted_rewards_keep_what_a_group_earns_and_lose_who_earned_it():
@@ -259,6 +262,33 @@ def small(tmp_path, monkeypatch):
     # Nothing is learnt here: groups are trained on whether or not they pass.
     argv = ["--data.shots=2", "--rollout.groups_per_step=2", "--rollout.max_response_tokens=6"]
     return [*argv, "--rollout.on_exhausted=keep_last_round"]
+
+
+def test_the_notebook_runs_and_shows_its_figures(small, tmp_path, monkeypatch, capsys):
+    root = Path(__file__).resolve().parents[1]
+    notebook = json.loads((root / "docs" / "demo.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    (tmp_path / "train").symlink_to(root / "train")
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path / "docs")  # where a notebook is opened
+    main = commands.main
+    monkeypatch.setattr(commands, "main", lambda argv: main([*argv, *small]))
+    monkeypatch.setattr("tercet.train.tapo.draw_figures", draw_figures)
+    names, shown = {}, []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            *body, last = ast.parse("".join(cell["source"])).body
+            exec(compile(ast.Module(body, []), "cell", "exec"), names)
+            if isinstance(last, ast.Expr):
+                shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), names))
+            else:
+                exec(compile(ast.Module([last], []), "cell", "exec"), names)
+    assert [step["step"] for step in names["steps"]] == [1, 2, 3]
+    figures = [value for value in shown if value is not None]
+    assert [Path(figure.filename).name for figure in figures] == ["curves.png", "samples.png"]
+    assert min(figures[0].size + figures[1].size) > 300
+    assert f"acceptance {names['steps'][2]['acceptance']:.3f}" in capsys.readouterr().out
 
 
 def test_a_killed_run_of_all_arms_goes_on_where_it_was(small, tmp_path, monkeypatch, capsys):

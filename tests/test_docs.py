@@ -30,7 +30,18 @@ from torch.distributed.run import get_args_parser
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.data.eval_files import DATASETS
 from tercet.core.tool_config import EvalConfig, SeedsConfig
-from tercet.train import analyse, eval_fgvr, make_cot, make_triplets, plan, predict, prepare, report
+from tercet.train import (
+    analyse,
+    doctor,
+    eval_fgvr,
+    export,
+    make_cot,
+    make_triplets,
+    plan,
+    predict,
+    prepare,
+    report,
+)
 from tercet.train.demo import __main__ as demo
 from tercet.train.learner.arguments import options_of, overridden
 from tercet.train.learner.command_line import parse, read_options
@@ -38,7 +49,11 @@ from tercet.train.learner.command_line import parse, read_options
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
 }
 HEADINGS = [
     "Status",
@@ -82,6 +97,8 @@ PARSED_ONLY = {
     "--chat.url": "needs an endpoint",
     "--judge.url": "needs an endpoint",
     "tercet.train.prepare": "needs the six data sets",
+    "tercet.train.doctor": "looks at this machine",
+    "tercet.train.export": "needs a checkpoint, or a file of records",
     "lmms_eval": "is another project's",
     "--teacher": "needs a teacher",
     "--serve": "goes on until Ctrl-C",
@@ -94,6 +111,8 @@ PARSED_ONLY = {
 """Commands, by an option or by their first word, that are not run, and why."""
 FOREIGN = {"--dtype", "--enable-memory-saver", "--mem-fraction-static"}
 FOREIGN |= {"--model", "--model_args", "--tasks", "--batch_size"}
+FOREIGN |= {"--model-path", "--host", "--port", "--image-processor-backend"}
+FOREIGN |= {"--enable-lora", "--lora-backend"}
 """Options of SGLang's servers and of lmms-eval."""
 COMMANDS = ("make", "pip", "pytest", "python", "torchrun", ".")
 
@@ -173,8 +192,10 @@ def check_foreign(words: list[str]) -> None:
         pytest_ = Path(sys.executable).with_name("pytest")
         quick = ["--noconftest", "--markers", "-p", "no:cacheprovider"]
         subprocess.run([pytest_, *rest, *quick], cwd=ROOT, check=True, capture_output=True)
+    elif command == "python" and rest[0] != "-m":
+        assert (ROOT / rest[0]).is_file()
     elif command == "python":
-        assert rest[0] == "-m" and (rest[1] == "lmms_eval" or find_spec(rest[1]))
+        assert rest[1] == "lmms_eval" or find_spec(rest[1])
     else:
         assert words == [".", ".venv/bin/activate"]
 
@@ -190,8 +211,8 @@ def check_options(name: str, argv: list[str]) -> None:
     elif name == "demo":
         read_options(SeedsConfig, argv, "")
     else:
-        modules = {"plan": plan, "prepare": prepare, "make_cot": make_cot, "report": report}
-        modules[name].read(argv)
+        readers = (doctor, export, make_cot, plan, prepare, report)
+        next(r for r in readers if r.__name__.endswith(f".{name}")).read(argv)
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +363,8 @@ def known_options() -> set[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", "--help", "all"])
-        commands = (analyse, eval_fgvr, make_cot, make_triplets, plan, predict, prepare, report)
+        commands = (analyse, doctor, eval_fgvr, export, make_cot)
+        commands += (make_triplets, plan, predict, prepare, report)
         mains = [command.main for command in commands]
         texts = [helped(show) for show in (*mains, lambda: demo.main(["--help", "all"]))]
     texts += [helped(lambda c=c: parse(c, ["--help=all"], "")) for c in (TapoConfig, SftConfig)]
@@ -409,8 +431,23 @@ def test_readme_has_its_parts_in_order_and_is_short():
 
 
 def test_docs_are_all_reached_from_readme():
-    for name in TEXTS.keys() - {"README.md"}:
-        assert f"]({name})" in TEXTS["README.md"], name
+    """By its links, and theirs."""
+    reached, found = set(), {"README.md"}
+    while found:
+        reached |= found
+        links = {
+            os.path.normpath(Path(name).parent / link)
+            for name in found
+            for link in re.findall(r"\]\(([\w./-]+\.md)(?:#[\w-]+)?\)", TEXTS[name])
+        }
+        found = (links & TEXTS.keys()) - reached
+    assert not TEXTS.keys() - reached
+
+
+def test_docs_are_all_in_the_site():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    listed = {f"docs/{name}" for name in re.findall(r": ([\w-]+\.md)$", nav, re.MULTILINE)}
+    assert listed == TEXTS.keys() - {"README.md", "CONTRIBUTING.md"} | {"docs/CONTRIBUTING.md"}
 
 
 def test_every_make_target_says_what_it_does():

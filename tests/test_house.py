@@ -19,6 +19,7 @@ ROOMS = (
     "train/demo",
     "train",
     "train/cot",
+    "train/publish",
     "train/page",
     "train/evaluation",
     "train/fit",
@@ -32,7 +33,7 @@ ROOMS = (
 """From the top down: a room imports from itself and from those below it."""
 FILES = sorted(file for room in ROOMS for file in (ROOT / room).glob("*.py"))
 COMMANDS = ("tapo", "sft", "plan", "make_triplets", "eval_fgvr", "predict", "analyse")
-COMMANDS += ("prepare", "make_cot", "report")
+COMMANDS += ("prepare", "make_cot", "doctor", "export", "report")
 TRAINER = {f"tercet.train.learner.{name}" for name in ("policy", "ranks", "optim", "checkpoint")}
 
 

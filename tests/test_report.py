@@ -67,6 +67,9 @@ def test_options_are_read_with_runs_in_front():
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(ValueError, match=rf"{tmp_path}/no is no run's folder: it has none of met"):
         Report([tmp_path / "no"], [], 0)
+    make_run(tmp_path / "demo" / "tapo", 1)
+    with pytest.raises(ValueError, match="runs inside it are tapo$"):
+        Report([tmp_path / "demo"], [], 0)
 
 
 def test_a_run_that_is_written_is_told_from_one_that_crashed(tmp_path):

@@ -2,12 +2,12 @@ import errno
 import io
 import json
 import math
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -330,23 +330,19 @@ def test_the_bar_of_the_run_goes_on_from_the_resumed_step(tmp_path):
         assert (log.progress.tasks[0].completed, log.progress.tasks[0].total) == (4, 10)
 
 
-def test_wandb_gets_every_step_or_is_named_when_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="run.wandb is 'birds' but the package wandb is not"):
-        open_log(tmp_path, wandb="birds")
-    calls = []
-    fake = SimpleNamespace(
-        init=lambda **options: calls.append(("init", options)),
-        log=lambda row, step: calls.append(("log", step, row)),
-        finish=lambda: calls.append(("finish",)),
-    )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    log, _ = open_log(tmp_path / "run_a", wandb="birds")
+def test_a_picture_goes_to_tensorboard_and_none_where_it_is_not_wanted(tmp_path):
+    png = tmp_path / "samples.png"
+    Image.new("RGB", (3, 2), "red").save(png)
+    log, _ = open_log(tmp_path / "a")
     with log:
-        log.step(3, {"reward": 0.5})
-    options = {"project": "birds", "group": "run_a", "dir": str(tmp_path / "run_a")}
-    assert calls == [
-        ("init", options | {"config": {"run": {"seed": 0}}}),
-        ("log", 3, {"reward": 0.5}),
-        ("finish",),
-    ]
+        log.picture("samples", png)  # before the first step there is no place for it
+        log.step(4, {"reward": 0.5})
+        log.picture("samples", png)
+        log.picture("samples", tmp_path / "none.png")
+    (shown,) = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload().Images("samples")
+    assert shown.step == 4 and shown.encoded_image_string == png.read_bytes()
+    log, _ = open_log(tmp_path / "b", log_to=())
+    with log:
+        log.step(1, {"reward": 0.5})
+        log.picture("samples", png)
+    assert not (tmp_path / "b" / "tensorboard").exists()

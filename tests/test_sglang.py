@@ -335,7 +335,7 @@ def train_on_two_ranks(folder: Path, *more: str) -> list[dict]:
         timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("checkpoint: ") == 1
+    assert done.stdout.count("what to run next") == 1
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
 
 

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from support import shape_of
 
-from tercet.bench import figures, kernels, measure, objectives, rollout, step
+from tercet.bench import attention, figures, kernels, measure, objectives, rollout, step, whole_step
 from tercet.bench.step_case import (
     QWEN3_CPU_MODEL,
     Workload,
@@ -216,14 +216,16 @@ def test_a_ledger_keeps_its_columns(tmp_path):
             measure.append(tmp_path / "b.csv", [row], shared)
 
 
-@pytest.mark.parametrize("kind", [kernels.Row, step.Row, rollout.Row])
+@pytest.mark.parametrize(
+    "kind", [kernels.Row, step.Row, rollout.Row, attention.Row, whole_step.Row]
+)
 def test_rows_go_on_in_the_ledgers_as_they_are(kind, tmp_path):
     """With fewer shared columns than new ledgers have, in their own order."""
     name = f"{kind.__module__.rpartition('.')[2]}.csv"
     copy = Path(shutil.copy(figures.RESULTS / name, tmp_path))
     before = copy.read_text()
     row = kind(*(index + 0.5 for index, _ in enumerate(fields(kind))))
-    shared = measure.conditions("cpu", "abc") | {"sglang": "0.5"}
+    shared = measure.conditions("cpu", "abc") | {"sglang": "0.5", "trl": "1.16"}
     measure.append(copy, [row], shared)
     text = copy.read_text()
     assert text.startswith(before) and text.count("\n") == before.count("\n") + 1

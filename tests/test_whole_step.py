@@ -29,10 +29,10 @@ def folder(tmp_path_factory):
         for n in range(5):
             pixels = rng.integers(0, 255, (*rng.integers(40, 110, 2), 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "photos" / "bird" / name / f"{n}.png")
-    tiny().save(root / "policy")
+    tiny().save(root / "start")
     argv = f"--data.shots=3 --data.sft_shots=1 --out={root / 'triplets'}".split(" --")
     argv = ["make_triplets", argv[0], *(f"--{one}" for one in argv[1:])]
-    argv += [f"--data.path={root / 'photos'}", f"--model.path={root / 'policy'}"]
+    argv += [f"--data.path={root / 'photos'}", f"--model.path={root / 'start'}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", argv)
         make_triplets.main()

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from tercet.core.types import Photo
     from tercet.train.cot.samples import CotSample
 
-FLAGS = ("--direct", "--review")
-
 
 def make_cot(config: CotConfig) -> int:
     """Make stage-1 records; returns how many.
@@ -133,13 +131,8 @@ def _said(out: Path, count: int) -> int:
 
 
 def read(words: Sequence[str]) -> CotConfig:
-    """The options; FLAGS may stand without a value."""
-    after = [*words[1:], "--"]
-    argv = [
-        f"{word}=true" if word in FLAGS and then.startswith("--") else word
-        for word, then in zip(words, after, strict=True)
-    ]
-    return read_options(CotConfig, argv, __doc__.split("\n")[0])
+    """The options from a command line."""
+    return read_options(CotConfig, words, __doc__.split("\n")[0])
 
 
 def main() -> None:

@@ -187,7 +187,7 @@ def train(config: SftConfig, resolved: str, resume: str | None = None) -> Path:
                 run.check_stop()
                 saved = finish_step(run, run.step()) or saved
             run.checkpoints.wait()
-        report_end(run, lambda: draw_figures(run.out))
+            report_end(run, lambda: draw_figures(run.out))
     return saved
 
 

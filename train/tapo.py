@@ -146,8 +146,8 @@ class TapoRun:
             self.ranks.share(self.engine.sleep)
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
         batches = mini_batches(self.groups, size, config.optim.minibatch_by)
-        before = are_weighed(batches[0], loss, self.steps_done)  # else its own update scores it
-        self._score("old_logprobs", loss.update_on, batches[not before :])
+        before = any(are_weighed(batch, loss, self.steps_done) for batch in batches[:1])
+        self._score("old_logprobs", loss.update_on, batches[not before :])  # else its own update
         if loss.needs_negative and not loss.negative_now:
             self._score("neg_logprobs", "negative", batches)
         with self.reference() as frozen:
@@ -331,7 +331,7 @@ def train(config: TapoConfig, resolved: str, resume: str | None = None) -> Path:
                 run.check_stop()
                 saved = finish_step(run, run.step()) or saved
             run.checkpoints.wait()
-        report_end(run, lambda: draw_figures(run.out, run.shown))
+            report_end(run, lambda: draw_figures(run.out, run.shown))
     return saved
 
 

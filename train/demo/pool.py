@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 
 import torch
@@ -55,6 +55,7 @@ def run_tasks(
         Names of the tasks that were not done, for lack of time or because one that they wait for
         failed, and the tasks that failed.
     """
+    context = get_context("fork")  # this process only waits, so it has no threads to lose
     waiting, running, names, failed = list(tasks), {}, set(), []
     end = time.monotonic() + (limit_s or math.inf)
     signals: list[int] = []  # an exception out of a handler could be lost inside fork
@@ -64,7 +65,7 @@ def run_tasks(
             free = [t for t in waiting if names.issuperset(t.after)][: workers - len(running)]
             for task in free:
                 waiting.remove(task)
-                receiver, process = _start(task)
+                receiver, process = _start(context, task)
                 running[receiver] = (task, process)
             left = end - time.monotonic()
             if not running or left <= 0 or signals:
@@ -88,9 +89,8 @@ def run_tasks(
     return late, failed
 
 
-def _start(task: Task) -> tuple[Connection, BaseProcess]:
-    """A process that does the task, and what its result comes through."""
-    context = get_context("fork")  # this process only waits, so it has no threads to lose
+def _start(context: ForkContext, task: Task) -> tuple[Connection, ForkProcess]:
+    """A process at work, and where its result will come from."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(task, sender))
     process.start()
@@ -115,7 +115,7 @@ def _work(task: Task, sender: Connection) -> None:
         sender.send(result)
 
 
-def _stop(processes: Sequence[BaseProcess]) -> None:
+def _stop(processes: Sequence) -> None:
     """End processes, by force where they do not end by themselves."""
     for process in processes:
         process.terminate()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tercet.core.commit import code_version
 from tercet.train.learner.metrics import ENVIRONMENT
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "flash-attn", "liger-kernel", "numpy")
@@ -32,7 +33,7 @@ def describe(device: torch.device, ranks: int) -> dict[str, object]:
         card = torch.cuda.get_device_properties(device)
         found["GPU"] = f"{ranks} x {card.name}, {card.total_memory / 2**30:.0f} GiB"
         found["CUDA"] = torch.version.cuda
-    found |= {"processes": ranks, "Python": platform.python_version()}
+    found |= {"processes": ranks, "Tercet": code_version(), "Python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)

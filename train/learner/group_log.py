@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -62,7 +63,8 @@ class GroupLog:
             self._text = TokenTexts(run.parts.tokenizer)
             for step, file in step_files(self._folder).items():
                 if step > run.steps_done:
-                    file.unlink()
+                    with suppress(OSError):
+                        file.unlink()
 
     def take(self, pieces: Sequence[Piece], metrics: dict[str, Tensor]) -> dict[Place, Tensor]:
         """Take the log-probs of an update's rows out of its metrics.
@@ -86,7 +88,7 @@ class GroupLog:
     def write(self, groups: Sequence[Group]) -> None:
         """Write a step that ends, where it is due; a collective.
 
-        A file that cannot be written costs a line of the log, not the run.
+        What goes wrong with a file costs a line of the log, not the run.
 
         Args:
             groups: those that the step trained on.
@@ -105,8 +107,12 @@ class GroupLog:
                 parts = self._run.ranks.exchange(some)
                 found[name] = {place: rows for part in parts for place, rows in part.items()}
             if self._run.ranks.is_first:
-                lines = [self._line(step, every[i], i in kept, sampled, found) for i in chosen]
-                self._write(step, lines)
+                try:
+                    lines = [self._line(step, every[i], i in kept, sampled, found) for i in chosen]
+                    write_groups(self._folder, step, lines)
+                    thin_out(self._folder, self._options.log_groups_mib * 2**20)
+                except Exception as error:  # what only reports does not end training
+                    self._run.log.say(f"the groups of step {step} are not written: {error}")
             phase.advance()
 
     def _first(self, ids: Iterable[str], step: int) -> list[str]:
@@ -157,13 +163,6 @@ class GroupLog:
             "weight_version": response.weight_version,
             **{name: packed(values) for name, values in rows.items()},
         }
-
-    def _write(self, step: int, lines: list[dict]) -> None:
-        try:
-            write_groups(self._folder, step, lines)
-            thin_out(self._folder, self._options.log_groups_mib * 2**20)
-        except OSError as error:
-            self._run.log.say(f"the groups of step {step} are not written: {error}")
 
 
 def sub_categories(manifest: Manifest) -> dict[str, str]:

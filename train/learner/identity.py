@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
+from typing import get_args
 
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.data.cells import table_of
 from tercet.core.data.files import regular
+from tercet.core.option_types import Flags, Host, PathOrEmpty, PathText, Url
 
 IDENTITY, LOCK = "identity.json", ".lock"  # in run.out
 Options = dict[str, object]
@@ -90,6 +92,18 @@ KINDS: dict[str, Kind] = {
 }
 """By option, and by section for those of its options that are not named here."""
 
+OF_THE_PLACE = (
+    "data.path",
+    "run.out",
+    "run.device",
+    "run.threads",
+    "rollout.sglang_python",
+    "rollout.server_gpus",
+    "rollout.api_key",
+    "rollout.api_key_file",
+)
+"""Options that say where a run is, and not how it is trained."""
+
 FILES = (
     "config.json",
     "generation_config.json",
@@ -149,6 +163,29 @@ def options_of(config: TapoConfig | SftConfig) -> Options:
     }
     flat = {name: value for name, value in flat.items() if kind_of(name) is not Kind.UNKEPT}
     return json.loads(json.dumps(flat))
+
+
+def shared_options(options: Options, types: dict[str, object]) -> Options:
+    """Options that may be shown to others: without the names of this machine, without addresses
+    and servers' flags, and of paths the last part alone.
+
+    Args:
+        options: by dotted name.
+        types: of all options by dotted name.
+    """
+    shown = {}
+    for name, value in options.items():
+        hint = types.get(name)
+        if name in OF_THE_PLACE or hint is None or _mentions(hint, Url, Host, Flags):
+            continue
+        is_path = isinstance(value, str) and _mentions(hint, PathText, PathOrEmpty)
+        shown[name] = Path(value).name if is_path else value
+    return shown
+
+
+def _mentions(hint: object, *types: object) -> bool:
+    """Whether a type is one of some, or holds one of them."""
+    return hint in types or any(_mentions(part, *types) for part in get_args(hint))
 
 
 def changes(saved: Identity, now: Options, defaults: Options) -> Changes:

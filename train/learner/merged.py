@@ -68,6 +68,8 @@ class Export:
     """Of LoRA, by their names in the model; empty for the merged weights alone."""
     error: float
     """As `merge_error`."""
+    lora: str
+    """What is written of a policy with LoRA: run.save_lora; empty without it."""
 
     @classmethod
     def take(cls, policy: Policy, ranks: Ranks, copy: bool, parts: str = "both") -> Export:
@@ -79,25 +81,27 @@ class Export:
             copy: whether the policy may change before they are written.
             parts: with LoRA, what is written: run.save_lora.
         """
-        weights, added, has_lora = {}, {}, hasattr(policy.model, "adapter_config")
-        named = [] if has_lora and parts == "adapter" else [(weights, policy.named_weights())]
-        named += [] if parts == "merged" else [(added, added_weights(policy.model))]
+        weights, added = {}, {}
+        lora = parts if hasattr(policy.model, "adapter_config") else ""
+        named = [] if lora == "adapter" else [(weights, policy.named_weights())]
+        named += [] if lora == "merged" else [(added, added_weights(policy.model))]
         for kept, items in named:
             for name, weight in items:
                 if ranks.is_first:
                     kept[name] = weight.to("cpu", copy=copy)
-        return cls(weights, added, merge_error(policy, ranks))
+        return cls(weights, added, merge_error(policy, ranks), lora)
 
     def save(self, parts: PolicyParts, folder: Path) -> None:
         """Write a folder that transformers loads; with LoRA also adapter/, or that alone, and
         README.md about them."""
         text = ""
-        if self.weights:
+        if self.lora != "adapter":
             parts.save(folder, self.weights)
+        if self.lora in ("both", "merged"):
             dtype = str(parts.model.dtype).removeprefix("torch.")
             text = MERGED.format(dtype=dtype, error=self.error)
-        if self.added:
+        if self.lora in ("both", "adapter"):
             base = save_adapter(parts.model, self.added, folder / ADAPTER_FOLDER)
             text += ADAPTER.format(base=base, adapter=ADAPTER_FOLDER)
-        if hasattr(parts.model, "adapter_config"):
+        if text:
             (folder / "README.md").write_text(text.lstrip(), encoding="utf-8")

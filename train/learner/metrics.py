@@ -3,7 +3,7 @@
 A line of metrics.jsonl is a JSON object: the number of the step, its metrics by name, and the
 seconds of each phase as `seconds_<phase>`. The step's line on the terminal, TensorBoard and
 curves.png follow from the tables below. A metric that they do not list, such as one of your own
-reward function, goes to metrics.jsonl, TensorBoard and Weights & Biases only.
+reward function, goes to metrics.jsonl and what run.log_to names only.
 """
 
 from __future__ import annotations

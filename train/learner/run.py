@@ -18,9 +18,11 @@ from tercet.core.rewards import read_apart
 from tercet.core.rollout_config import LEAST_STEPS
 from tercet.core.types import PolicyParts
 from tercet.rollout.step_groups import StepGroups
+from tercet.train.learner.arguments import options_of as types_of
 from tercet.train.learner.checkpoint import Checkpoints
 from tercet.train.learner.environment import peak_memory_gib, write_environment
 from tercet.train.learner.failed import set_aside
+from tercet.train.learner.identity import shared_options
 from tercet.train.learner.interrupt import Interrupted
 from tercet.train.learner.merged import lora_figures
 from tercet.train.learner.optim import HALF_UPDATED, Schedule, optimizer_step
@@ -28,6 +30,7 @@ from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
 from tercet.train.learner.run_folder import RunFolder
 from tercet.train.learner.run_log import Phase, RunLog, SilentLog
+from tercet.train.learner.trackers import Trackers
 
 
 class Run(Protocol):
@@ -58,7 +61,10 @@ def open_log(run: Run, resolved: str) -> RunLog | SilentLog:
     def make() -> RunLog:
         run.folder.write()
         options = run.config.run
-        log = RunLog(options.out, run.total_steps, resolved, options.wandb, options.verbose)
+        shared = shared_options(run.folder.identity.options, types_of(type(run.config)))
+        trackers = Trackers(options.log_to, options.project, Path(options.out), shared)
+        shown = options.log_to, trackers, options.verbose
+        log = RunLog(options.out, run.total_steps, resolved, *shown)
         for line in run.folder.lines:
             log.say(line)
         log.resume_at(run.steps_done + 1)
@@ -180,6 +186,7 @@ def report_end(run: Run, draw: Callable[[], None]) -> None:
     if run.ranks.is_first:
         try:
             draw()
+            run.log.picture("samples", run.folder.path / "samples.png")
         except Exception as error:
             run.log.say(f"the figures of the run are not drawn: {error}")
 

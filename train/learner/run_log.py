@@ -1,4 +1,4 @@
-"""What people see of a run: progress bars, a line per step, metrics.jsonl, TensorBoard, W&B.
+"""What people see of a run: progress bars, a line per step, metrics.jsonl, TensorBoard, others.
 
     with RunLog("runs/tapo", total_steps=300, config_yaml=text) as log:
         for step in range(1, 301):
@@ -19,8 +19,8 @@ import os
 import sys
 import time
 from collections import defaultdict, deque
+from collections.abc import Collection
 from pathlib import Path
-from types import ModuleType
 
 from rich.console import Console
 from rich.progress import (
@@ -41,6 +41,7 @@ from tercet.train.learner.metrics import (
 )
 from tercet.train.learner.scalars import Scalars
 from tercet.train.learner.terminal import StepLines
+from tercet.train.learner.trackers import Trackers
 
 RECENT_STEPS = 20
 """Steps whose time says how long the rest will take."""
@@ -89,12 +90,10 @@ class RunLog:
         out: folder of the run; gets config.yaml, metrics.jsonl and tensorboard/.
         total_steps: steps of the whole run.
         config_yaml: the resolved options as YAML.
-        wandb: Weights & Biases project; None: not used.
+        log_to: words of run.log_to; of them TensorBoard is written here.
+        trackers: the others; None: there are none.
         verbose: show every metric of a step, not the most important ones alone.
         console: where lines and bars are shown; None: standard output.
-
-    Raises:
-        ValueError: `wandb` is set but the package is not installed.
     """
 
     def __init__(
@@ -102,7 +101,8 @@ class RunLog:
         out: Path | str,
         total_steps: int,
         config_yaml: str,
-        wandb: str | None = None,
+        log_to: Collection[str] = ("tensorboard",),
+        trackers: Trackers | None = None,
         verbose: bool = False,
         console: Console | None = None,
     ):
@@ -118,7 +118,7 @@ class RunLog:
         self._shown: dict[str, None] = {}  # every name so far, in the order of its first step
         self._lines, self._total_steps = StepLines(total_steps, verbose), total_steps
         self._ends = deque([time.perf_counter()], RECENT_STEPS + 1)  # of the last steps
-        self._wandb = None if wandb is None else _start_wandb(wandb, self.out, config_yaml)
+        self._log_to, self._trackers = log_to, trackers
         self.console = console or _Lines(highlight=False, force_terminal=sys.stdout.isatty())
         self.progress = Progress(
             TextColumn("{task.description:>9}"),
@@ -180,7 +180,8 @@ class RunLog:
         self.progress.reset(self._run, completed=max(0, step - 1))
         self._next_step = step
         try:
-            self._scalars = Scalars(self.out / "tensorboard", step)
+            if "tensorboard" in self._log_to:
+                self._scalars = Scalars(self.out / "tensorboard", step)
         except OSError as error:
             self._without_scalars(error)
 
@@ -213,25 +214,41 @@ class RunLog:
                 self._scalars.add(step, {tensorboard_tag(n): value for n, value in numbers.items()})
         except OSError as error:
             self._without_scalars(error)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
         self._last_step = step
         self._shown |= dict.fromkeys(numbers)
         self._ends.append(time.perf_counter())
         a_step = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         left_s = a_step * max(0, self._total_steps - step)
         self.say(self._lines.of(step, numbers, self._shown, left_s))
+        if self._trackers is not None:
+            self._say_all(self._trackers.log(step, numbers))
         self.progress.advance(self._run)
 
     def say(self, text: str) -> None:
         """Show a line of text, above the bars."""
         self.console.print(text, soft_wrap=True, markup=False)
 
+    def picture(self, name: str, png: Path) -> None:
+        """Show a picture, if it is there, beside the metrics of the last step."""
+        if not png.is_file() or self._last_step is None:
+            return
+        try:
+            if self._scalars is not None:
+                self._scalars.picture(self._last_step, name, png.read_bytes())
+        except OSError as error:
+            self._without_scalars(error)
+        if self._trackers is not None:
+            self._say_all(self._trackers.picture(name, png, self._last_step))
+
+    def _say_all(self, lines: list[str]) -> None:
+        for line in lines:
+            self.say(line)
+
     def close(self) -> None:
         """Remove the bars, restore the terminal and close the files."""
         self.progress.stop()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._trackers is not None:
+            self._say_all(self._trackers.close())
         if self._scalars is not None:
             self._scalars.close()
 
@@ -292,22 +309,6 @@ def _drop_from(path: Path, step: int) -> int:
         os.fsync(file.fileno())
     os.replace(partial, path)
     return damaged
-
-
-def _start_wandb(project: str, out: Path, config_yaml: str) -> ModuleType:
-    """Start a run of Weights & Biases; a run and those that resume it share a group."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            f"run.wandb is {project!r} but the package wandb is not installed: "
-            "`pip install wandb`, or leave run.wandb out"
-        ) from error
-    import yaml
-
-    config = yaml.safe_load(config_yaml)
-    wandb.init(project=project, group=out.name, dir=str(out), config=config)
-    return wandb
 
 
 class SilentLog:

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, written at once: its own writer's thread prints tracebacks of errors."""
+"""What TensorBoard gets, written at once: its own writer's thread prints tracebacks of errors."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ class Scalars:
             value=[self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
         )
         self._write(self._event(step=step, summary=summary))
+        self._file.flush()
+
+    def picture(self, step: int, tag: str, png: bytes) -> None:
+        """Write a picture of a step."""
+        image = self._summary.Image(encoded_image_string=png)
+        self._write(
+            self._event(step=step, summary=self._summary(value=[{"tag": tag, "image": image}]))
+        )
         self._file.flush()
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ class Report:
 
     Args:
         folders: of the runs.
-        evaluations: folders of evaluations beside those inside the runs' own.
+        evaluations: folders of evaluations beside those inside the runs' own, for the first run.
         seed: of the groups that are chosen at random.
 
     Raises:
@@ -45,7 +45,7 @@ class Report:
     """
 
     def __init__(self, folders: Sequence[Path], evaluations: Sequence[Path], seed: int):
-        self._folders, self._evaluations, self._seed = folders, list(evaluations), seed
+        self._folders, self._evaluations, self._seed = folders, evaluations, seed
         self.runs = self._read()
         self.groups = [LoggedGroups(run) for run in self.runs]
 
@@ -56,9 +56,9 @@ class Report:
             logged.refresh(run)
 
     def _read(self) -> list[Run]:
-        shared = [] if len(self._folders) > 1 else self._evaluations
         named = zip(self._folders, names_of(self._folders), strict=True)
-        return [read_run(folder, name, shared) for folder, name in named]
+        given = [self._evaluations, *[()] * (len(self._folders) - 1)]
+        return [read_run(*run, more) for run, more in zip(named, given, strict=True)]
 
     def data(self) -> dict:
         """All but groups and photos."""

@@ -40,13 +40,23 @@ function showRuns() {
   byId("made").textContent = `${data.live ? "live, " : ""}${data.made}`;
 }
 
+const before = {};
+
+// Whether a part of the page shows something else than before: what is open there stays open.
+function changed(part, ...names) {
+  const text = JSON.stringify(data.runs.map((run) => names.map((name) => run[name])));
+  if (before[part] === text) return false;
+  before[part] = text;
+  return true;
+}
+
 function showAll() {
   showRuns();
   showCurves(data);
   showGroups(data);
-  showConfusion(data);
-  showEvaluation(data);
-  showSetup(data);
+  if (changed("confusion", "confusion")) showConfusion(data);
+  if (changed("evaluation", "evaluations", "metrics")) showEvaluation(data);
+  if (changed("setup", "options", "environment")) showSetup(data);
 }
 
 async function news() {

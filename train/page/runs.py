@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class Run:
     evaluations: list[dict] = field(default_factory=list)
 
 
-def read_run(folder: Path, name: str, evaluations: list[Path]) -> Run:
+def read_run(folder: Path, name: str, evaluations: Sequence[Path]) -> Run:
     """Read a run's folder.
 
     Args:
@@ -66,7 +67,9 @@ def read_run(folder: Path, name: str, evaluations: list[Path]) -> Run:
         ValueError: it is no run's folder.
     """
     if not any((folder / mark).exists() for mark in MARKS):
-        raise ValueError(f"{folder} is no run's folder: it has none of {', '.join(MARKS)}")
+        inside = sorted({file.parent.name for mark in MARKS for file in folder.glob(f"*/{mark}")})
+        hint = f"; runs inside it are {', '.join(inside[:MOST_TABLES])}" if inside else ""
+        raise ValueError(f"{folder} is no run's folder: it has none of {', '.join(MARKS)}{hint}")
     run = Run(name, folder)
     for read in (_metrics, _options, _environment, _identity, _triplets, _failed):
         try:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from tercet.train.demo.arms import read_rows
+from tercet.train.demo.forms import draw_forms, whole_seeds
+
 RESULTS = Path(__file__).parent / "results"
 LONGEST = 10
 """Bars of this many times ours and more have the same length; their labels tell the value."""
@@ -88,6 +91,13 @@ def draw_step(path: Path = RESULTS / "step.csv", out: Path = RESULTS / "step.png
     figure.savefig(out, dpi=110)
 
 
+def draw_forms_of_loss(
+    path: Path = RESULTS / "forms.jsonl", out: Path = RESULTS / "forms.png"
+) -> None:
+    """Margin and accuracy of each form of the loss, on the seeds that have all of them."""
+    draw_forms(whole_seeds(read_rows(path)), out)
+
+
 def _step_bars(panels, rows: list[dict[str, str]]) -> None:
     """Methods from slow to fast, with one bar per `loss.update_on`."""
     cells = {(row["method"], row["update_on"]): row for row in rows}
@@ -162,3 +172,4 @@ def _step_curves(panels, rows: list[dict[str, str]]) -> None:
 if __name__ == "__main__":
     draw_kernels()
     draw_step()
+    draw_forms_of_loss()

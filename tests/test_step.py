@@ -311,3 +311,13 @@ def test_an_objective_whose_gradients_are_off_is_not_timed(monkeypatch):
     tapo, dapo, scoring = objectives.measured(policy, Workload(**SMALL), 1, "wall", "tiny")
     assert tapo.ms_50 is dapo.ms_50 is scoring.of_tapo is None and "over the gate" in dapo.note
     assert scoring.ms_50 > 0
+
+
+def test_errors_are_a_parameter_s_and_in_16_bits_the_whole_gradient_s():
+    exact = [torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1e-4])]
+    found = [torch.tensor([3.0, 4.5]), torch.tensor([0.0, 2e-4])]
+    assert step.distance(found, exact) == pytest.approx(0.1)
+    found[1] = torch.tensor([0.0, 2e-3])  # of a norm below a thousandth of the whole
+    assert step.distance(found, exact) == pytest.approx(1.9e-3 / 5e-3, rel=1e-3)
+    half = [tensor.bfloat16() for tensor in found]
+    assert step.distance(half, exact) == pytest.approx(0.1, rel=1e-3)

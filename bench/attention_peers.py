@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tercet.core.packing import pack
 from tercet.core.types import EncodedPrompt, Segments, to_device
 from tercet.kernels.prefix_attention import prefix_attention
+from tercet.kernels.varlen import Bounds, backend_of
 
 PACK = 16_384
 """Tokens of a pack on a GPU, at most; the length that flex attention is compiled for."""
@@ -154,6 +155,47 @@ def one_by_one(case: Case) -> Prepared:
     )
 
 
+class _Causal(torch.autograd.Function):
+    """A causal call whose last query sees the last key, as flash attention aligns them."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, scale: float) -> Tensor:
+        ctx.backend, ctx.bounds, ctx.scale = backend_of(q), bounds, scale
+        out, lse = ctx.backend.forward(q, k, v, bounds, True, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        saved = ctx.saved_tensors
+        grads = ctx.backend.backward(grad, *saved, ctx.bounds, True, ctx.scale)
+        return *grads, None, None
+
+
+def one_call(case: Case) -> Prepared:
+    """One causal call in place of our two: a response's keys follow a copy of its prompt's.
+
+    Key heads are few, so that the copies are small; queries are not copied and nothing is merged.
+    """
+    prompt, responses, length, groups = case.sizes
+    whole, device = prompt + length, case.copies.device
+    copied = case.copies.view(groups, responses, whole)
+    alone = copied[:, :1, :prompt]  # a prompt sees itself
+    keys = torch.cat([part.flatten(1) for part in (alone, copied)], 1).flatten()
+    of_keys = torch.tensor([0] + ([prompt] + [whole] * responses) * groups, device=device)
+    bounds = Bounds(case.segments.cu_seqlens, of_keys.cumsum(0).int(), max(prompt, length), whole)
+    return Prepared(
+        case.tensors,
+        lambda q, k, v: _Causal.apply(
+            q, k.index_select(0, keys), v.index_select(0, keys), bounds, case.scale
+        ),
+        case.upstream,
+        lambda gradient: gradient,
+        len(case.upstream),
+        ours(case).pairs,
+    )
+
+
 def visible(case: Case, length: int) -> Callable[..., Tensor]:
     """Which keys a query sees, as flex attention asks; tokens behind the pack see themselves."""
     token = torch.arange(length, device=case.copies.device)
@@ -220,5 +262,11 @@ def dense(case: Case) -> Prepared:
     )
 
 
-METHODS = {"ours": ours, "one_by_one": one_by_one, "flex": flex, "dense": dense}
-GPU_ONLY = ("flex",)
+METHODS = {
+    "ours": ours,
+    "one_by_one": one_by_one,
+    "one_call": one_call,
+    "flex": flex,
+    "dense": dense,
+}
+GPU_ONLY = ("flex", "one_call")

@@ -10,6 +10,7 @@ from torch.nn.attention import flex_attention
 
 from tercet.bench import attention, attention_peers
 from tercet.bench.attention_peers import METHODS, Heads, Sizes, make_case
+from tercet.kernels.varlen import Varlen
 
 HEADS, SIZES = Heads("tiny", 4, 2, 16), Sizes(7, 3, 5, 2)
 
@@ -47,6 +48,39 @@ def test_every_method_has_the_gradients_of_the_masked_attention():
         found = METHODS[name](case)
         for one, other in zip(found.gradients(), wanted, strict=True):
             assert (found.packed(one) - other).abs().max() < 1e-12, name
+
+
+def test_one_call_on_copied_keys_has_the_same_gradients(monkeypatch):
+    """With the softmax written out, aligned as flash attention aligns it."""
+
+    def attend(q, k, v, bounds, scale):
+        ends = zip(*(b.tolist() for b in bounds[:2]), strict=True)
+        parts, begin = [], (0, 0)
+        for end in list(ends)[1:]:
+            rows, keys = (slice(a, b) for a, b in zip(begin, end, strict=True))
+            wide = [x[keys].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)]
+            scores = torch.einsum("ihd,jhd->hij", q[rows], wide[0]) * scale
+            seen = torch.ones(scores.shape[1:]).tril(scores.shape[2] - scores.shape[1]).bool()
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+            parts.append(torch.einsum("hij,jhd->ihd", weights, wide[1]))
+            begin = end
+        return torch.cat(parts)
+
+    def forward(q, k, v, bounds, causal, scale):
+        assert causal and (bounds.max_seqlen_q, bounds.max_seqlen_k) == (7, 12)
+        return attend(q, k, v, bounds, scale), q.new_zeros(())
+
+    def backward(grad, q, k, v, out, lse, bounds, causal, scale):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            return torch.autograd.grad(attend(*leaves, bounds, scale), leaves, grad)
+
+    backend = Varlen("written out", forward, backward)
+    monkeypatch.setattr(attention_peers, "backend_of", lambda q: backend)
+    case = tiny_case()
+    _, wanted = masked_attention(case, seen_by_hand())
+    for one, other in zip(attention_peers.one_call(case).gradients(), wanted, strict=True):
+        assert (one - other).abs().max() < 1e-12
 
 
 def test_flex_attention_has_the_same_output(monkeypatch):

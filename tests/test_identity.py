@@ -42,7 +42,7 @@ def test_every_option_has_a_kind_and_every_kind_an_option():
 
 def test_what_may_never_change():
     data = "names questions seen_fraction shots sft_shots embedder similarity seed".split()
-    data += "super_category negatives genus on_missing duplicates".split()
+    data += "embedder_layer super_category negatives genus on_missing duplicates".split()
     fixed = {f"data.{name}" for name in data} | {"run.seed", "optim.states"}
     fixed |= {"model.lora_rank", "model.lora_alpha", "model.lora_targets"}
     assert names(Kind.FIXED, TapoConfig()) == fixed

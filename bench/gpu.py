@@ -23,7 +23,13 @@ from pathlib import Path
 
 import torch
 
-from tercet.bench.measure import append, conditions, device_name, seconds
+from tercet.bench.measure import (
+    append,
+    conditions,
+    copy_bandwidth,
+    device_name,
+    product_flops,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 4000  # characters of a failed part's output that are repeated at the end
@@ -86,19 +92,10 @@ class Card:
 
 def measure_card(device: str) -> Card:
     """Copy bandwidth and the rate of a large product."""
-    on_gpu, side = device == "cuda", 8192 if device == "cuda" else 1024
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randn(2**31 if on_gpu else 2**24, device=device, dtype=dtype)
-    target = torch.empty_like(source)
-
-    def median_s(call) -> float:
-        return sorted(seconds(call, on_gpu) for _ in range(13))[6]
-
-    copied = 2 * source.nbytes / median_s(lambda: target.copy_(source))
-    product = 2 * side**3 / median_s(lambda: a @ b)
+    on_gpu = device == "cuda"
+    product = product_flops(device, torch.bfloat16 if on_gpu else torch.float32)
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if on_gpu else None
-    return Card(copied / 1e9, product / 1e12, memory)
+    return Card(copy_bandwidth(device) / 1e9, product / 1e12, memory)
 
 
 def run_part(part: Part, out: Path, device: str, limit_s: float) -> tuple[str, float, str]:

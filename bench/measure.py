@@ -95,6 +95,11 @@ def peak_flops(device: str, dtype: torch.dtype, clock: str = "wall") -> float:
         card = card_of(torch.cuda.get_device_name())
         if card is not None:
             return card.tflops * 1e12
+    return product_flops(device, dtype, clock)
+
+
+def product_flops(device: str, dtype: torch.dtype, clock: str = "wall") -> float:
+    """FLOP/s of a large product of random numbers, measured."""
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / min(seconds(lambda: a @ b, device == "cuda", clock) for _ in range(6))

@@ -7,7 +7,6 @@ import ctypes
 import datetime
 import itertools
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ import transformers
 import triton
 from torch import Tensor
 
+from tercet.core.commit import git
 from tercet.train.fit.roofline import card_of
 
 GATE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -127,13 +127,7 @@ def device_name(device: str) -> str:
 
 def commit() -> str:
     """The commit that is measured, followed by `+` if files have changed; empty outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return git(Path(__file__).parent, "describe", "--always", "--dirty=+")
 
 
 def conditions(device: str, commit: str) -> dict[str, str]:

@@ -19,14 +19,15 @@ def code_version() -> str:
     except metadata.PackageNotFoundError:
         version = "not installed"
     root = Path(__file__).resolve().parents[1]
-    head = _git(root, "rev-parse", "--short=12", "HEAD") if (root / ".git").exists() else ""
+    head = git(root, "rev-parse", "--short=12", "HEAD") if (root / ".git").exists() else ""
     if not head:
         return version
-    changed = " and changes" if _git(root, "status", "--porcelain", "-uno") else ""
+    changed = " and changes" if git(root, "status", "--porcelain", "-uno") else ""
     return f"{version}, commit {head}{changed}"
 
 
-def _git(root: Path, *arguments: str) -> str:
+def git(root: Path, *arguments: str) -> str:
+    """What a git command says of a folder; empty outside a repository or without git."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments],

@@ -126,8 +126,9 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        threading.Thread(target=self._send_all, daemon=True).start()
+        self._sender = threading.Thread(target=self._send_all, daemon=True)
         self._receiver = threading.Thread(target=self._receive_all, daemon=True)
+        self._sender.start()
         self._receiver.start()
 
     def send(self, rows: Rows) -> tuple[int, Future[Results]]:
@@ -203,8 +204,6 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.kill()
         _kill_group(self._process.pid)  # what it started may run on
-        self._requests.put(None)
-        self._connection.close()
         code = self._process.returncode
         what = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
         what = f"its process ended {what} while it worked on {self.groups()}"
@@ -215,6 +214,9 @@ class _Worker:
             calls, self._calls = self._calls, {}
         for call in calls.values():
             _settle(call.reply, None, self._fault or what)
+        self._requests.put(None)
+        self._sender.join()  # it would write into the next process's pipe, were this closed earlier
+        self._connection.close()
 
 
 def _kill_group(group: int) -> None:

@@ -266,6 +266,30 @@ def test_closing_ends_the_process_in_order(opened, tmp_path):
     assert not is_running(int(result["overall"])) and (tmp_path / "tidy").exists()
 
 
+def test_a_pipe_is_closed_after_the_last_write_to_it(opened):
+    """Else that write reaches whatever was given the pipe's number since: the next process's pipe."""
+    reward, order = load_reward("module_of_rewards:counts"), []
+
+    class Slow:
+        def __init__(self, connection):
+            self.recv, self._connection = connection.recv, connection
+
+        def send(self, request):
+            time.sleep(0.2)
+            order.append("write")
+            self._connection.send(request)
+
+        def close(self):
+            order.append("close")
+            self._connection.close()
+
+    worker = reward._worker
+    worker._connection = Slow(worker._connection)
+    worker.kill()
+    worker._receiver.join(30)
+    assert order == ["write", "close"]
+
+
 def test_an_import_that_ends_the_process_or_hangs_is_named(opened, monkeypatch):
     opened("by_word")
     Path("dying.py").write_text("import os; os._exit(3)\n")

@@ -16,6 +16,7 @@ from tercet.core.packing import plain_batch
 from tercet.core.prompts import chat_ids
 from tercet.core.types import MicroBatch, PolicyParts
 from tercet.train.learner.assemble import build_policy, open_parts
+from tercet.train.learner.command_line import command
 from tercet.train.learner.ranks import Ranks
 
 ROWS = 12.0
@@ -50,8 +51,7 @@ def main(folder: str, *words: str) -> None:
     if ranks.is_first:
         torch.save(whole, out)
     ranks.exchange(None)  # none ends before the others are done
-    ranks.close()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    command(lambda: main(*sys.argv[1:]))

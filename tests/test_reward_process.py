@@ -267,7 +267,7 @@ def test_closing_ends_the_process_in_order(opened, tmp_path):
 
 
 def test_a_pipe_is_closed_after_the_last_write_to_it(opened):
-    """Else that write reaches whatever was given the pipe's number since: the next process's pipe."""
+    """Else that write reaches what got the pipe's number since: the next process's pipe."""
     reward, order = load_reward("module_of_rewards:counts"), []
 
     class Slow:

@@ -87,7 +87,7 @@ def best_form(rows: Sequence[Row]) -> str | None:
     """The form with the highest margin among those whose accuracy is not below RELEASED's.
 
     The 95 % interval of its paired difference, seen and unseen, must not end below 0, nor begin
-    below -MOST_LOSS: a form that differs much from seed to seed does not pass for its wide interval.
+    below -MOST_LOSS: a form that differs much from seed to seed would pass for its wide interval.
 
     Args:
         rows: of seeds that all have the same arms.

@@ -93,6 +93,8 @@ PIXELS = 1_003_520
 """Most of a photo as the policy sees it: 1,280 tokens."""
 KINDS, NAMES, PHOTOS = 5, 25, 40
 """Generated super-categories, sub-categories of each, and photos of each: 5,000."""
+SIDES = (640, 480)
+"""Of a generated photo."""
 LIMIT_S = 1800
 
 
@@ -192,7 +194,7 @@ def enlarge(photos: Path, out: Path) -> Path:
 
 
 def generate(out: Path, photos: int = PHOTOS) -> Path:
-    """640 x 480 JPEGs of coarse noise, about as large as photographs."""
+    """JPEGs of coarse noise, their files about as large as a photograph's."""
     rng, unfinished = np.random.default_rng(0), out.with_name(f"{out.name}.partial")
     if not out.exists():
         for kind in range(KINDS):
@@ -201,7 +203,7 @@ def generate(out: Path, photos: int = PHOTOS) -> Path:
                 folder.mkdir(parents=True, exist_ok=True)
                 for number in range(photos):
                     coarse = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
-                    image = Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
+                    image = Image.fromarray(coarse).resize(SIDES, Image.Resampling.BICUBIC)
                     image.save(folder / f"{number}.jpg", quality=85)
         unfinished.rename(out)
     return out

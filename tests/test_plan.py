@@ -13,11 +13,11 @@ from support import tiny
 from tercet.core.config import ModelConfig, TapoConfig
 from tercet.core.models import FAMILIES, published
 from tercet.train import plan as command
+from tercet.train.cli.command_line import RECIPES, parse
 from tercet.train.fit.estimate import GIB, Plan, changed, remedies
 from tercet.train.fit.memory import Breakdown
 from tercet.train.fit.roofline import CARDS, Lengths
 from tercet.train.fit.sizes import ModelSizes, count, element_bytes
-from tercet.train.learner.command_line import RECIPES, parse
 from tercet.train.learner.lora import add_lora
 
 TOTALS = {  # of the published checkpoints
@@ -139,6 +139,18 @@ def test_parts_of_the_7b_plan_by_hand():
     assert memory["head"].parameters == shard + 2 * root
     free = 0.92 * 48 * GIB - memory["generate"].total
     assert plan.kv_tokens == int(free / (2 * 28 * 4 * 128 * 2))
+
+
+def test_a_step_that_is_sampled_ahead_takes_as_long_as_its_longer_half():
+    apart = ["--recipe", "tapo_7b", "--rollout.colocated", "false", "--gpus"]
+    for gpus, servers in ((4, "['4','5','6','7']"), (7, "['7']"), (15, "['15']")):
+        options = [*apart, f"{gpus}", "--rollout.server_gpus", servers]
+        plan = planned(*options)
+        generate, old, update, sync = (phase.seconds for phase in plan.phases())
+        assert plan.step_seconds == pytest.approx(generate + old + update + sync)
+        ahead = planned(*options, "--rollout.overlap", "one_step")
+        assert ahead.step_seconds == pytest.approx(max(generate, old + update) + sync)
+    assert generate > old + update  # of the last
 
 
 def test_one_gpu_holds_everything_whole():

@@ -47,14 +47,14 @@ from tercet.core.data.vision import PromptEncoder, load_image
 from tercet.rollout.sampler import GroupSampler
 from tercet.rollout.training_prompts import TrainingPrompts
 from tercet.train import tapo
+from tercet.train.cli.command_line import parse
+from tercet.train.cli.interrupt import StopSignal
 from tercet.train.evaluation.held_out import HeldOut
-from tercet.train.learner import assemble
-from tercet.train.learner.command_line import parse
-from tercet.train.learner.group_log import GroupLog
-from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.policy import Policy
-from tercet.train.learner.run_folder import open_folder
-from tercet.train.learner.run_log import RunLog
+from tercet.train.logs.group_log import GroupLog
+from tercet.train.logs.run_log import RunLog
+from tercet.train.run import assemble
+from tercet.train.run.run_folder import open_folder
 
 RESULTS = Path(__file__).parent / "results" / "phases.csv"
 Calls = dict[str, list[tuple[object, str]]]

@@ -276,7 +276,9 @@ def starts(options: argparse.Namespace) -> list[Row]:
         if done.returncode:
             raise RuntimeError(f"{part} failed: {done.stderr[-3000:]}")
         lines = (line.rsplit(maxsplit=2) for line in done.stdout.splitlines()[-len(START) - 1 :])
-        rows += rows_of(part, {name: (float(s), float(cpu)) for name, s, cpu in lines})
+        found = rows_of(part, {name: (float(s), float(cpu)) for name, s, cpu in lines})
+        print(f"{part}: {own(found):.2f} CPU seconds of our own work", flush=True)
+        rows += found
     return rows
 
 

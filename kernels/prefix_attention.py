@@ -13,7 +13,8 @@ attention, so the two gradients add up to the exact one (as in ring attention).
 
 varlen.py computes both calls; where it has no backend, the dense-masked twin in reference.py is
 used. transformers uses this as the registered attention `tercet_prefix`, with `segments=` passed
-through the model's forward; without segments it is transformers' own SDPA.
+through the model's forward; without segments it is transformers' own SDPA, and for one new token
+a row the same with each key head's queries together.
 """
 
 from __future__ import annotations

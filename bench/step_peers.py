@@ -25,8 +25,8 @@ from tercet.core.packing import Prompts, pack, prompt_loads
 from tercet.core.types import EncodedPrompt, MicroBatch, PackedBatch, PolicyParts, to_device
 from tercet.kernels.prefix_attention import ATTENTION_NAME
 from tercet.kernels.reference import tapo_loss_reference
-from tercet.train.learner.assemble import compile_parts, use_liger
 from tercet.train.learner.policy import Policy
+from tercet.train.run.assemble import compile_parts, use_liger
 
 Forward = Callable[[torch.nn.Module], Tensor]
 """A forward pass of one branch: takes the model, returns log-probs [R]."""

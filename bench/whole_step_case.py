@@ -27,13 +27,13 @@ from tercet.core.prompts import stage2_text
 from tercet.core.rewards import fine_r1_strict
 from tercet.core.types import Group, Response, Triplet
 from tercet.train import tapo
+from tercet.train.cli.command_line import RECIPES, parse
+from tercet.train.cli.interrupt import StopSignal
 from tercet.train.demo import stages
 from tercet.train.demo.drawn_world import write_world
 from tercet.train.demo.stages import Seed
-from tercet.train.learner.command_line import RECIPES, parse
-from tercet.train.learner.interrupt import StopSignal
-from tercet.train.learner.metrics import phase_seconds, read_metrics
-from tercet.train.learner.run_folder import open_folder
+from tercet.train.logs.metrics import phase_seconds, read_metrics
+from tercet.train.run.run_folder import open_folder
 
 CLIPS = (0.2, 0.28)
 BETAS, EPS, DECAY, MAX_NORM = (0.9, 0.98), 1e-8, 0.01, 1.0

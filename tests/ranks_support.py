@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from support import LENGTH, tiny
 
-from tercet.train.learner.arguments import overridden
+from tercet.train.cli.arguments import overridden
 
 PATHS = os.pathsep.join(["hooks", *filter(None, [os.environ.get("PYTHONPATH")])])
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}

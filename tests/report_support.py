@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from tercet.core.config import TapoConfig
-from tercet.train.learner.command_line import parse
-from tercet.train.learner.group_files import packed, write_groups
+from tercet.train.cli.command_line import parse
+from tercet.train.logs.group_files import packed, write_groups
 
 NAMES = ["red wren", "blue wren", "green wren"]
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"

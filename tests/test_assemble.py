@@ -16,8 +16,8 @@ from tercet.core.config import ModelConfig, ParallelConfig, SftConfig
 from tercet.core.models import load_policy
 from tercet.core.packing import plain_batch
 from tercet.core.types import EncodedPrompt
-from tercet.train.learner.assemble import build_policy, use_liger
 from tercet.train.learner.ranks import Ranks
+from tercet.train.run.assemble import build_policy, use_liger
 
 ROWS = torch.arange(20, 30)
 

@@ -10,7 +10,7 @@ from test_tapo import workspace as workspace  # a fixture
 
 from tercet.core.config import TapoConfig
 from tercet.train import tapo
-from tercet.train.learner.command_line import parse
+from tercet.train.cli.command_line import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"core", "kernels", "rollout", "train", "bench"}

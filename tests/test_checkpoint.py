@@ -23,13 +23,13 @@ from torch.nn import Parameter
 from tercet.core.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig
 from tercet.core.models import load_policy
 from tercet.core.types import Group, Response, Triplet
-from tercet.train.learner import checkpoint
-from tercet.train.learner.checkpoint import Checkpoints, find_checkpoint, load_state
 from tercet.train.learner.device import rng_state, set_rng_state
 from tercet.train.learner.lora import add_lora
 from tercet.train.learner.optim import build_optimizer, optimizer_step
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
+from tercet.train.run import checkpoint
+from tercet.train.run.checkpoint import Checkpoints, find_checkpoint, load_state
 
 pytestmark = pytest.mark.core
 

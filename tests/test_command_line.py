@@ -12,10 +12,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.log_config import ReportConfig
-from tercet.train.learner.arguments import options_of
-from tercet.train.learner.command_line import command, parse, read_options
-from tercet.train.learner.help_page import FIRST
-from tercet.train.learner.interrupt import Interrupted
+from tercet.train.cli.arguments import options_of
+from tercet.train.cli.command_line import command, parse, read_options
+from tercet.train.cli.help_page import FIRST
+from tercet.train.cli.interrupt import Interrupted
 
 pytestmark = pytest.mark.core
 

@@ -11,7 +11,7 @@ import pytest
 
 from tercet.core.config import LossConfig, SftConfig, TapoConfig
 from tercet.core.presets import PRESETS
-from tercet.train.learner.command_line import parse
+from tercet.train.cli.command_line import parse
 
 pytestmark = pytest.mark.core
 
@@ -226,7 +226,7 @@ def test_the_loss_options_are_named_in_three_files_only():
     assert len(names) == 13
     files = {
         file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
-        for folder in ("core", "kernels", "rollout", "train/learner")
+        for folder in ("core", "kernels", "rollout", "train/learner", "train/run")
         for file in (ROOT / folder).rglob("*.py")
         if file.name != "presets.py"
     }

@@ -34,7 +34,7 @@ from tercet.train.demo.progress import Progress
 from tercet.train.demo.scores import ACCURACIES, GREYS, Scores, write_greys
 from tercet.train.demo.stages import VERSION, Seed, claim
 from tercet.train.evaluation.held_out import Result
-from tercet.train.learner.figures import draw_figures
+from tercet.train.logs.figures import draw_figures
 
 
 def test_permuted_rewards_keep_what_a_group_earns_and_lose_who_earned_it():

@@ -153,6 +153,11 @@ def test_the_form_with_the_highest_margin_that_loses_no_accuracy_is_best():
     assert forms.best_form(more) == "flow"
     worse = [row(s, "flow", GOOD, 9.0, unseen="0000") for s in (0, 1)]
     assert forms.best_form([r for r in kept if r.arm != "flow"] + worse) == "flow, exact"
+    uneven = [
+        row(0, "flow", "01" * 90 + "00" * 10, 9.0),
+        row(1, "flow", "11" * 10 + "01" * 90, 9.0),
+    ]
+    assert forms.best_form([r for r in kept if r.arm != "flow"] + uneven) == "flow, exact"
     assert forms.best_form([r for r in kept if r.arm != RELEASED]) is None
 
 

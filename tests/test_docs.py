@@ -42,9 +42,9 @@ from tercet.train import (
     prepare,
     report,
 )
+from tercet.train.cli.arguments import options_of, overridden
+from tercet.train.cli.command_line import parse, read_options
 from tercet.train.demo import __main__ as demo
-from tercet.train.learner.arguments import options_of, overridden
-from tercet.train.learner.command_line import parse, read_options
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {

@@ -19,7 +19,7 @@ from ranks_support import ONE_THREAD, launch, make_workspace
 
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.tool_config import EvalConfig, ExportConfig
-from tercet.train.learner.arguments import options_of
+from tercet.train.cli.arguments import options_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -21,8 +21,8 @@ from tercet.core.prompts import closed_world_text, open_world_text, stage2_text
 from tercet.core.types import Completion, EvalQuestion, Photo, PolicyParts
 from tercet.rollout import launch
 from tercet.train import eval_fgvr
+from tercet.train.cli.arguments import overridden
 from tercet.train.evaluation.held_out import ask, table
-from tercet.train.learner.arguments import overridden
 
 NAMES = {"bird": ("least auklet", "crested auklet", "parakeet auklet")}
 OUTPUTS = [

@@ -22,12 +22,12 @@ from tercet.core.config import DataConfig, ModelConfig, SftConfig, TapoConfig
 from tercet.core.data.triplets import prepare_manifest
 from tercet.core.models import load_policy
 from tercet.train import export
-from tercet.train.learner.complete import write_complete
-from tercet.train.learner.environment import describe
-from tercet.train.learner.identity import Identity, options_of
 from tercet.train.learner.lora import add_lora, added_weights, save_adapter, whole_weights
+from tercet.train.logs.environment import describe
 from tercet.train.publish import model_folder
 from tercet.train.publish.trained import Trained
+from tercet.train.run.complete import write_complete
+from tercet.train.run.identity import Identity, options_of
 
 BASE = "somebody/base-vl"
 QUESTION = torch.tensor([[5, 6, 7, 8, 9]])

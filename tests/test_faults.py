@@ -17,10 +17,10 @@ from ranks_support import OPTIONS, make_workspace
 from tercet.core.config import TapoConfig
 from tercet.rollout.sampler import GroupSampler
 from tercet.train import tapo
-from tercet.train.learner.checkpoint import Checkpoints, find_checkpoint, load_state
-from tercet.train.learner.command_line import parse
+from tercet.train.cli.command_line import parse
 from tercet.train.learner.policy import Policy
-from tercet.train.learner.run_log import RunLog
+from tercet.train.logs.run_log import RunLog
+from tercet.train.run.checkpoint import Checkpoints, find_checkpoint, load_state
 
 RUNS = int(os.environ.get("TERCET_FAULTS", "3"))
 STEPS, MINIBATCHES = 3, 2

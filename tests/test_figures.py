@@ -6,7 +6,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from tercet.train.learner import figures
+from tercet.train.logs import figures
 
 pytestmark = pytest.mark.core
 

@@ -16,8 +16,8 @@ from test_tapo import by_length, by_parity, options, train, workspace  # noqa: F
 from tercet.core.data.manifest import Manifest
 from tercet.core.types import Group, Response, Triplet
 from tercet.rollout.step_groups import StepGroups
-from tercet.train.learner.group_files import read_groups, step_files, thin_out
-from tercet.train.learner.group_log import TokenTexts, why
+from tercet.train.logs.group_files import read_groups, step_files, thin_out
+from tercet.train.logs.group_log import TokenTexts, why
 
 
 def lines_of(out: Path, step: int) -> list[dict]:

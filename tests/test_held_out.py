@@ -14,11 +14,11 @@ from tercet.core.data.manifest import Manifest
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.models import load_policy
 from tercet.rollout.local import LocalEngine
+from tercet.train.cli.command_line import parse
+from tercet.train.cli.interrupt import Interrupted
 from tercet.train.evaluation import held_out
 from tercet.train.evaluation.held_out import ask, draw, table
-from tercet.train.learner.best import BestSoFar
-from tercet.train.learner.command_line import parse
-from tercet.train.learner.interrupt import Interrupted
+from tercet.train.logs.best import BestSoFar
 
 
 def evaluations(out: Path) -> dict[int, tuple[float, float]]:

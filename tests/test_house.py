@@ -23,7 +23,10 @@ ROOMS = (
     "train/page",
     "train/evaluation",
     "train/fit",
+    "train/run",
+    "train/logs",
     "train/learner",
+    "train/cli",
     "rollout",
     "kernels",
     "core/data",
@@ -34,7 +37,8 @@ ROOMS = (
 FILES = sorted(file for room in ROOMS for file in (ROOT / room).glob("*.py"))
 COMMANDS = ("tapo", "sft", "plan", "make_triplets", "eval_fgvr", "predict", "analyse")
 COMMANDS += ("prepare", "make_cot", "doctor", "export", "report")
-TRAINER = {f"tercet.train.learner.{name}" for name in ("policy", "ranks", "optim", "checkpoint")}
+TRAINER = {f"tercet.train.learner.{name}" for name in ("policy", "ranks", "optim")}
+TRAINER |= {"tercet.train.run.checkpoint"}
 
 
 def module(file: Path) -> str:

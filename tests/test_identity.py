@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from support import tiny
 
 from tercet.core.config import SftConfig, TapoConfig
-from tercet.train.learner.identity import (
+from tercet.train.run.identity import (
     KINDS,
     Identity,
     Kind,

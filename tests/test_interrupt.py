@@ -14,7 +14,7 @@ pytestmark = pytest.mark.core
 
 RANK = """
 import sys, time
-from tercet.train.learner.interrupt import Interrupted, StopSignal
+from tercet.train.cli.interrupt import Interrupted, StopSignal
 with StopSignal() as stop:
     print("up", flush=True)
     try:

@@ -21,7 +21,7 @@ import pytest
 from ranks_support import ONE_THREAD, launch, make_workspace
 from safetensors.torch import load_file
 
-from tercet.train.learner.checkpoint import find_checkpoint
+from tercet.train.run.checkpoint import find_checkpoint
 
 pytestmark = [
     pytest.mark.kill,

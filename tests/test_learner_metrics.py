@@ -8,7 +8,7 @@ import torch
 from tercet.core.mismatch import mismatch_figures
 from tercet.core.types import Group, Response, Triplet
 from tercet.kernels.reference import TERMS
-from tercet.train.learner.metrics import (
+from tercet.train.logs.metrics import (
     METRICS,
     MORE_PANELS,
     PANELS,

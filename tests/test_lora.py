@@ -19,11 +19,11 @@ from tercet.core.types import Request
 from tercet.rollout.engine import Sampling
 from tercet.rollout.local import LocalEngine
 from tercet.train.learner import lora
-from tercet.train.learner.assemble import build_policy, sampled_parts
 from tercet.train.learner.lora import add_lora, added_weights, whole_weights
 from tercet.train.learner.merged import Export, lora_figures, merge_error
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
+from tercet.train.run.assemble import build_policy, sampled_parts
 
 pytestmark = pytest.mark.core
 

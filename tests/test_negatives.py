@@ -24,8 +24,8 @@ from tercet.core.data.photos import read_photos
 from tercet.core.data.sheet import CELL, draw_sheet
 from tercet.core.data.triplets import draw_triplet, prepare_manifest
 from tercet.core.models import build_tiny
-from tercet.train.learner.assemble import _check_negatives
 from tercet.train.make_triplets import make_triplets
+from tercet.train.run.assemble import _check_negatives
 
 pytestmark = pytest.mark.core
 

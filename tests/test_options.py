@@ -27,9 +27,9 @@ from tercet.core.tool_config import (
     SeedsConfig,
     TripletsConfig,
 )
-from tercet.train.learner import command_line
-from tercet.train.learner.arguments import MOST, options_of, overridden, shown
-from tercet.train.learner.command_line import parse, read_options
+from tercet.train.cli import command_line
+from tercet.train.cli.arguments import MOST, options_of, overridden, shown
+from tercet.train.cli.command_line import parse, read_options
 
 pytestmark = pytest.mark.core
 

@@ -23,7 +23,7 @@ from test_make_cot import Canned, good
 from tercet.core.data.records import read_sft
 from tercet.core.data.six_sets import EDITIONS
 from tercet.train import plan
-from tercet.train.learner.arguments import overridden
+from tercet.train.cli.arguments import overridden
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "paper.md").read_text(encoding="utf-8")
 BREEDS = ("Abyssinian", "Bengal", "Birman", "Bombay", "Siamese")

@@ -13,11 +13,11 @@ from support import tiny
 from tercet.core.config import ModelConfig, TapoConfig
 from tercet.core.models import FAMILIES, published
 from tercet.train import plan as command
+from tercet.train.cli.command_line import RECIPES, parse
 from tercet.train.fit.estimate import GIB, Plan, changed, remedies
 from tercet.train.fit.memory import Breakdown
 from tercet.train.fit.roofline import CARDS, Lengths
 from tercet.train.fit.sizes import ModelSizes, count, element_bytes
-from tercet.train.learner.command_line import RECIPES, parse
 from tercet.train.learner.lora import add_lora
 
 TOTALS = {  # of the published checkpoints

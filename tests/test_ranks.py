@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from support import LENGTH
 
 from tercet.core.config import ParallelConfig
-from tercet.train.learner.checkpoint import find_checkpoint
-from tercet.train.learner.group_files import read_groups, step_files
-from tercet.train.learner.interrupt import Interrupted
+from tercet.train.cli.interrupt import Interrupted
 from tercet.train.learner.ranks import Ranks, deal, picklable
+from tercet.train.logs.group_files import read_groups, step_files
+from tercet.train.run.checkpoint import find_checkpoint
 
 
 @pytest.fixture(scope="module")

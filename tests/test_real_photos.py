@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tercet.bench.real_parts import download, real_language_model
 from tercet.core.types import PolicyParts
-from tercet.train.learner.arguments import overridden
+from tercet.train.cli.arguments import overridden
 
 pytestmark = pytest.mark.photos
 

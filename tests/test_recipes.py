@@ -20,12 +20,12 @@ from tercet.core.config import TapoConfig
 from tercet.core.rollout_config import RolloutConfig
 from tercet.train import plan as plan_command
 from tercet.train import tapo
+from tercet.train.cli.arguments import overridden
+from tercet.train.cli.command_line import RECIPES, parse
 from tercet.train.fit.estimate import run_time
 from tercet.train.fit.roofline import CARDS, card_of
 from tercet.train.fit.sizes import model_config
-from tercet.train.learner.arguments import overridden
-from tercet.train.learner.command_line import RECIPES, parse
-from tercet.train.learner.run import length_lines, settle
+from tercet.train.run.run import length_lines, settle
 
 RUNS = sorted(
     file.stem

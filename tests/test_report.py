@@ -14,7 +14,7 @@ import pytest
 from report_support import HOSTILE, NAMES, make_run, metrics_of
 
 from tercet.train import report
-from tercet.train.learner.group_files import step_files
+from tercet.train.logs.group_files import step_files
 from tercet.train.page import build
 from tercet.train.page.build import Report, names_of, script_json
 from tercet.train.page.groups import Brief, chosen, confusion, spread_out

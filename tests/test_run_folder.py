@@ -14,11 +14,11 @@ import pytest
 from test_checkpoint import save_model, without_weights
 
 from tercet.core.config import SftConfig, TapoConfig
-from tercet.train.learner import run_folder
-from tercet.train.learner.checkpoint import Checkpoints, identity_of
-from tercet.train.learner.complete import COMPLETE, complete_in, read_complete, seal, unseal
-from tercet.train.learner.identity import Kind, kind_of, options_of
-from tercet.train.learner.run_folder import RunFolder, open_folder, read_identity
+from tercet.train.run import run_folder
+from tercet.train.run.checkpoint import Checkpoints, identity_of
+from tercet.train.run.complete import COMPLETE, complete_in, read_complete, seal, unseal
+from tercet.train.run.identity import Kind, kind_of, options_of
+from tercet.train.run.run_folder import RunFolder, open_folder, read_identity
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore:checkpoint")]
 

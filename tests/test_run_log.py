@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tercet.train.learner.run_log import RunLog
+from tercet.train.logs.run_log import RunLog
 
 pytestmark = pytest.mark.core
 
@@ -37,7 +37,7 @@ def scalars(out, tag):
 def clock(monkeypatch):
     now = SimpleNamespace(seconds=100.0)
     replacement = SimpleNamespace(perf_counter=lambda: now.seconds)
-    monkeypatch.setattr("tercet.train.learner.run_log.time", replacement)
+    monkeypatch.setattr("tercet.train.logs.run_log.time", replacement)
     return now
 
 

@@ -22,11 +22,11 @@ from tercet.core.draws import EndlessOrder
 from tercet.core.models import load_policy
 from tercet.core.types import PolicyParts
 from tercet.train import sft
-from tercet.train.learner.arguments import overridden
-from tercet.train.learner.command_line import parse
+from tercet.train.cli.arguments import overridden
+from tercet.train.cli.command_line import parse
 from tercet.train.learner.examples import Example, tokenize
-from tercet.train.learner.metrics import read_metrics
 from tercet.train.learner.policy import Policy
+from tercet.train.logs.metrics import read_metrics
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
 

@@ -44,10 +44,10 @@ from tercet.rollout.launch import SAME_PIXELS
 from tercet.rollout.sampler import GroupSampler
 from tercet.rollout.server import ServerError
 from tercet.train import tapo
-from tercet.train.learner.arguments import overridden
-from tercet.train.learner.assemble import build_policy
-from tercet.train.learner.command_line import parse
+from tercet.train.cli.arguments import overridden
+from tercet.train.cli.command_line import parse
 from tercet.train.learner.ranks import Ranks
+from tercet.train.run.assemble import build_policy
 
 pytestmark = NEEDS_SERVER
 

@@ -36,7 +36,7 @@ from tercet.rollout.engine import Sampling
 from tercet.rollout.server import Server, ServerError, free_ports
 from tercet.rollout.sglang import SglangEngine
 from tercet.train import tapo
-from tercet.train.learner.interrupt import Interrupted
+from tercet.train.cli.interrupt import Interrupted
 
 pytestmark = NEEDS_SERVER
 

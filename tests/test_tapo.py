@@ -31,13 +31,13 @@ from tercet.rollout.local import LocalEngine
 from tercet.rollout.sampler import GroupSampler
 from tercet.rollout.server import free_ports
 from tercet.train import tapo
-from tercet.train.learner.arguments import overridden
-from tercet.train.learner.checkpoint import find_checkpoint, load_state
-from tercet.train.learner.command_line import parse
-from tercet.train.learner.interrupt import Interrupted, StopSignal
+from tercet.train.cli.arguments import overridden
+from tercet.train.cli.command_line import parse
+from tercet.train.cli.interrupt import Interrupted, StopSignal
 from tercet.train.learner.optim import Schedule
 from tercet.train.learner.policy import Policy
-from tercet.train.learner.run_log import RunLog
+from tercet.train.logs.run_log import RunLog
+from tercet.train.run.checkpoint import find_checkpoint, load_state
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tercet.train.learner.metrics import METRICS, PHASES
-from tercet.train.learner.terminal import HEADER_EVERY, WIDTH, StepLines, duration, end_block
+from tercet.train.logs.metrics import METRICS, PHASES
+from tercet.train.logs.terminal import HEADER_EVERY, WIDTH, StepLines, duration, end_block
 
 pytestmark = pytest.mark.core
 

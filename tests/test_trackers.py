@@ -17,11 +17,11 @@ from PIL import Image
 from rich.console import Console
 
 from tercet.core.config import TapoConfig
-from tercet.train.learner import trackers
-from tercet.train.learner.arguments import options_of as types_of
-from tercet.train.learner.identity import options_of, shared_options
-from tercet.train.learner.run_log import RunLog
-from tercet.train.learner.trackers import Trackers
+from tercet.train.cli.arguments import options_of as types_of
+from tercet.train.logs import trackers
+from tercet.train.logs.run_log import RunLog
+from tercet.train.logs.trackers import Trackers
+from tercet.train.run.identity import options_of, shared_options
 
 SECRETS = ("10.0.0.7", "s3cret", "/home/somebody", "/opt/env")
 

@@ -15,9 +15,9 @@ from tercet.core.data.vision import PromptEncoder
 from tercet.core.packing import plain_batch
 from tercet.core.prompts import chat_ids
 from tercet.core.types import MicroBatch, PolicyParts
-from tercet.train.learner.assemble import build_policy, open_parts
-from tercet.train.learner.command_line import command
+from tercet.train.cli.command_line import command
 from tercet.train.learner.ranks import Ranks
+from tercet.train.run.assemble import build_policy, open_parts
 
 ROWS = 12.0
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tercet.core.config import RunConfig
 from tercet.core.tool_config import AnalyseConfig
-from tercet.train.learner.command_line import command, read_options
-from tercet.train.learner.interrupt import StopSignal
+from tercet.train.cli.command_line import command, read_options
+from tercet.train.cli.interrupt import StopSignal
 
 ASKED = "Is the {kind} species {name}?"
 """The paper's question, with the photo before it."""

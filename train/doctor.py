@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 from tercet.core.config import TapoConfig
 from tercet.core.tool_config import DoctorConfig
-from tercet.train.learner.arguments import join_arguments, options_of, split_arguments
-from tercet.train.learner.command_line import command, help_text, parse, read_options
-from tercet.train.learner.help_page import asked
+from tercet.train.cli.arguments import join_arguments, options_of, split_arguments
+from tercet.train.cli.command_line import command, help_text, parse, read_options
+from tercet.train.cli.help_page import asked
 
 if TYPE_CHECKING:
     from tercet.train.fit.finding import Check, Finding

@@ -22,8 +22,8 @@ from pathlib import Path
 from tercet.core.config import RunConfig
 from tercet.core.rollout_config import RolloutConfig
 from tercet.core.tool_config import EvalConfig
-from tercet.train.learner.command_line import command, read_options
-from tercet.train.learner.interrupt import Interrupted, StopSignal
+from tercet.train.cli.command_line import command, read_options
+from tercet.train.cli.interrupt import Interrupted, StopSignal
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tercet.core.tool_config import ExportConfig
-from tercet.train.learner.command_line import check_output, command, read_options
+from tercet.train.cli.command_line import check_output, command, read_options
 
 
 def export(options: ExportConfig) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from tercet.core.tool_config import CotConfig
 from tercet.rollout.server import API_KEY
-from tercet.train.learner.command_line import check_output, command, read_options
+from tercet.train.cli.command_line import check_output, command, read_options
 
 if TYPE_CHECKING:
     from tercet.core.types import Photo

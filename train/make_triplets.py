@@ -21,7 +21,7 @@ from rich.progress import track
 
 from tercet.core.config import DataConfig, ModelConfig
 from tercet.core.tool_config import TripletsConfig
-from tercet.train.learner.command_line import check_output, command, read_options
+from tercet.train.cli.command_line import check_output, command, read_options
 
 if TYPE_CHECKING:
     from tercet.core.data.embedders import Encoder

@@ -24,11 +24,11 @@ from rich.table import Table
 
 from tercet.core.config import TapoConfig
 from tercet.core.tool_config import PlanConfig
+from tercet.train.cli.arguments import join_arguments, options_of, split_arguments
+from tercet.train.cli.command_line import RECIPES, command, help_text, parse, read_options
+from tercet.train.cli.help_page import asked
 from tercet.train.fit.memory import GIB, Breakdown
 from tercet.train.fit.roofline import CARDS, LIKELY, Lengths
-from tercet.train.learner.arguments import join_arguments, options_of, split_arguments
-from tercet.train.learner.command_line import RECIPES, command, help_text, parse, read_options
-from tercet.train.learner.help_page import asked
 
 if TYPE_CHECKING:
     from tercet.train.fit.estimate import Plan

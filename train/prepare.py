@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tercet.core.tool_config import PrepareConfig
-from tercet.train.learner.command_line import check_output, command, read_options
+from tercet.train.cli.command_line import check_output, command, read_options
 
 if TYPE_CHECKING:
     from tercet.core.data.released import Asked, Stage1

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tercet.core.log_config import ReportConfig
-from tercet.train.learner.command_line import check_output, command, read_options
+from tercet.train.cli.command_line import check_output, command, read_options
 
 PAGE = "report.html"
 

@@ -16,7 +16,7 @@ from math import ceil
 from pathlib import Path
 
 from tercet.core.config import SftConfig
-from tercet.train.learner.command_line import command, parse, show_help
+from tercet.train.cli.command_line import command, parse, show_help
 
 if __name__ == "__main__":
     show_help(SftConfig, __doc__)  # before torch and transformers are imported
@@ -28,8 +28,7 @@ from tercet.core.data.vision import PromptEncoder
 from tercet.core.draws import EndlessOrder
 from tercet.core.packing import plain_batch, prompts_of
 from tercet.core.types import MicroBatch
-from tercet.train.learner.assemble import build_policy, open_parts, record_digests
-from tercet.train.learner.checkpoint import Checkpoints, load_state
+from tercet.train.cli.interrupt import StopSignal
 from tercet.train.learner.examples import (
     Example,
     held_out,
@@ -37,12 +36,14 @@ from tercet.train.learner.examples import (
     tokenize,
     with_others_photos,
 )
-from tercet.train.learner.figures import draw_figures
-from tercet.train.learner.identity import digest
-from tercet.train.learner.interrupt import StopSignal
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
 from tercet.train.learner.optim import Schedule, build_optimizer
-from tercet.train.learner.run import (
+from tercet.train.logs.figures import draw_figures
+from tercet.train.logs.terminal import say_end
+from tercet.train.run.assemble import build_policy, open_parts, record_digests
+from tercet.train.run.checkpoint import Checkpoints, load_state
+from tercet.train.run.identity import digest
+from tercet.train.run.run import (
     add_up,
     clip_and_step,
     finish_step,
@@ -50,8 +51,7 @@ from tercet.train.learner.run import (
     report_end,
     saved_on_error,
 )
-from tercet.train.learner.run_folder import RunFolder, open_folder
-from tercet.train.learner.terminal import say_end
+from tercet.train.run.run_folder import RunFolder, open_folder
 
 
 class SftRun:

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 from tercet.core.config import TapoConfig
-from tercet.train.learner.command_line import command, parse, show_help
+from tercet.train.cli.command_line import command, parse, show_help
 
 if __name__ == "__main__":
     show_help(TapoConfig, __doc__)  # before torch and transformers are imported
@@ -54,19 +54,20 @@ from tercet.rollout.engine import Engine, IdleEngine
 from tercet.rollout.launch import open_engine
 from tercet.rollout.rewarding import load_reward
 from tercet.rollout.sampler import GroupSampler
+from tercet.train.cli.interrupt import StopSignal
 from tercet.train.evaluation.held_out import HeldOut
 from tercet.train.fit.estimate import run_time
-from tercet.train.learner.assemble import build_policy, open_manifest, open_parts, sampled_parts
-from tercet.train.learner.checkpoint import Checkpoints, load_state
-from tercet.train.learner.figures import draw_figures
-from tercet.train.learner.group_log import GroupLog
-from tercet.train.learner.interrupt import StopSignal
-from tercet.train.learner.metrics import is_reserved
 from tercet.train.learner.micro_batches import TokenBudget, micro_batches
 from tercet.train.learner.optim import Schedule, build_optimizer
 from tercet.train.learner.policy import Policy
-from tercet.train.learner.reference import open_reference
-from tercet.train.learner.run import (
+from tercet.train.logs.figures import draw_figures
+from tercet.train.logs.group_log import GroupLog
+from tercet.train.logs.metrics import is_reserved
+from tercet.train.logs.terminal import say_end
+from tercet.train.run.assemble import build_policy, open_manifest, open_parts, sampled_parts
+from tercet.train.run.checkpoint import Checkpoints, load_state
+from tercet.train.run.reference import open_reference
+from tercet.train.run.run import (
     add_up,
     announce,
     clip_and_step,
@@ -78,9 +79,8 @@ from tercet.train.learner.run import (
     saved_on_error,
     settle,
 )
-from tercet.train.learner.run_folder import RunFolder, open_folder
-from tercet.train.learner.sampler_check import check_sampler
-from tercet.train.learner.terminal import say_end
+from tercet.train.run.run_folder import RunFolder, open_folder
+from tercet.train.run.sampler_check import check_sampler
 
 SAMPLES_SHOWN = 4  # triplets in samples.png
 STATE = ("steps_done", "groups", "minibatches_done", "figures", "minibatch_figures")

@@ -22,14 +22,14 @@ from pathlib import Path
 from tercet.core.config import TapoConfig
 from tercet.core.models import FAMILIES
 from tercet.core.tool_config import SeedsConfig
+from tercet.train.cli.arguments import join_arguments, options_of, split_arguments
+from tercet.train.cli.command_line import command, read_options
 from tercet.train.demo.arms import START, TAPO, Job, run_arm
 from tercet.train.demo.comparison import report, seed_table
 from tercet.train.demo.forms import forms_report
 from tercet.train.demo.jobs import jobs_of, run_in_turn, run_side_by_side
 from tercet.train.demo.progress import Progress
 from tercet.train.demo.stages import PLAN, SHARED, Seed, parse_tapo, prepare
-from tercet.train.learner.arguments import join_arguments, options_of, split_arguments
-from tercet.train.learner.command_line import command, read_options
 
 DRAWN = ("data.path", "data.questions", "model.path")
 """Options that name what the demo makes itself."""

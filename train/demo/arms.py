@@ -18,6 +18,7 @@ import numpy as np
 from tercet.core.data.manifest import Manifest
 from tercet.core.prompts import stage2_text
 from tercet.core.rewards import fine_r1_strict
+from tercet.train.cli.arguments import overridden
 from tercet.train.demo.drawn_world import sft_record
 from tercet.train.demo.scores import Scores, evaluate
 from tercet.train.demo.species import chain_of_thought, species_of
@@ -29,7 +30,6 @@ from tercet.train.demo.stages import (
     train_sft,
     train_tapo,
 )
-from tercet.train.learner.arguments import overridden
 
 Equal = Literal["responses", "time"]
 START, TAPO, DAPO = "stage 1 (start)", "TAPO", "DAPO"

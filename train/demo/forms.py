@@ -16,6 +16,9 @@ from tercet.train.demo.comparison import difference, with_interval
 from tercet.train.demo.scores import PARTITIONS
 from tercet.train.evaluation.intervals import bootstrap
 
+MOST_LOSS = 3.0
+"""Loss of accuracy, in percentage points, that a form must exclude."""
+
 
 def whole_seeds(rows: Sequence[Row]) -> list[Row]:
     """The rows of the seeds that have every arm that is there."""
@@ -83,7 +86,8 @@ def margin_difference(rows: Sequence[Row], arm: str) -> str:
 def best_form(rows: Sequence[Row]) -> str | None:
     """The form with the highest margin among those whose accuracy is not below RELEASED's.
 
-    Accuracy is below where the interval of its paired difference, seen or unseen, ends below 0.
+    The 95 % interval of its paired difference, seen and unseen, must not end below 0, nor begin
+    below -MOST_LOSS: a form that differs much from seed to seed would pass for its wide interval.
 
     Args:
         rows: of seeds that all have the same arms.
@@ -94,7 +98,7 @@ def best_form(rows: Sequence[Row]) -> str | None:
     margins = {}
     for arm in FORMS:
         found = [difference(rows, arm, RELEASED, name) for name in PARTITIONS]
-        if None not in found and all(high >= 0 for _, _, high in found):
+        if None not in found and all(low >= -MOST_LOSS and high >= 0 for _, low, high in found):
             margins[arm] = mean(margin(row) for row in rows if row.arm == arm)
     return max(margins, key=margins.__getitem__, default=None)
 

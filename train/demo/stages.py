@@ -22,15 +22,15 @@ from tercet.core.data.triplets import prepare_manifest
 from tercet.core.models import FAMILIES, build_tiny, load_policy
 from tercet.core.types import PolicyParts
 from tercet.train import sft, tapo
+from tercet.train.cli.arguments import overridden
+from tercet.train.cli.command_line import RECIPES, parse
 from tercet.train.demo.drawn_world import write_base, write_world
 from tercet.train.demo.scores import write_greys
 from tercet.train.demo.species import SUPER_CATEGORY, Names, species_of, vocabulary
-from tercet.train.learner.arguments import overridden
-from tercet.train.learner.command_line import RECIPES, parse
-from tercet.train.learner.identity import Kind, of_kind, options_of, shown
-from tercet.train.learner.metrics import METRICS_FILE, phase_seconds, read_metrics
 from tercet.train.learner.ranks import restarts
-from tercet.train.learner.run_folder import move_aside
+from tercet.train.logs.metrics import METRICS_FILE, phase_seconds, read_metrics
+from tercet.train.run.identity import Kind, of_kind, options_of, shown
+from tercet.train.run.run_folder import move_aside
 
 VERSION = 2
 """Of the world, the policy and the stages: a folder of another version is made anew."""

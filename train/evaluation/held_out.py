@@ -26,7 +26,7 @@ from tercet.train.evaluation.styles import Wording
 if TYPE_CHECKING:
     from tercet.train.learner.policy import Policy
     from tercet.train.learner.ranks import Ranks
-    from tercet.train.learner.run_log import RunLog, SilentLog
+    from tercet.train.logs.run_log import RunLog, SilentLog
 
 FIGURE = "eval_{}"
 Prompt = Literal["stage2", "open_world", "closed_world"]

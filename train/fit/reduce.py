@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tercet.train.learner.command_line import command
+from tercet.train.cli.command_line import command
 
 SIZES = {"nccl": 1 << 28, "gloo": 1 << 22}
 """Float32 elements."""

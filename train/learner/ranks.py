@@ -30,7 +30,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tercet.core.config import ParallelConfig
-from tercet.train.learner.interrupt import Interrupted, StopSignal
+from tercet.train.cli.interrupt import Interrupted, StopSignal
 
 Value = TypeVar("Value")
 

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from tercet.core.data.decoding import opened, upright_rgb
-from tercet.train.learner.metrics import METRICS, MORE_PANELS, PANELS, SECONDS, Metric
+from tercet.train.logs.metrics import METRICS, MORE_PANELS, PANELS, SECONDS, Metric
 from tercet.train.page.groups import LoggedGroups, chosen, confusion, spread_out
 from tercet.train.page.runs import Run, read_run
 

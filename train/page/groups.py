@@ -15,7 +15,7 @@ from tercet.core.draws import seeded_order
 from tercet.core.names import names_in, normal_form
 from tercet.core.prompts import extract_answer
 from tercet.core.rewards import is_correct
-from tercet.train.learner.group_files import read_groups
+from tercet.train.logs.group_files import read_groups
 from tercet.train.page.runs import Run
 
 PERIODS, PAIRS = 8, 60

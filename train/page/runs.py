@@ -13,10 +13,10 @@ from pathlib import Path
 
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.data.files import read_bytes
-from tercet.train.learner.arguments import read_mapping
-from tercet.train.learner.group_files import GROUPS, step_files
-from tercet.train.learner.identity import IDENTITY, LOCK, Kind, kind_of
-from tercet.train.learner.metrics import ENVIRONMENT, METRICS_FILE, read_metrics
+from tercet.train.cli.arguments import read_mapping
+from tercet.train.logs.group_files import GROUPS, step_files
+from tercet.train.logs.metrics import ENVIRONMENT, METRICS_FILE, read_metrics
+from tercet.train.run.identity import IDENTITY, LOCK, Kind, kind_of
 
 CONFIG, TABLE, FAILED = "config.yaml", "table.csv", "failed"
 TRIPLETS = "triplets.json"  # core.data.manifest's, which would import torch

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from tercet.core.commit import code_version
-from tercet.train.learner.metrics import METRICS
+from tercet.train.logs.metrics import METRICS
 from tercet.train.publish.trained import Trained
 
 STAGES = {"tapo": "TAPO (Triplet Augmented Policy Optimization)", "sft": "supervised fine-tuning"}

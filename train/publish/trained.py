@@ -10,13 +10,13 @@ from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.data.fields import load_json
 from tercet.core.data.manifest import MANIFEST_NAME, Manifest
 from tercet.core.prompts import stage2_text
-from tercet.train.learner.arguments import options_of as types_of
-from tercet.train.learner.complete import problem_of, read_complete
-from tercet.train.learner.identity import Identity, options_of, shared_options
-from tercet.train.learner.metrics import METRICS_FILE, read_metrics
+from tercet.train.cli.arguments import options_of as types_of
+from tercet.train.logs.metrics import METRICS_FILE, read_metrics
+from tercet.train.run.complete import problem_of, read_complete
+from tercet.train.run.identity import Identity, options_of, shared_options
 
 ENVIRONMENT = "environment.json"
-"""What a run was started on (see train.learner.environment)."""
+"""What a run was started on (see train.logs.environment)."""
 CONFIGS = {"tapo": TapoConfig, "sft": SftConfig}
 QUESTION = "What is the name of the object in this photo?"
 MOST_STAGES = 8

@@ -18,7 +18,7 @@ from tercet.core.packing import Piece, by_response, plain_batch, prompts_of
 from tercet.core.rollout_config import RolloutConfig
 from tercet.core.types import Completion, Group, Request, Response, Triplet
 from tercet.rollout.engine import Sampling
-from tercet.train.learner.run import Run
+from tercet.train.run.run import Run
 
 SAMPLES, TOKENS = 4, 16
 LIMITS = {"float32": 1e-4, "float16": 0.0125, "bfloat16": 0.1}

@@ -25,9 +25,9 @@ import yaml
 from tercet.core.option_types import PathText
 from tercet.core.presets import PRESETS
 from tercet.rollout.server import ServerError
-from tercet.train.learner.arguments import Arguments, load_yaml, one_line, options_of
-from tercet.train.learner.help_page import asked, help_page
-from tercet.train.learner.interrupt import Interrupted
+from tercet.train.cli.arguments import Arguments, load_yaml, one_line, options_of
+from tercet.train.cli.help_page import asked, help_page
+from tercet.train.cli.interrupt import Interrupted
 
 Config = TypeVar("Config")
 DEFAULT_PRESET = "tercet"

@@ -32,16 +32,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tercet.train.learner.metrics import (
+from tercet.train.logs.metrics import (
     METRICS_FILE,
     PHASES,
     SECONDS,
     tensorboard_tag,
     whole_lines,
 )
-from tercet.train.learner.scalars import Scalars
-from tercet.train.learner.terminal import StepLines
-from tercet.train.learner.trackers import Trackers
+from tercet.train.logs.scalars import Scalars
+from tercet.train.logs.terminal import StepLines
+from tercet.train.logs.trackers import Trackers
 
 RECENT_STEPS = 20
 """Steps whose time says how long the rest will take."""

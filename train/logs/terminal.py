@@ -12,8 +12,8 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
-from tercet.train.learner.group_files import GROUPS
-from tercet.train.learner.metrics import (
+from tercet.train.logs.group_files import GROUPS
+from tercet.train.logs.metrics import (
     METRICS,
     METRICS_FILE,
     PHASES,

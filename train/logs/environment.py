@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tercet.core.commit import code_version
-from tercet.train.learner.metrics import ENVIRONMENT
+from tercet.train.logs.metrics import ENVIRONMENT
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "flash-attn", "liger-kernel", "numpy")
 

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch import nn
 
 from tercet.core.config import TapoConfig
-from tercet.train.learner.assemble import build_policy, open_parts
 from tercet.train.learner.lora import ADAPTER, added_layers
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
+from tercet.train.run.assemble import build_policy, open_parts
 
 Reference = Callable[[], AbstractContextManager[Policy | None]]
 """Gives the policy whose log-probs are the reference's, for as long as a `with` lasts; or None."""

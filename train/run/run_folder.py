@@ -16,10 +16,12 @@ from itertools import count
 from pathlib import Path
 
 from tercet.core.config import SftConfig, TapoConfig
-from tercet.train.learner.checkpoint import find_checkpoint, identity_of, load_state
-from tercet.train.learner.complete import seal, sync, unseal
 from tercet.train.learner.device import set_up
-from tercet.train.learner.identity import (
+from tercet.train.learner.ranks import Ranks, restarts
+from tercet.train.logs.metrics import METRICS_FILE, read_metrics
+from tercet.train.run.checkpoint import find_checkpoint, identity_of, load_state
+from tercet.train.run.complete import seal, sync, unseal
+from tercet.train.run.identity import (
     IDENTITY,
     LOCK,
     Changes,
@@ -33,8 +35,6 @@ from tercet.train.learner.identity import (
     same_launch,
     shown,
 )
-from tercet.train.learner.metrics import METRICS_FILE, read_metrics
-from tercet.train.learner.ranks import Ranks, restarts
 
 INPUTS = ("data.path", "data.questions", "data.embedder", "model.path")
 """Options that may name files in the folder of an earlier run."""

@@ -20,11 +20,11 @@ from tercet.core.data.records import SftSample
 from tercet.core.data.triplets import prepare_manifest
 from tercet.core.models import load_policy
 from tercet.core.types import PolicyParts
-from tercet.train.learner.identity import digest, photos_digest
 from tercet.train.learner.lora import add_lora, added_weights, whole_weights
 from tercet.train.learner.policy import NamedWeights, Policy
 from tercet.train.learner.ranks import Ranks, shard
-from tercet.train.learner.run_folder import RunFolder
+from tercet.train.run.identity import digest, photos_digest
+from tercet.train.run.run_folder import RunFolder
 
 
 def open_parts(config: ModelConfig, ranks: Ranks, resume: Path | None) -> PolicyParts:

@@ -18,19 +18,19 @@ from tercet.core.rewards import read_apart
 from tercet.core.rollout_config import LEAST_STEPS
 from tercet.core.types import PolicyParts
 from tercet.rollout.step_groups import StepGroups
-from tercet.train.learner.arguments import options_of as types_of
-from tercet.train.learner.checkpoint import Checkpoints
-from tercet.train.learner.environment import peak_memory_gib, write_environment
-from tercet.train.learner.failed import set_aside
-from tercet.train.learner.identity import shared_options
-from tercet.train.learner.interrupt import Interrupted
+from tercet.train.cli.arguments import options_of as types_of
+from tercet.train.cli.interrupt import Interrupted
 from tercet.train.learner.merged import lora_figures
 from tercet.train.learner.optim import HALF_UPDATED, Schedule, optimizer_step
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks
-from tercet.train.learner.run_folder import RunFolder
-from tercet.train.learner.run_log import Phase, RunLog, SilentLog
-from tercet.train.learner.trackers import Trackers
+from tercet.train.logs.environment import peak_memory_gib, write_environment
+from tercet.train.logs.run_log import Phase, RunLog, SilentLog
+from tercet.train.logs.trackers import Trackers
+from tercet.train.run.checkpoint import Checkpoints
+from tercet.train.run.failed import set_aside
+from tercet.train.run.identity import shared_options
+from tercet.train.run.run_folder import RunFolder
 
 
 class Run(Protocol):

@@ -36,14 +36,14 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from tercet.core.config import RunConfig
 from tercet.core.types import Group, PolicyParts, Response, Triplet
-from tercet.train.learner.best import BestSoFar
-from tercet.train.learner.complete import COMPLETE, problem_of, read_complete, sync, write_complete
 from tercet.train.learner.device import rng_state, set_rng_state
-from tercet.train.learner.identity import Identity
 from tercet.train.learner.lora import is_added
 from tercet.train.learner.merged import Export
 from tercet.train.learner.policy import Policy
 from tercet.train.learner.ranks import Ranks, picklable
+from tercet.train.logs.best import BestSoFar
+from tercet.train.run.complete import COMPLETE, problem_of, read_complete, sync, write_complete
+from tercet.train.run.identity import Identity
 
 Tensors = dict[str, Tensor]
 SHARDS = "sharded"
@@ -67,7 +67,7 @@ class Trained(Protocol):
 
 
 class Folder(Protocol):
-    """What Checkpoints needs of a run's folder (see train.learner.run_folder)."""
+    """What Checkpoints needs of a run's folder (see train.run.run_folder)."""
 
     identity: Identity
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from tercet.core.data.vision import load_image
 from tercet.core.rewards import is_correct
 from tercet.core.types import Group
-from tercet.train.learner.metrics import (
+from tercet.train.logs.metrics import (
     METRICS,
     METRICS_FILE,
     PANELS,

@@ -22,9 +22,9 @@ from tercet.core.packing import Piece, by_response
 from tercet.core.rewards import is_correct
 from tercet.core.types import Group, PolicyParts, Response
 from tercet.rollout.step_groups import StepGroups
-from tercet.train.learner.group_files import GROUPS, packed, step_files, thin_out, write_groups
 from tercet.train.learner.ranks import Ranks
-from tercet.train.learner.run_log import RunLog, SilentLog
+from tercet.train.logs.group_files import GROUPS, packed, step_files, thin_out, write_groups
+from tercet.train.logs.run_log import RunLog, SilentLog
 
 ROWS = ("logprobs", "neg_logprobs")
 """Log-probs of an update, on its own photo and on the negative."""

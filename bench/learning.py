@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,8 +28,10 @@ import torch
 from tercet.bench import measure
 from tercet.bench.learning_records import (
     Flowers,
+    choose_classes,
     look_alikes,
     read_flowers,
+    stem,
     write_base,
     write_labels,
     write_photos,
@@ -50,29 +52,26 @@ from tercet.bench.learning_tower import (
     train_tower,
 )
 from tercet.bench.real_parts import download, real_language_model
-from tercet.core.config import ModelConfig, RunConfig, SftConfig, TapoConfig
+from tercet.core.config import ModelConfig, SftConfig, TapoConfig
 from tercet.core.data.embedders import embedder
 from tercet.core.data.manifest import MANIFEST_NAME
 from tercet.core.data.triplets import prepare_manifest
-from tercet.core.draws import seeded_order
 from tercet.core.models import load_policy
 from tercet.core.tool_config import EvalConfig
 from tercet.core.types import PolicyParts
 from tercet.train import eval_fgvr, sft, tapo
+from tercet.train.cli.command_line import RECIPES, parse
 from tercet.train.demo.arms import DAPO, FORMS, RELEASED, TAPO_ARMS
 from tercet.train.demo.comparison import paired_difference, with_interval
 from tercet.train.demo.stages import give_memory_back
 from tercet.train.evaluation.intervals import wilson
 from tercet.train.evaluation.questions import read_all
-from tercet.train.learner.command_line import RECIPES, parse
-from tercet.train.learner.device import set_up
 
 RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
 VISION = {"depth": 4, "hidden_size": 192, "num_heads": 6, "intermediate_size": 576}
 LAYERS = 6
 """Kept of SmolLM2's 30: all of them would take days on a CPU."""
 MAX_TOKENS = 40
-SEEN_SHARE = 0.6
 BASE, STAGE1, LABELS = "base", "stage 1", "SFT, labels"
 ARMS: dict[str, tuple[str, ...]] = {
     DAPO: TAPO_ARMS[DAPO],
@@ -121,21 +120,33 @@ class Bench:
             seed: None where all seeds share it.
             work: returns the row's figures; called again after it was stopped.
         """
-        done = self.out / "rows" / f"{name} {'' if seed is None else seed}".strip().replace(" ", "_")
+        done = self.out / "rows" / f"{slug(name)}{'' if seed is None else f'_{seed}'}.json"
         if done.exists():
             return json.loads(done.read_text(encoding="utf-8"))
-        print(f"{time.strftime('%H:%M:%S')} {name}, seed {seed}", flush=True)
-        wall, cpu = time.time(), time.process_time()
-        row = {"stage": name, "seed": seed} | work()
-        row |= {"hours": (time.time() - wall) / 3600, "cpu_s": time.process_time() - cpu}
-        row |= measure.conditions("cpu", measure.commit())
+        say(f"{time.strftime('%H:%M:%S')} {name}{'' if seed is None else f', seed {seed}'}")
         done.parent.mkdir(exist_ok=True)
+        with _spent(done.with_suffix(".spent")) as spent:
+            row = {"stage": name, "seed": seed} | work()
+        row |= spent | measure.conditions("cpu", measure.commit())
         done.write_text(json.dumps(row), encoding="utf-8")
         with self.ledger.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(row) + "\n")
-        print(json.dumps({k: v for k, v in row.items() if k != "hits"}), flush=True)
+        say(json.dumps({key: value for key, value in row.items() if key != "hits"}))
         give_memory_back()
         return row
+
+
+@contextmanager
+def _spent(path: Path) -> Iterator[dict[str, float]]:
+    """Hours and CPU seconds of a stage, those of earlier calls that were stopped among them."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    spent, wall, cpu = {}, time.time(), time.process_time()
+    try:
+        yield spent
+    finally:
+        spent["hours"] = before.get("hours", 0.0) + (time.time() - wall) / 3600
+        spent["cpu_s"] = before.get("cpu_s", 0.0) + time.process_time() - cpu
+        path.write_text(json.dumps(spent), encoding="utf-8")
 
 
 def real_parts() -> PolicyParts:
@@ -174,28 +185,6 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def choose_classes(bench: Bench, count: int, seed: int) -> dict[str, str]:
-    """Drawn classes by name, seen or unseen as in the official questions, SEEN_SHARE of them seen.
-
-    Raises:
-        ValueError: there are not so many.
-    """
-    of: dict[str, set[str]] = defaultdict(set)
-    for question in read_all(bench.questions).all:
-        of[question.partition].add(question.truth)
-    seen = round(SEEN_SHARE * count)
-    chosen = {}
-    for partition, some in (("seen", seen), ("unseen", count - seen)):
-        if not 0 < some <= len(of[partition]):
-            raise ValueError(
-                f"--classes {count} takes {some} {partition} ones, and there are "
-                f"{len(of[partition])}"
-            )
-        drawn = seeded_order(of[partition], seed, "classes")[:some]
-        chosen |= dict.fromkeys(sorted(drawn), partition)
-    return chosen
-
-
 def probe(bench: Bench, questions: Sequence[str], classes: Sequence[str]) -> dict:
     """What tower and teacher tell about the photos that are asked about, by simple classifiers."""
     parts = load_policy(ModelConfig(path=str(bench.out / "start"), dtype="float32"))
@@ -204,7 +193,7 @@ def probe(bench: Bench, questions: Sequence[str], classes: Sequence[str]) -> dic
     kept = np.load(bench.out / "squares.npy")[rows]
     labels = [names.index(flowers.known[i][1]) for i in rows]
     asked = read_all(questions).all
-    test = np.stack([square(flowers.files[os.path.basename(q.path)]) for q in asked])
+    test = np.stack([square(flowers.files[stem(q.path)]) for q in asked])
     truths = [names.index(q.truth) for q in asked]
     teacher = bench.teacher()
     by_teacher = (seen_by(teacher, kept), labels, seen_by(teacher, test), truths)
@@ -223,8 +212,8 @@ def probe(bench: Bench, questions: Sequence[str], classes: Sequence[str]) -> dic
 def seed_stages(bench: Bench, classes: int, seed: int) -> None:
     """Base stage, stage 1 and the arms of one seed, each scored."""
     folder, sizes, start = bench.out / f"seed{seed}", bench.sizes, bench.out / "start"
-    chosen, flowers = choose_classes(bench, classes, seed), bench.flowers
-    official = read_all(bench.questions).all
+    flowers, official = bench.flowers, read_all(bench.questions).all
+    chosen = choose_classes(official, classes, seed)
     questions = write_photos(flowers, official, chosen, folder, sizes.per_class)
     means = torch.load(bench.out / "targets.pt")["means"].numpy()
     near = look_alikes(means, [name for _, name in flowers.known])
@@ -241,20 +230,43 @@ def seed_stages(bench: Bench, classes: int, seed: int) -> None:
 
     bench.stage("probe", seed, lambda: probe(bench, questions, sorted(chosen)))
     records = write_base(flowers, chosen, folder, sizes.views, near, seed)
-    base = trained(BASE, lambda: run_sft(start, records, folder / "base", seed, (
-        f"--run.steps={sizes.base_steps}", "--optim.lr=5e-4", "--optim.warmup_steps=10")))
+    base = trained(
+        BASE,
+        lambda: run_sft(
+            start,
+            records,
+            folder / "base",
+            seed,
+            (f"--run.steps={sizes.base_steps}", "--optim.lr=5e-4", "--optim.warmup_steps=10"),
+        ),
+    )
     records = write_stage1(flowers, chosen, folder, near, seed)
-    stage1 = trained(STAGE1, lambda: run_sft(base, records, folder / "stage1", seed, (
-        f"--run.steps={sizes.stage1_steps}", "--optim.lr=5e-5", "--optim.warmup_steps=2")))
+    stage1 = trained(
+        STAGE1,
+        lambda: run_sft(
+            base,
+            records,
+            folder / "stage1",
+            seed,
+            (f"--run.steps={sizes.stage1_steps}", "--optim.lr=5e-5", "--optim.warmup_steps=2"),
+        ),
+    )
     triplets = choose_triplets(folder, stage1, seed)
     steps = f"--run.steps={sizes.steps}"
     records = write_labels(folder, triplets)
     more = (steps, "--optim.lr=5e-5", f"--optim.samples_per_step={sizes.groups}")
     trained(LABELS, lambda: run_sft(stage1, records, folder / "labels", seed, more))
     for arm, options in ARMS.items():
-        more = (*options, steps, f"--rollout.groups_per_step={sizes.groups}",
-                f"--rollout.prompts_per_batch={sizes.groups}")
-        trained(arm, lambda arm=arm, more=more: run_tapo(stage1, triplets, folder / slug(arm), seed, more))
+        more = (
+            *options,
+            steps,
+            f"--rollout.groups_per_step={sizes.groups}",
+            f"--rollout.prompts_per_batch={sizes.groups}",
+        )
+        trained(
+            arm,
+            lambda arm=arm, more=more: run_tapo(stage1, triplets, folder / slug(arm), seed, more),
+        )
 
 
 def slug(arm: str) -> str:
@@ -262,9 +274,7 @@ def slug(arm: str) -> str:
     return "_".join("".join(c if c.isalnum() else " " for c in arm.lower()).split())
 
 
-def run_sft(
-    model: Path, records: Path, out: Path, seed: int, options: Sequence[str]
-) -> Path:
+def run_sft(model: Path, records: Path, out: Path, seed: int, options: Sequence[str]) -> Path:
     """Run train/sft.py's loop; returns the last checkpoint."""
     argv = [f"--config={RECIPES / 'demo_stage1.yaml'}", f"--data.path={records}", *_SFT, *options]
     argv += [f"--model.path={model}", f"--run.out={out}", f"--run.seed={seed}"]
@@ -315,7 +325,9 @@ def scored(model: Path, questions: Sequence[str], out: Path) -> dict:
         released[name].append(line["closed" if closed else "inclusion"])
     accuracy = {name: 100 * np.mean(list(map(int, of))) for name, of in hits.items()}
     by_release = {f"{name}_released": 100 * float(np.mean(of)) for name, of in released.items()}
-    form = np.mean([line["output"].startswith("<think>") and line["finish"] == "stop" for line in lines])
+    form = np.mean(
+        [line["output"].startswith("<think>") and line["finish"] == "stop" for line in lines]
+    )
     return {"questions": len(lines), **accuracy, **by_release, "form": 100 * form, "hits": hits}
 
 
@@ -335,7 +347,9 @@ def table(rows: Sequence[dict]) -> str:
         for name in SCORES:
             hits = "".join(found[seed, arm]["hits"][name] for seed in seeds)
             low, high = wilson(hits.count("1") / len(hits), len(hits))
-            cells.append(f"{100 * hits.count('1') / len(hits):.1f} [{100 * low:.0f}, {100 * high:.0f}]")
+            cells.append(
+                f"{100 * hits.count('1') / len(hits):.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+            )
         both = [seed for seed in seeds if (seed, STAGE1) in found and arm != STAGE1]
         for name in SCORES:
             pairs = [

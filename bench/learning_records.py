@@ -24,6 +24,7 @@ SHOTS = 4
 """Photos of a class that neither tower nor base stage sees: the arms', where it is seen."""
 STAGE1_SHOTS = 4
 """Photos of a seen class in stage 1, of those that the base stage has seen."""
+SEEN_SHARE = 0.6
 SUPER_CATEGORY = "flower"
 CAPTION = "What is this?"
 OPTIONS = 4
@@ -34,7 +35,7 @@ class Flowers:
     """All photos, and those that no question names by what they are for."""
 
     files: dict[str, str]
-    """By file name, of every photo: its path."""
+    """By file name without suffix, of every photo: its path."""
     known: list[tuple[str, str]]
     """(path, name) of photos for tower, base stage and stage 1."""
     shots: list[tuple[str, str]]
@@ -52,10 +53,10 @@ def read_flowers(images: str, questions: Sequence[EvalQuestion]) -> Flowers:
     for folder, _, found in sorted(os.walk(images)):
         for name in sorted(found):
             if name.lower().endswith((".jpg", ".png")):
-                if name in files:
-                    raise ValueError(f"--images: {name} is in {folder} and is {files[name]} too")
-                files[name] = os.path.join(folder, name)
-    truths = {os.path.basename(q.path): q.truth for q in questions}
+                if stem(name) in files:
+                    raise ValueError(f"--images: {name} is in {folder} and is {files[stem(name)]}")
+                files[stem(name)] = os.path.join(folder, name)
+    truths = {stem(q.path): q.truth for q in questions}
     if missing := sorted(truths.keys() - files.keys()):
         raise ValueError(f"--images {images}: {len(missing)} photos are missing, {missing[0]}")
     names: dict[str, str] = {}
@@ -76,8 +77,32 @@ def read_flowers(images: str, questions: Sequence[EvalQuestion]) -> Flowers:
     return Flowers(files, known, shots)
 
 
+def stem(path: str) -> str:
+    """Name of a file without folder and suffix."""
+    return os.path.splitext(os.path.basename(path))[0]
+
+
 def _class_of(path: str) -> str:
     return os.path.basename(os.path.dirname(path))
+
+
+def choose_classes(questions: Sequence[EvalQuestion], count: int, seed: int) -> dict[str, str]:
+    """Drawn classes by name: seen or unseen as the questions are, SEEN_SHARE of them seen.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    of: dict[str, set[str]] = defaultdict(set)
+    for question in questions:
+        of[question.partition].add(question.truth)
+    seen, chosen = round(SEEN_SHARE * count), {}
+    for partition, some in (("seen", seen), ("unseen", count - seen)):
+        there = len(of[partition])
+        if not 0 < some <= there:
+            raise ValueError(f"--classes {count} takes {some} {partition} ones, of {there}")
+        drawn = seeded_order(of[partition], seed, "classes")[:some]
+        chosen |= dict.fromkeys(sorted(drawn), partition)
+    return chosen
 
 
 def _write(path: Path, pixels: np.ndarray) -> None:
@@ -111,7 +136,7 @@ def write_photos(
     images = []
     for path, name in flowers.shots:
         if chosen.get(name) == "seen":
-            _write(folder / "photos" / (file := f"{os.path.basename(path)}.png"), _whole(path))
+            _write(folder / "photos" / (file := f"{stem(path)}.png"), _whole(path))
             images.append({"path": file, "split": "train"} | _labels(name))
     asked = defaultdict(list)
     by_place = {f"{q.file}/{q.line}": q for q in questions if q.truth in chosen}
@@ -121,8 +146,8 @@ def write_photos(
             drawn[by_place[place].truth].append(place)
     for place in sorted(place for of in drawn.values() for place in of):
         q = by_place[place]
-        file = f"{os.path.basename(q.path)}.png"
-        _write(folder / "asked" / "jpg" / file, _whole(flowers.files[os.path.basename(q.path)]))
+        file = f"{stem(q.path)}.png"
+        _write(folder / "asked" / "jpg" / file, _whole(flowers.files[stem(q.path)]))
         line = {"image_path": f"flower102/jpg/{file}", "question": q.question}
         line |= {"options": list(q.options), "ground_truth": q.truth}
         asked[chosen[q.truth]].append(json.dumps(line))
@@ -191,7 +216,7 @@ def write_base(
             continue
         kept = square(file)
         for number in range(views):
-            picture = folder / "base_photos" / f"{os.path.basename(file)}.{number}.png"
+            picture = folder / "base_photos" / f"{stem(file)}.{number}.png"
             _write(picture, view(kept, number, i, SIDE))
             own = [other for other in near[name] if other in chosen]
             said = response(name, rng.choice(own[:3]), rng)
@@ -217,7 +242,7 @@ def write_stage1(
             continue
         seen = [other for other in near[name] if chosen.get(other) == "seen"]
         said = response(name, rng.choice(seen[:3]), rng)
-        picture = f"base_photos/{os.path.basename(file)}.0.png"
+        picture = f"base_photos/{stem(file)}.0.png"
         records.append(sft_record([picture], stage2_text(str(rng.choice(templates))), said))
     path = folder / "stage1.json"
     path.write_text(json.dumps(records), encoding="utf-8")

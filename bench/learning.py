@@ -80,7 +80,9 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 """The arms that train/tapo.py trains: their options."""
 SCORES = ("seen", "unseen", "seen_closed", "unseen_closed")
-_SFT = ("--model.freeze_vision=true", "--model.freeze_merger=false", "--data.on_bad_image=error")
+_FROZEN = ("--model.freeze_vision=true", "--model.freeze_merger=false")
+Run = Callable[[Path, Path, Path, int, Sequence[str]], Path]
+"""Trains a model on data in a folder, with a seed and options; returns the last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,9 @@ class Sizes:
     """Of each photo of the base stage."""
     base_steps: int = 90
     stage1_steps: int = 8
-    steps: int = 16
+    steps: int = 12
     """Of every arm."""
-    groups: int = 12
+    groups: int = 10
     """Photos a step of an arm."""
     tower: TowerSizes = field(default_factory=TowerSizes)
 
@@ -111,6 +113,16 @@ class Bench:
     sizes: Sizes
     teacher: Callable[[], Teacher] = efficientnet
     frame: Callable[[], PolicyParts] = lambda: real_parts()
+
+    def claim(self, classes: int) -> None:
+        """Make the folder that of these sizes; ValueError where it holds stages of others."""
+        now = json.loads(json.dumps({"classes": classes, "sizes": asdict(self.sizes)}))
+        noted = self.out / "options.json"
+        then = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else now
+        if then != now:
+            raise ValueError(f"--out {self.out} holds stages of {then}, not {now}: give another")
+        self.out.mkdir(parents=True, exist_ok=True)
+        noted.write_text(json.dumps(now), encoding="utf-8")
 
     def stage(self, name: str, seed: int | None, work: Callable[[], dict]) -> dict:
         """Do a stage and add its row to the ledger, or read the row where it is done.
@@ -132,7 +144,6 @@ class Bench:
         with self.ledger.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(row) + "\n")
         say(json.dumps({key: value for key, value in row.items() if key != "hits"}))
-        give_memory_back()
         return row
 
 
@@ -218,9 +229,10 @@ def seed_stages(bench: Bench, classes: int, seed: int) -> None:
     means = torch.load(bench.out / "targets.pt")["means"].numpy()
     near = look_alikes(means, [name for _, name in flowers.known])
 
-    def trained(arm: str, train: Callable[[], Path]) -> Path:
+    def trained(arm: str, run: Run, model: Path, data: Path, *options: str) -> Path:
         def work() -> dict:
-            checkpoint = train()
+            checkpoint = run(model, data, folder / slug(arm), seed, options)
+            give_memory_back()
             return {"classes": classes, "checkpoint": str(checkpoint.relative_to(bench.out))}
 
         row = bench.stage(f"{arm}, training", seed, work)
@@ -230,43 +242,20 @@ def seed_stages(bench: Bench, classes: int, seed: int) -> None:
 
     bench.stage("probe", seed, lambda: probe(bench, questions, sorted(chosen)))
     records = write_base(flowers, chosen, folder, sizes.views, near, seed)
-    base = trained(
-        BASE,
-        lambda: run_sft(
-            start,
-            records,
-            folder / "base",
-            seed,
-            (f"--run.steps={sizes.base_steps}", "--optim.lr=5e-4", "--optim.warmup_steps=10"),
-        ),
-    )
+    given = (f"--run.steps={sizes.base_steps}", "--optim.lr=5e-4", "--optim.warmup_steps=10")
+    base = trained(BASE, run_sft, start, records, *given)
     records = write_stage1(flowers, chosen, folder, near, seed)
-    stage1 = trained(
-        STAGE1,
-        lambda: run_sft(
-            base,
-            records,
-            folder / "stage1",
-            seed,
-            (f"--run.steps={sizes.stage1_steps}", "--optim.lr=5e-5", "--optim.warmup_steps=2"),
-        ),
-    )
+    given = (f"--run.steps={sizes.stage1_steps}", "--optim.lr=5e-5", "--optim.warmup_steps=2")
+    stage1 = trained(STAGE1, run_sft, base, records, *given)
     triplets = choose_triplets(folder, stage1, seed)
-    steps = f"--run.steps={sizes.steps}"
-    records = write_labels(folder, triplets)
-    more = (steps, "--optim.lr=5e-5", f"--optim.samples_per_step={sizes.groups}")
-    trained(LABELS, lambda: run_sft(stage1, records, folder / "labels", seed, more))
+    given = (f"--run.steps={sizes.steps}", "--optim.lr=1e-4", "--optim.warmup_steps=2")
+    samples = f"--optim.samples_per_step={sizes.groups}"
+    trained(LABELS, run_sft, stage1, write_labels(folder, triplets), *given, samples)
+    groups = [
+        f"--rollout.{name}={sizes.groups}" for name in ("groups_per_step", "prompts_per_batch")
+    ]
     for arm, options in ARMS.items():
-        more = (
-            *options,
-            steps,
-            f"--rollout.groups_per_step={sizes.groups}",
-            f"--rollout.prompts_per_batch={sizes.groups}",
-        )
-        trained(
-            arm,
-            lambda arm=arm, more=more: run_tapo(stage1, triplets, folder / slug(arm), seed, more),
-        )
+        trained(arm, run_tapo, stage1, triplets, *given, *groups, *options)
 
 
 def slug(arm: str) -> str:
@@ -276,7 +265,12 @@ def slug(arm: str) -> str:
 
 def run_sft(model: Path, records: Path, out: Path, seed: int, options: Sequence[str]) -> Path:
     """Run train/sft.py's loop; returns the last checkpoint."""
-    argv = [f"--config={RECIPES / 'demo_stage1.yaml'}", f"--data.path={records}", *_SFT, *options]
+    argv = [
+        f"--config={RECIPES / 'demo_stage1.yaml'}",
+        f"--data.path={records}",
+        *_FROZEN,
+        *options,
+    ]
     argv += [f"--model.path={model}", f"--run.out={out}", f"--run.seed={seed}"]
     argv += ["--run.save_every=20", "--parallel.micro_batch_tokens=2048"]
     config, _, resolved = parse(SftConfig, argv, "")
@@ -299,9 +293,8 @@ def run_tapo(model: Path, triplets: Path, out: Path, seed: int, options: Sequenc
     """Run train/tapo.py's loop; returns the last checkpoint."""
     argv = [f"--config={RECIPES / 'demo.yaml'}", f"--data.path={triplets}", *options]
     argv += [f"--model.path={model}", f"--run.out={out}", f"--run.seed={seed}"]
-    argv += ["--model.freeze_vision=true", "--model.freeze_merger=false", "--optim.lr=5e-5"]
-    argv += ["--run.save_every=4", "--parallel.micro_batch_tokens=2048"]
-    argv += ["--optim.warmup_steps=2", f"--rollout.max_response_tokens={MAX_TOKENS}"]
+    argv += [*_FROZEN, "--run.save_every=4", "--parallel.micro_batch_tokens=2048"]
+    argv += [f"--rollout.max_response_tokens={MAX_TOKENS}"]
     config, _, resolved = parse(TapoConfig, argv, "")
     return tapo.train(config, resolved, resume="auto")
 
@@ -365,7 +358,7 @@ def table(rows: Sequence[dict]) -> str:
 
 def learn(bench: Bench, classes: int, seeds: Sequence[int]) -> str:
     """All stages of all seeds; returns the table."""
-    bench.out.mkdir(parents=True, exist_ok=True)
+    bench.claim(classes)
     tower_stages(bench)
     for seed in seeds:
         seed_stages(bench, classes, seed)

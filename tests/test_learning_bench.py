@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tercet.bench.learning import ARMS, BASE, LABELS, STAGE1, Bench, Sizes, learn, table
@@ -71,7 +72,8 @@ def flowers(tmp_path_factory):
     return str(root / "photos"), tuple(map(str, files))
 
 
-def test_every_stage_once_and_none_twice(flowers, tmp_path, capsys):
+def test_every_stage_once_and_none_twice(flowers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: None)  # most of the time
     images, questions = flowers
     found = read_flowers(images, read_all(questions).all)
     tower = TowerSizes(views=2, epochs=1)
@@ -104,6 +106,8 @@ def test_every_stage_once_and_none_twice(flowers, tmp_path, capsys):
 
     assert learn(bench, 5, [3]) == shown
     assert len(ledger.read_text().splitlines()) == len(rows)
+    with pytest.raises(ValueError, match="holds stages of {'classes': 5"):
+        learn(bench, 4, [3])
     capsys.readouterr()
 
 

@@ -316,6 +316,8 @@ class TapoConfig:
             raise ValueError("rollout.n_anchor + rollout.n_positive must be at least 2, got 1")
         if not 0 < rollout.top_p <= 1:
             raise ValueError(f"rollout.top_p must lie in (0, 1], got {rollout.top_p}")
+        if rollout.overlap != "off":
+            self._check_overlap()
         longest = rollout.max_prompt_tokens + rollout.longest_response
         if self.parallel.micro_batch_tokens < longest:
             raise ValueError(
@@ -323,6 +325,19 @@ class TapoConfig:
                 f"one prompt and one response: rollout.max_prompt_tokens + "
                 f"rollout.max_response_tokens = {longest}"
             )
+
+    def _check_overlap(self) -> None:
+        rollout, loss = self.rollout, self.loss
+        if rollout.engine == "local" or rollout.colocated:
+            said = "rollout.engine sglang, and rollout.colocated false"
+            raise ValueError(
+                f"rollout.overlap one_step needs servers with GPUs of their own: {said}"
+            )
+        if not rollout.max_staleness:
+            raise ValueError("rollout.overlap one_step needs rollout.max_staleness of at least 1")
+        if loss.ratio_of == "sequence" or not (loss.is_cap or loss.carried_cap):
+            said = "loss.ratio_of token, and loss.carried_cap or loss.is_cap"
+            raise ValueError(f"rollout.overlap one_step needs importance weights: {said}")
 
 
 @dataclass

@@ -109,6 +109,9 @@ class RolloutConfig:
     """Groups beyond `groups_per_step` go to the next step, or are dropped."""
     max_staleness: NonNegativeInt = 1
     """Most steps between the weights that sampled a carried group and those it trains."""
+    overlap: Literal["off", "one_step"] = "off"
+    """one_step: the next step is sampled while this one is trained on, by weights that are one step
+    old then; for servers with GPUs of their own."""
     prompt: PathText = "stage2"
     """stage2, open, choice, both, attribute, no_thinking, or a template file with {question} and,
     by choice, {options}."""

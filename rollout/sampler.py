@@ -90,6 +90,8 @@ class GroupSampler:
         self.carried: list[Group] = []
         self._sent = (0, 0)
         """The step that was sampled last, and the prompts sent for it."""
+        self._ahead: StepGroups | None = None
+        """What was sampled ahead, until it is collected."""
         self._engine = engine
         self._stream = stream
         self._tokenizer = tokenizer
@@ -115,13 +117,16 @@ class GroupSampler:
     def state(self) -> dict:
         """What a checkpoint needs to go on from here, beside the stream's state."""
         groups = {"groups_per_step": self._config.groups_per_step}
-        return {"carried": self.carried, "sent": self._sent} | groups
+        ahead = self._ahead.groups if self._ahead else []
+        return {"carried": [*ahead, *self.carried], "sent": self._sent} | groups
 
     def restore(self, state: dict) -> None:
         """Go on from where `state` was taken; earlier versions stored no `sent`."""
         self.carried, self._sent = state["carried"], tuple(state.get("sent", (0, 0)))
 
-    async def collect(self, step: int, progress: Progress = lambda *_: None) -> StepGroups:
+    async def collect(
+        self, step: int, progress: Progress = lambda *_: None, later: int = 0
+    ) -> StepGroups:
         """Sample until the step has its groups or `max_rounds` are used up.
 
         After any exception the stream and the carried groups are as they were before the call. A
@@ -132,25 +137,39 @@ class GroupSampler:
             step: rollout step; part of every sample's seed.
             progress: called with the number of responses that just came in, 0 every second in
                 between, and what the step has so far; an exception it raises ends the step.
+            later: weight updates between now and the step.
 
         Raises:
             NotEnoughGroups: too few groups passed and `on_exhausted` is `error`.
             ValueError: naming the photo that is bad, the prompt that is too long or the reward
                 function that failed; or too many responses had to be drawn again.
         """
+        if self._ahead is not None:
+            found, self._ahead = self._ahead, None
+            return found
         position, carried = self._stream.state(), self.carried
+        started = time.perf_counter()
         try:
-            return await self._collect(step, progress)
+            found = await self._collect(step, progress, later)
+            found.seconds = time.perf_counter() - started
+            return found
         except BaseException:
             self._stream.restore(position)
             self.carried = carried
             raise
 
-    async def _collect(self, step: int, progress: Progress) -> StepGroups:
+    async def collect_ahead(self, step: int, progress: Progress) -> None:
+        """Sample the step after the next weight update: the next `collect` gives its groups. Once
+        they are whole they are part of the state, as carried ones."""
+        self._ahead = await self.collect(step, progress, later=1)
+
+    async def _collect(self, step: int, progress: Progress, later: int) -> StepGroups:
         config = self._config
         wanted = config.groups_per_step
         limit = math.inf if config.max_rounds is None else config.max_rounds * wanted
-        result = StepGroups(self._fresh_carried(), self._sent[1] if self._sent[0] == step else 0)
+        result = StepGroups(
+            self._fresh_carried(later), self._sent[1] if self._sent[0] == step else 0
+        )
         redrawn = Counter(getattr(self._engine, "redrawn", {}))
         self._rewarding = asyncio.Semaphore(REWARDS_AT_ONCE)  # of this call's event loop
         self.carried = []
@@ -248,9 +267,10 @@ class GroupSampler:
         likely = math.ceil(OVERSAMPLE * missing * self._tried / self._passed)
         return min(likely, 1 + math.ceil(self._config.max_in_flight / self._group_size))
 
-    def _fresh_carried(self) -> list[Group]:
-        """Carried groups that were sampled at most max_staleness weight versions ago."""
-        oldest = self._engine.weight_version - self._config.max_staleness
+    def _fresh_carried(self, later: int) -> list[Group]:
+        """Carried groups that were sampled at most max_staleness weight versions before the step
+        begins, `later` versions from now."""
+        oldest = self._engine.weight_version + later - self._config.max_staleness
         return [g for g in self.carried if min(r.weight_version for r in g.responses) >= oldest]
 
     def _next_group(self, step: int, result: StepGroups) -> Group:

@@ -31,6 +31,8 @@ class StepGroups:
     """Responses that were drawn again, by the reason; None: the engine does not tell."""
     rewarded: list[Group] = field(default_factory=list)
     """Every group that was sampled for the step, whether it passed or not."""
+    seconds: float = 0.0
+    """Seconds that the sampling took."""
     passing: set[str] = field(default_factory=set)
     """Ids of those that passed, carried ones included."""
 
@@ -55,8 +57,8 @@ class StepGroups:
         """Response tokens that were sampled."""
         return sum(len(response.token_ids) for response in self.sampled)
 
-    def figures(self, seconds: float) -> dict[str, float]:
-        """Figures over every response that was sampled in `seconds`, kept or not."""
+    def figures(self) -> dict[str, float]:
+        """Figures over every response that was sampled, kept or not."""
         sampled = self.sampled
         if not sampled:
             return {}
@@ -67,7 +69,7 @@ class StepGroups:
             "acceptance": self.acceptance,
             "groups": float(len(self.groups)),
             "filled_up": float(self.filled_up),
-            "tokens_per_s": self.tokens / seconds,
+            "tokens_per_s": self.tokens / self.seconds,
         }
         kept = [len(r.token_ids) for group in self.groups for r in group.responses]
         if kept:

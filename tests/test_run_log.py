@@ -202,7 +202,7 @@ def full_disk(folder, monkeypatch):
         return opened("/dev/full" if inside else path, *arguments, **options)
 
     for module in ("run_log", "scalars"):
-        monkeypatch.setattr(f"tercet.train.learner.{module}.open", full, raising=False)
+        monkeypatch.setattr(f"tercet.train.logs.{module}.open", full, raising=False)
 
 
 def test_a_full_disk_is_one_error_and_no_traceback(tmp_path, monkeypatch, capfd):

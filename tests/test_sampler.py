@@ -896,12 +896,12 @@ def test_responses_that_are_drawn_again_are_counted_and_must_be_rare(make, parts
     engine = RedrawingEngine(parts.tokenizer, 2, 3)
     sampler = make(Script({0, 1, 2, 3}, {0, 1, 2, 3}), engine=engine)
     result = collect(sampler)
-    assert result.redrawn == {"a time-out": 2} and result.figures(1.0)["redrawn"] == 2 / 20
+    assert result.redrawn == {"a time-out": 2} and result.figures()["redrawn"] == 2 / 20
     position = sampler._stream.state()
     with pytest.raises(ValueError, match=r"step 1: for 20 responses 3 were .*3 for a time-out"):
         collect(sampler, step=1)
     assert sampler._stream.state() == position
-    assert "redrawn" not in collect(make(Script({0, 1, 2, 3}))).figures(1.0)
+    assert "redrawn" not in collect(make(Script({0, 1, 2, 3}))).figures()
 
 
 def test_a_step_that_is_sampled_again_gets_other_ids_and_seeds(make, parts):

@@ -306,6 +306,23 @@ def test_training_shares_a_running_server_that_sleeps_during_updates(tmp_path, m
     assert server.is_healthy()
 
 
+def test_the_next_step_is_sampled_while_this_one_is_trained_on(tmp_path, monkeypatch):
+    """From step 2 on by weights that are one step old, so that there is no mismatch to measure."""
+    own = [f"--rollout.sglang_python={PYTHON}", f"--rollout.sglang_args={' '.join(FLAGS)}"]
+    rows = train_three_steps(tmp_path, monkeypatch, *own, "--rollout.overlap=one_step")
+    assert all(row["grad_norm"] > 0 and row["groups"] == 4 for row in rows)
+    assert 0 < rows[0]["mismatch_max"] < 1e-4
+    assert not any("mismatch_max" in row for row in rows[1:])
+    assert all(row["reward"] > 0 and row["tokens_per_s"] > 0 for row in rows)
+    log = (tmp_path / "run" / "sglang" / "server_0" / "sglang.log").read_text()
+    places = [log.find('"POST /update_weights_from_disk')]
+    while places[-1] >= 0:
+        places.append(log.find('"POST /update_weights_from_disk', places[-1] + 1))
+    between = [log[a:b].count('"POST /generate') for a, b in zip(places, places[1:], strict=False)]
+    # Steps 1 and 2 before the first update, step 3 before the second, none before the third.
+    assert between[0] > between[1] > 0 and between[2] == 0 and len(places) == 5
+
+
 KILLING = """import itertools, os, pathlib, signal
 calls = itertools.count(1)
 def place(rows):
@@ -334,6 +351,7 @@ def train_on_two_ranks(folder: Path, *more: str) -> list[dict]:
         text=True,
         timeout=1200,
     )
+    print(done.stdout)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("what to run next") == 1
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
@@ -345,6 +363,16 @@ def test_two_ranks_share_a_server(tmp_path, server):
     more = ["--rollout.reward=lengths:length", f"--rollout.urls=['{server.url}']"]
     rows = train_on_two_ranks(tmp_path, *more)
     assert len(rows) == 2 and all(0 < row["mismatch_max"] < 1e-4 for row in rows)
+
+
+def test_two_ranks_that_overlap_sample_later_where_a_server_died(tmp_path, capsys):
+    """While the policy is updated it gets no weights; at the step's end both ranks gather them."""
+    own = [f"--rollout.sglang_python={PYTHON}", f"--rollout.sglang_args={' '.join(FLAGS)}"]
+    (tmp_path / "killing.py").write_text(f"RUN = {str(tmp_path / 'run')!r}\n" + KILLING)
+    more = ["--rollout.dispatch=batch", "--rollout.max_in_flight=2", "--rollout.overlap=one_step"]
+    rows = train_on_two_ranks(tmp_path, "--rollout.reward=killing:place", *own, *more)
+    assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)
+    assert "step 2 is not sampled ahead: a server was restarted" in capsys.readouterr().out
 
 
 def test_two_ranks_restart_a_server_that_dies(tmp_path):

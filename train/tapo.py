@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import runpy
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
@@ -64,6 +63,7 @@ from tercet.train.logs.figures import draw_figures
 from tercet.train.logs.group_log import GroupLog
 from tercet.train.logs.metrics import is_reserved
 from tercet.train.logs.terminal import say_end
+from tercet.train.run.ahead import Ahead
 from tercet.train.run.assemble import build_policy, open_manifest, open_parts, sampled_parts
 from tercet.train.run.checkpoint import Checkpoints, load_state
 from tercet.train.run.reference import open_reference
@@ -113,6 +113,7 @@ class TapoRun:
         self.optimizer = build_optimizer(self.policy.model.named_parameters(), config.optim)
         self.checkpoints = Checkpoints(self, config.run, folder)
         self.sampler = self._open_sampler()
+        self.ahead = Ahead(self)
         self.ranks.share(lambda: self.sampler.check_prompts(self.manifest.anchors))
         self.schedule = Schedule(config.optim, self.total_steps)
         self.held_out = HeldOut(self)
@@ -142,8 +143,7 @@ class TapoRun:
         config, loss, policy = self.config, self.config.loss, self.policy
         if not self.groups:
             self._sample()  # rollout, rewards, advantages
-        if config.rollout.colocated:
-            self.ranks.share(self.engine.sleep)
+        self._leave_engine()  # to sleep, or to the next step
         size = config.optim.groups_per_minibatch or config.rollout.groups_per_step
         batches = mini_batches(self.groups, size, config.optim.minibatch_by)
         before = any(are_weighed(batch, loss, self.steps_done) for batch in batches[:1])
@@ -170,6 +170,7 @@ class TapoRun:
                 self.minibatches_done, self.working_on = self.minibatches_done + 1, ()
                 if self.minibatches_done == 1 and not before:
                     self._set("old_logprobs", found)
+        self.ahead.wait()
         with self.log.phase("sync", total=1, unit="update"):
             self._sync(self.steps_done + 1, wake=config.rollout.colocated)
         figures = self.figures | mismatch_figures(self.groups, self.steps_done)
@@ -188,15 +189,19 @@ class TapoRun:
 
         def sample() -> tuple[list[Group], dict[str, float]]:
             with self.log.phase("generate", total=responses, unit="responses") as phase:
-                started, progress = time.perf_counter(), sampling_progress(self, phase)
+                progress = sampling_progress(self, phase)
                 sampled = asyncio.run(self.sampler.collect(self.steps_done, progress))
-                figures = sampled.figures(time.perf_counter() - started)
                 self.log.add_time("reward", sampled.reward_seconds)
             set_advantages(sampled.groups, self.config.loss.advantage_std)
             self.group_log.sampled = sampled
-            return sampled.groups, figures
+            return sampled.groups, sampled.figures()
 
         self.groups, self.figures = self.ranks.share(sample, self.policy.gather_weights)
+
+    def _leave_engine(self) -> None:
+        if self.config.rollout.colocated:
+            self.ranks.share(self.engine.sleep)
+        self.ahead.begin()
 
     def _score(self, field: str, photo: str, batches: Batches, by: Policy | None = None) -> None:
         """Set a field of log-probs of all responses that lack it, by these weights or `by`."""
@@ -262,6 +267,7 @@ class TapoRun:
         def weights() -> Iterator[tuple[str, Tensor]]:
             # A server was restarted while rank 0 samples: the other ranks, which wait in `share`
             # for what it sampled, must put sharded weights together with it.
+            self.ahead.check_weights()
             self.ranks.ask_for_help()
             return self.policy.sampled_weights()
 
@@ -275,22 +281,14 @@ class TapoRun:
         self.stream = TripletStream(anchors, positive=config.data.positive, seed=seed)
         with self.stop.at_once():
             reward = self.ranks.on_first(lambda: load_reward(config))
-        return GroupSampler(
-            self.engine,
-            self.stream,
-            self.parts.tokenizer,
-            self.encoder,
-            config.rollout,
-            reward=reward,
-            names=self.manifest.names,
-            nearest=self.manifest.nearest,
-            system_prompt=config.model.system_prompt,
-            seed=seed,
-            is_reserved=is_reserved,
-        )
+        parts = (self.engine, self.stream, self.parts.tokenizer, self.encoder)
+        more = {"names": self.manifest.names, "nearest": self.manifest.nearest, "seed": seed}
+        more |= {"system_prompt": config.model.system_prompt, "is_reserved": is_reserved}
+        return GroupSampler(*parts, config.rollout, reward=reward, **more)
 
     def close(self) -> None:
         """Stop the servers that sample and what computes rewards, and leave the other ranks."""
+        self.ahead.close()
         self.sampler.close()
         self.engine.close()
         self.checkpoints.close()
@@ -298,6 +296,7 @@ class TapoRun:
 
     def save(self, keep: int = 0) -> Path:
         """Write a checkpoint of the state as it is: between steps, or between mini-batches."""
+        self.ahead.stop()
         state = {name: getattr(self, name) for name in STATE} | self.schedule.state()
         state |= {"stream": self.stream.state(), **self.sampler.state()}
         return self.checkpoints.save(self.steps_done, state, keep)

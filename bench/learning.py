@@ -102,6 +102,13 @@ class Sizes:
     tower: TowerSizes = field(default_factory=TowerSizes)
 
 
+def real_parts() -> PolicyParts:
+    """SmolLM2's first layers in the Qwen2.5-VL frame, with a random tower."""
+    parts, _ = real_language_model(download(), LAYERS, VISION)
+    parts.image_processor.size = {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}
+    return parts
+
+
 @dataclass(frozen=True)
 class Bench:
     """What all stages share."""
@@ -112,7 +119,7 @@ class Bench:
     flowers: Flowers
     sizes: Sizes
     teacher: Callable[[], Teacher] = efficientnet
-    frame: Callable[[], PolicyParts] = lambda: real_parts()
+    frame: Callable[[], PolicyParts] = real_parts
 
     def claim(self, classes: int) -> None:
         """Make the folder that of these sizes; ValueError where it holds stages of others."""
@@ -160,13 +167,6 @@ def _spent(path: Path) -> Iterator[dict[str, float]]:
         path.write_text(json.dumps(spent), encoding="utf-8")
 
 
-def real_parts() -> PolicyParts:
-    """SmolLM2's first layers in the Qwen2.5-VL frame, with a random tower."""
-    parts, _ = real_language_model(download(), LAYERS, VISION)
-    parts.image_processor.size = {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}
-    return parts
-
-
 def tower_stages(bench: Bench) -> None:
     """The teacher's features, and the tower that learns them: shared by all seeds."""
     out, sizes, known = bench.out, bench.sizes.tower, bench.flowers.known
@@ -206,8 +206,8 @@ def probe(bench: Bench, questions: Sequence[str], classes: Sequence[str]) -> dic
     asked = read_all(questions).all
     test = np.stack([square(flowers.files[stem(q.path)]) for q in asked])
     truths = [names.index(q.truth) for q in asked]
-    teacher = bench.teacher()
-    by_teacher = (seen_by(teacher, kept), labels, seen_by(teacher, test), truths)
+    means = torch.load(bench.out / "targets.pt")["means"][rows]
+    by_teacher = (means, labels, seen_by(bench.teacher(), test), truths)
     by_tower = (tower_means(parts, kept), labels, tower_means(parts, test), truths)
     return {
         "classes": len(names),

@@ -131,27 +131,30 @@ def teacher_features(
         `targets` [N, views, GRID * GRID, VALUES] float16: principal components of the features,
         their mean square 1 altogether; `means` [N, C] float32: of the whole photos' features.
     """
-    found: list[Tensor] = []
-    means, basis, centre, scale = [], None, None, None
+    whole = _features(teacher, kept, 0)
+    flat = whole.flatten(0, 1)
+    centre = flat.mean(0)
+    _, vectors = torch.linalg.eigh((flat - centre).T @ (flat - centre))
+    basis = vectors[:, -VALUES:]
+    scale = ((flat - centre) @ basis).square().mean().sqrt()
+    found = []
     for number in range(views):
-        of_view = []
-        for start in range(0, len(kept), BATCH):
-            part = range(start, min(start + BATCH, len(kept)))
-            seen = np.stack([view(kept[i], number, i, TEACHER_SIDE) for i in part])
-            with torch.no_grad():
-                maps = teacher(torch.from_numpy(seen).permute(0, 3, 1, 2).float())
-            of_view.append(maps.flatten(2).transpose(1, 2))
-        features = torch.cat(of_view)  # [N, GRID * GRID, C]
-        if basis is None:
-            means = features.mean(1)
-            flat = features.flatten(0, 1)
-            centre = flat.mean(0)
-            _, vectors = torch.linalg.eigh((flat - centre).T @ (flat - centre))
-            basis = vectors[:, -VALUES:]
-            scale = ((flat - centre) @ basis).square().mean().sqrt()
+        features = _features(teacher, kept, number) if number else whole
         found.append(((features - centre) @ basis / scale).half())
         say(f"teacher: {number + 1} of {views} views")
-    return {"targets": torch.stack(found, 1), "means": means}
+    return {"targets": torch.stack(found, 1), "means": whole.mean(1)}
+
+
+@torch.no_grad()
+def _features(teacher: Teacher, kept: np.ndarray, number: int) -> Tensor:
+    """[N, GRID * GRID, C] float32: the teacher's features of one view of each photo."""
+    found = []
+    for start in range(0, len(kept), BATCH):
+        part = range(start, min(start + BATCH, len(kept)))
+        seen = np.stack([view(kept[i], number, i, TEACHER_SIDE) for i in part])
+        maps = teacher(torch.from_numpy(seen).permute(0, 3, 1, 2).float())
+        found.append(maps.flatten(2).transpose(1, 2))
+    return torch.cat(found)
 
 
 def patches(photos: Tensor, parts: PolicyParts) -> Tensor:
@@ -229,28 +232,32 @@ def train_tower(
         order, chosen = rng.permutation(len(kept)), rng.integers(0, sizes.views, len(kept))
         for some in np.array_split(order, batches):
             seen = np.stack([view(kept[i], chosen[i], i, SIDE) for i in some])
-            found = tokens(parts, torch.from_numpy(seen))
             wanted = targets[some, chosen[some]].float()
-            error = functional.mse_loss(heads[0](found), wanted)
-            named = functional.cross_entropy(
-                heads[1](found.mean(1)), labels[some], label_smoothing=0.1
-            )
-            (error + sizes.class_weight * named).backward()
+            errors = _errors(parts, heads, torch.from_numpy(seen), wanted, labels[some])
+            (errors[0] + sizes.class_weight * errors[1]).backward()
             nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            sums += len(some) / len(kept) * np.array([error.item(), named.item()])
+            sums += len(some) / len(kept) * errors.detach().numpy()
         state = {"weights": trained.state_dict(), "optimizer": optimizer.state_dict()}
         unfinished = state_file.with_suffix(".partial")
         torch.save(state | {"schedule": schedule.state_dict(), "epoch": epoch + 1}, unfinished)
         unfinished.rename(state_file)
-        spent = time.process_time() - began
         say(
             f"tower: epoch {epoch + 1} of {sizes.epochs}, error of features {sums[0]:.3f}, "
-            f"cross-entropy {sums[1]:.3f}, {spent:.0f} CPU s"
+            f"cross-entropy {sums[1]:.3f}, {time.process_time() - began:.0f} CPU s"
         )
     visual.eval().requires_grad_(False)
+
+
+def _errors(
+    parts: PolicyParts, heads: nn.ModuleList, photos: Tensor, wanted: Tensor, labels: Tensor
+) -> Tensor:
+    """[2]: mean squared error of the features, and cross-entropy of the class, smoothed."""
+    found = tokens(parts, photos)
+    named = functional.cross_entropy(heads[1](found.mean(1)), labels, label_smoothing=0.1)
+    return torch.stack([functional.mse_loss(heads[0](found), wanted), named])
 
 
 @torch.no_grad()
@@ -274,14 +281,9 @@ def tower_means(parts: PolicyParts, kept: np.ndarray) -> Tensor:
     return torch.cat(found)
 
 
-@torch.no_grad()
 def seen_by(teacher: Teacher, kept: np.ndarray) -> Tensor:
     """[N, C]: the mean of the teacher's features of each whole photo."""
-    found = []
-    for start in range(0, len(kept), BATCH):
-        seen = np.stack([view(s, 0, 0, TEACHER_SIDE) for s in kept[start : start + BATCH]])
-        found.append(teacher(torch.from_numpy(seen).permute(0, 3, 1, 2).float()).mean((2, 3)))
-    return torch.cat(found)
+    return _features(teacher, kept, 0).mean(1)
 
 
 def nearest_mean(

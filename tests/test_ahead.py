@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -25,7 +27,7 @@ from tercet.core.presets import PRESETS
 from tercet.train.cli.arguments import overridden
 from tercet.train.cli.command_line import parse
 from tercet.train.learner.ranks import Ranks
-from tercet.train.run.ahead import Ahead, NoWeightsNow
+from tercet.train.run.ahead import Ahead
 
 pytestmark = pytest.mark.core
 
@@ -33,12 +35,15 @@ OVERLAP = ["--rollout.overlap=one_step", "--rollout.engine=sglang"]
 
 
 class Stuck(ScriptedEngine):
-    """Its second batch fails with `error`, or is never finished."""
+    """Its second batch fails with `error` or in `ask`, or is never finished."""
 
     error: Exception | None = None
 
+    def ask(self) -> None: ...
+
     async def generate(self, requests, sampling):
         if self.batches:
+            self.ask()
             if self.error:
                 raise self.error
             await asyncio.sleep(600)
@@ -120,19 +125,26 @@ def test_what_is_not_finished_is_given_up_whole(begun, parts):  # noqa: F811
     assert run.sampler._ahead is None
 
 
-def test_weights_are_refused_while_it_samples_and_the_step_is_sampled_later(begun, parts):  # noqa: F811
-    engine = Stuck(parts.tokenizer)
+@pytest.mark.parametrize("when", ["during the update", "in the wait for it"])
+def test_weights_are_refused_while_it_samples_and_the_step_is_sampled_later(begun, parts, when):  # noqa: F811
+    engine, asked = Stuck(parts.tokenizer), threading.Event()
     run, ahead = begun(Script(set(range(4)), set(range(6))), engine=engine)
-    with pytest.raises(NoWeightsNow):
-        ahead.check_weights()
     ahead.stop()
     ahead.check_weights()
 
-    engine.error = NoWeightsNow("a server was restarted")
+    def ask():
+        time.sleep(0.3 * (when == "in the wait for it"))
+        asked.set()
+        ahead.check_weights()
+
+    engine.ask = ask
     ahead.begin()
+    if when == "during the update":
+        asked.wait(30)
     ahead.wait()
-    assert run.log.said == ["step 2 is not sampled ahead: a server was restarted"]
-    engine.error, engine.weight_version = None, 1
+    (said,) = run.log.said
+    assert said.startswith("step 2 is not sampled ahead: a server was restarted")
+    engine.weight_version = 1
     engine.batches.clear()
     found = collect(run.sampler, step=1)
     assert ranks(found.groups) == ["1.0", "1.1", "1.2", "1.3"]

@@ -141,6 +141,18 @@ def test_parts_of_the_7b_plan_by_hand():
     assert plan.kv_tokens == int(free / (2 * 28 * 4 * 128 * 2))
 
 
+def test_a_step_that_is_sampled_ahead_takes_as_long_as_its_longer_half():
+    apart = ["--recipe", "tapo_7b", "--rollout.colocated", "false", "--gpus"]
+    for gpus, servers in ((4, "['4','5','6','7']"), (7, "['7']"), (15, "['15']")):
+        options = [*apart, f"{gpus}", "--rollout.server_gpus", servers]
+        plan = planned(*options)
+        generate, old, update, sync = (phase.seconds for phase in plan.phases())
+        assert plan.step_seconds == pytest.approx(generate + old + update + sync)
+        ahead = planned(*options, "--rollout.overlap", "one_step")
+        assert ahead.step_seconds == pytest.approx(max(generate, old + update) + sync)
+    assert generate > old + update  # of the last
+
+
 def test_one_gpu_holds_everything_whole():
     plan = planned("--recipe", "tapo_3b", "--gpus", "1", "--gpu", "H200")
     assert plan.memory()["head"].parameters == 2 * TOTALS["Qwen/Qwen2.5-VL-3B-Instruct"]

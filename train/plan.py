@@ -140,9 +140,15 @@ def phase_table(plan: Plan) -> Table:
             f"{phase.seconds:,.1f}",
             f"{phase.seconds / LIKELY:,.1f}",
         )
-    total = sum(phase.seconds for phase in found)
+    total, overlap = plan.step_seconds, plan.config.rollout.overlap != "off"
     table.add_section()
-    table.add_row("step", "", "", f"{total:,.1f}", f"{total / LIKELY:,.1f}")
+    table.add_row(
+        "step, sampled ahead" if overlap else "step",
+        "",
+        "",
+        f"{total:,.1f}",
+        f"{total / LIKELY:,.1f}",
+    )
     return table
 
 

@@ -218,6 +218,16 @@ class Plan:
         return phases(self.step, self.card, self.engines, volume, self.shards)
 
     @property
+    def step_seconds(self) -> float:
+        """Seconds of a step at least. Sampled ahead, it is as long as the longer of sampling and
+        training, and the sync."""
+        seconds = {phase.name: phase.seconds for phase in self.phases()}
+        if self.config.rollout.overlap == "off":
+            return sum(seconds.values())
+        generate, sync = seconds.pop("generate"), seconds.pop("sync")
+        return max(generate, sum(seconds.values())) + sync
+
+    @property
     def lacks(self) -> list[str]:
         """What does not fit."""
         said = [
@@ -261,7 +271,7 @@ def run_time(
     usual = PlanConfig()
     lengths = Lengths(usual.prompt_tokens, usual.photo_tokens, usual.response_tokens)
     plan = Plan(config, sizes, gpus, card, lengths)
-    hours = steps * sum(phase.seconds for phase in plan.phases()) / LIKELY / 3600
+    hours = steps * plan.step_seconds / LIKELY / 3600
     return f"about {hours:.1f} h, at {LIKELY:.0%} of the datasheet's speed"
 
 

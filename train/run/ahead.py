@@ -70,16 +70,17 @@ class Ahead:
                 self._run.ranks.on_first(self._result)
 
     def check_weights(self) -> None:
-        """Raises NoWeightsNow while the policy's weights may be changing."""
+        """Raises NoWeightsNow in the thread: the policy may be in the middle of an update, and the
+        other ranks cannot put its weights together now."""
         if self._sampling is not None and not self._sampling.done():
             raise NoWeightsNow("a server was restarted while the policy was updated")
 
     def stop(self) -> None:
         """Give up what is not finished: its triplets come again."""
-        sampling, self._sampling = self._sampling, None
-        if sampling is not None:
+        if self._sampling is not None:
             self._unneeded.set()
-            sampling.exception()
+            self._sampling.exception()
+            self._sampling = None
 
     def close(self) -> None:
         """End the thread."""
@@ -87,13 +88,15 @@ class Ahead:
         self._thread.shutdown()
 
     def _result(self) -> None:
-        sampling, self._sampling = self._sampling, None
-        if sampling is not None:
-            try:
-                sampling.result()
-            except NoWeightsNow as error:
-                step = self._run.steps_done + 2  # as people count them
-                self._run.log.say(f"step {step} is not sampled ahead: {error}")
+        if self._sampling is None:
+            return
+        try:
+            self._sampling.result()
+        except NoWeightsNow as error:
+            step = self._run.steps_done + 2  # as people count them
+            self._run.log.say(f"step {step} is not sampled ahead: {error}")
+        finally:
+            self._sampling = None
 
     def _sample(self, step: int) -> None:
         asyncio.run(self._run.sampler.collect_ahead(step, self._progress))

@@ -220,13 +220,12 @@ def train_tower(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, sizes.lr, total_steps=batches * sizes.epochs, pct_start=0.1
     )
-    first = 0
+    stateful, first = {"weights": trained, "optimizer": optimizer, "schedule": schedule}, 0
     if state_file.exists():
         state = torch.load(state_file)
-        trained.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         first = state["epoch"]
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
     for epoch in range(first, sizes.epochs):
         rng, began, sums = np.random.default_rng(epoch), time.process_time(), np.zeros(2)
         order, chosen = rng.permutation(len(kept)), rng.integers(0, sizes.views, len(kept))
@@ -240,9 +239,8 @@ def train_tower(
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
             sums += len(some) / len(kept) * errors.detach().numpy()
-        state = {"weights": trained.state_dict(), "optimizer": optimizer.state_dict()}
-        unfinished = state_file.with_suffix(".partial")
-        torch.save(state | {"schedule": schedule.state_dict(), "epoch": epoch + 1}, unfinished)
+        state = {name: part.state_dict() for name, part in stateful.items()}
+        torch.save(state | {"epoch": epoch + 1}, unfinished := state_file.with_suffix(".partial"))
         unfinished.rename(state_file)
         say(
             f"tower: epoch {epoch + 1} of {sizes.epochs}, error of features {sums[0]:.3f}, "

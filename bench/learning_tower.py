@@ -211,51 +211,73 @@ def train_tower(
         say: gets a line an epoch.
     """
     torch.manual_seed(0)
-    visual, labels = parts.model.model.visual.requires_grad_(True).train(), torch.tensor(classes)
-    width = parts.model.config.text_config.hidden_size
-    heads = nn.ModuleList([nn.Linear(width, targets.shape[-1]), nn.Linear(width, max(classes) + 1)])
-    trained = nn.ModuleList([visual, heads])
-    batches = -(-len(kept) // BATCH)
-    optimizer = torch.optim.AdamW(trained.parameters(), sizes.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, sizes.lr, total_steps=batches * sizes.epochs, pct_start=0.1
-    )
-    stateful, first = {"weights": trained, "optimizer": optimizer, "schedule": schedule}, 0
+    labels, batches, first = torch.tensor(classes), -(-len(kept) // BATCH), 0
+    distiller = _Distiller(parts, targets.shape[-1], max(classes) + 1, batches, sizes)
     if state_file.exists():
         state = torch.load(state_file)
         first = state["epoch"]
-        for name, part in stateful.items():
+        for name, part in distiller.stateful.items():
             part.load_state_dict(state[name])
     for epoch in range(first, sizes.epochs):
-        rng, began, sums = np.random.default_rng(epoch), time.process_time(), np.zeros(2)
+        rng, began, sums = np.random.default_rng(epoch), time.process_time(), torch.zeros(2)
         order, chosen = rng.permutation(len(kept)), rng.integers(0, sizes.views, len(kept))
         for some in np.array_split(order, batches):
-            seen = np.stack([view(kept[i], chosen[i], i, SIDE) for i in some])
-            wanted = targets[some, chosen[some]].float()
-            errors = _errors(parts, heads, torch.from_numpy(seen), wanted, labels[some])
-            (errors[0] + sizes.class_weight * errors[1]).backward()
-            nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            sums += len(some) / len(kept) * errors.detach().numpy()
-        state = {name: part.state_dict() for name, part in stateful.items()}
+            seen = torch.from_numpy(np.stack([view(kept[i], chosen[i], i, SIDE) for i in some]))
+            errors = distiller.step(seen, targets[some, chosen[some]].float(), labels[some])
+            sums += errors * len(some) / len(kept)
+        state = {name: part.state_dict() for name, part in distiller.stateful.items()}
         torch.save(state | {"epoch": epoch + 1}, unfinished := state_file.with_suffix(".partial"))
         unfinished.rename(state_file)
-        say(
-            f"tower: epoch {epoch + 1} of {sizes.epochs}, error of features {sums[0]:.3f}, "
-            f"cross-entropy {sums[1]:.3f}, {time.process_time() - began:.0f} CPU s"
-        )
-    visual.eval().requires_grad_(False)
+        shown = f"error of features {sums[0]:.3f}, cross-entropy {sums[1]:.3f}"
+        spent = time.process_time() - began
+        say(f"tower: epoch {epoch + 1} of {sizes.epochs}, {shown}, {spent:.0f} CPU s")
+    parts.model.model.visual.eval().requires_grad_(False)
 
 
-def _errors(
-    parts: PolicyParts, heads: nn.ModuleList, photos: Tensor, wanted: Tensor, labels: Tensor
-) -> Tensor:
-    """[2]: mean squared error of the features, and cross-entropy of the class, smoothed."""
-    found = tokens(parts, photos)
-    named = functional.cross_entropy(heads[1](found.mean(1)), labels, label_smoothing=0.1)
-    return torch.stack([functional.mse_loss(heads[0](found), wanted), named])
+class _Distiller:
+    """The tower in training: two linear heads on its tokens, and what changes with every step.
+
+    Args:
+        parts: with the tower.
+        values: of a target.
+        classes: how many there are.
+        batches: of an epoch.
+        sizes: epochs, learning rate, weight of the class.
+    """
+
+    def __init__(
+        self, parts: PolicyParts, values: int, classes: int, batches: int, sizes: TowerSizes
+    ):
+        self.parts, self.class_weight = parts, sizes.class_weight
+        visual, width = parts.model.model.visual, parts.model.config.text_config.hidden_size
+        self.heads = nn.ModuleList([nn.Linear(width, values), nn.Linear(width, classes)])
+        self.trained = nn.ModuleList([visual.requires_grad_(True).train(), self.heads])
+        self.optimizer = torch.optim.AdamW(self.trained.parameters(), sizes.lr, weight_decay=0.05)
+        times = {"total_steps": batches * sizes.epochs, "pct_start": 0.1}
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, sizes.lr, **times)
+        self.stateful = {"weights": self.trained, "optimizer": self.optimizer}
+        self.stateful["schedule"] = self.schedule
+
+    def step(self, photos: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
+        """One optimiser step.
+
+        Args:
+            photos: [N, SIDE, SIDE, 3] uint8.
+            wanted: [N, GRID * GRID, values] float32.
+            labels: [N] int64.
+
+        Returns:
+            [2]: mean squared error of the features, and cross-entropy of the class, smoothed.
+        """
+        found = tokens(self.parts, photos)
+        error = functional.mse_loss(self.heads[0](found), wanted)
+        named = functional.cross_entropy(self.heads[1](found.mean(1)), labels, label_smoothing=0.1)
+        (error + self.class_weight * named).backward()
+        nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        return torch.stack([error, named]).detach()
 
 
 @torch.no_grad()

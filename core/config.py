@@ -78,7 +78,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Options of the TAPO loss (equation: kernels/reference.py); a bad value raises ValueError."""
+    """Options of the TAPO loss (equation: kernels/reference.py); a bad value raises ValueError.
+
+    Left alone, its coefficients are the paper's; train/tapo.py's default preset has others for the
+    negative (core/presets.py).
+    """
 
     update_on: Literal["anchor", "own"] = "anchor"
     """Image on which responses sampled on the positive are trained: the anchor, or their own."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 PRESETS: dict[str, dict[str, object]] = {
-    # The paper's method in the form that trains well: the default of every field below.
-    "tercet": {},
+    # The paper's method in the form that trains well (docs/algorithm.md, "Which form of the loss"):
+    # every field's default, but for the negative's terms.
+    "tercet": {"loss.kl_coef": 0.03, "loss.neg_entropy_coef": 0.0},
     # The paper's equations 1 to 4 to the letter. Without clamps a step may overflow: it is skipped.
     "equation_4": {
         "loss.kl_ratio": "policy_over_neg",

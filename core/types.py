@@ -143,6 +143,11 @@ class EncodedImage:
         """[P, channels * temporal_patch * patch * patch] float32."""
         return self.decode()
 
+    @cached_property
+    def patches(self) -> int:
+        """P."""
+        return int(self.grid_thw.prod())
+
 
 @dataclass(frozen=True)
 class EncodedPrompt:

@@ -26,7 +26,8 @@ INTRODUCTION = """# Every option
 
 Written by `docs/make_pages.py` from the docstrings in core/; do not edit. Options are given as
 `--loss.kl_coef 0.02`, or in a YAML file under the same names ([training.md](training.md) has the
-rules). A preset (`--run.preset`) changes some of the defaults: core/presets.py lists them.
+rules). The defaults of train/tapo.py are those of the preset `tercet`; another one (`--run.preset`)
+changes some: core/presets.py lists them.
 """
 
 
@@ -42,8 +43,11 @@ def meanings(kind: type) -> dict[str, str]:
     return found
 
 
-def _default(field) -> str:
+def _default(field, prefix: str) -> str:
+    from tercet.core.presets import PRESETS
+
     value = field.default_factory() if field.default is MISSING else field.default
+    value = PRESETS["tercet"].get(f"{prefix}{field.name}", value)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value).replace("'", "") or "empty"
@@ -58,7 +62,7 @@ def rows(kind: type, prefix: str = "") -> Iterator[str]:
         if is_dataclass(hints[field.name]):
             continue
         is_needed = field.default is MISSING and field.default_factory is MISSING
-        default = "" if is_needed else f"`{_default(field)}`"
+        default = "" if is_needed else f"`{_default(field, prefix)}`"
         words = allowed(hints[field.name]).replace(PathText.__doc__, "a path")
         meaning = re.sub(r"\bNone\b", "null", said.get(field.name, ""))
         text = " | ".join(cell.replace("|", "\\|") for cell in (words, default, meaning))

@@ -13,13 +13,15 @@ attention, so the two gradients add up to the exact one (as in ring attention).
 
 varlen.py computes both calls; where it has no backend, the dense-masked twin in reference.py is
 used. transformers uses this as the registered attention `tercet_prefix`, with `segments=` passed
-through the model's forward; without segments it is transformers' own SDPA.
+through the model's forward; without segments it is transformers' own SDPA, and for one new token
+a row the same with each key head's queries together.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -110,6 +112,13 @@ def prefix_attention(
 
 @torch.compiler.disable
 def _attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
+    heads, key_heads = query.shape[1], key.shape[1]
+    if segments is None and query.shape[2] == 1 and heads > key_heads:
+        # Decoding: heads that share a key head are its queries. transformers repeats keys instead,
+        # up to 5.17 at least, where there is a mask.
+        grouped = query.reshape(len(query), key_heads, heads // key_heads, -1)
+        out = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+        return out.reshape(len(query), 1, heads, -1), None
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs

@@ -177,7 +177,7 @@ def test_numbers_have_plain_types():
 
 
 def test_the_tercet_preset_is_the_default_of_every_option_that_others_set():
-    default = TapoConfig()
+    default = TapoConfig(loss=LossConfig(kl_coef=0.03, neg_entropy_coef=0.0))
     with pytest.warns(FutureWarning, match="run.preset 'paper' is called 'tercet' now"):
         older = parse(TapoConfig, ["--run.preset=paper"], "")[0]
     assert older == parse(TapoConfig, ["--run.preset=tercet"], "")[0] == default
@@ -186,6 +186,7 @@ def test_the_tercet_preset_is_the_default_of_every_option_that_others_set():
         other = parse(TapoConfig, [f"--run.preset={preset}"], "")[0]
         for name, value in PRESETS[preset].items():
             assert attrgetter(name)(other) == value != attrgetter(name)(default)
+        assert (other.loss.kl_coef, other.loss.neg_entropy_coef) == (0.01, 0.03)  # the paper's
 
 
 @pytest.mark.filterwarnings("ignore:kl_ratio")

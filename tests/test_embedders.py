@@ -225,7 +225,7 @@ def test_without_a_place_to_keep_them_photos_are_embedded_each_time(tmp_path, mo
     keys = noise_photos(tmp_path, [(60, 40)])
     embed = embedder("policy", lambda: build_tiny(["a bird"]))
     for count in (1, 2):
-        with pytest.warns(UserWarning, match="kept cannot be written, embeddings are not kept"):
+        with pytest.warns(UserWarning, match="kept cannot be written, embeddings and checks"):
             embed(keys)
         assert len(passes) == count
     monkeypatch.setenv("TERCET_CACHE", str(tmp_path))

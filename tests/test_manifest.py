@@ -146,6 +146,14 @@ def test_notes_are_kept_and_shown_before_what_was_left_out(tmp_path):
     assert manifest.remarks() == [*manifest.notes, "left out: image 'x' is bad"]
 
 
+def test_a_key_is_converted_once_wherever_it_stands(tmp_path):
+    """With all of a sub-category's photos as positives it stands there once for each of them."""
+    manifest, converted = drawn_manifest(tmp_path), []
+    moved = manifest.with_keys(lambda key: converted.append(key) or f"{key}.new")
+    assert sorted(converted) == sorted(manifest.image_keys())
+    assert moved.image_keys() == [f"{key}.new" for key in manifest.image_keys()]
+
+
 def test_image_keys_are_listed_once(tmp_path):
     manifest = drawn_manifest(tmp_path)
     assert manifest.image_keys() == [str(tmp_path / "bird" / f"{n}.jpg") for n in "abcdefg"]

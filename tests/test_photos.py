@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tercet.core.data import fields
+from tercet.core.data import fields, photos
 from tercet.core.data.eval_files import read_eval
 from tercet.core.data.fields import as_words
 from tercet.core.data.photos import check_images, read_photos
@@ -276,6 +277,28 @@ def test_check_images_agrees_with_load_image(tmp_path):
     assert list(found) == [bad[0], *bad[:0:-1]]
     assert all(Path(key).name in reason for key, reason in found.items())
     assert check_images(good) == {}
+
+
+def test_a_photo_is_checked_again_only_when_its_file_holds_something_else(tmp_path, monkeypatch):
+    """Bad ones are checked each time, for the reason."""
+    monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
+    one, two = (save(tmp_path / f"{n}.png", noise(n, n)) for n in (40, 50))
+    (tmp_path / "text.png").write_text("not a photo")
+    bad, checked = str(tmp_path / "text.png"), []
+    check = photos.check_image
+    monkeypatch.setattr(photos, "check_image", lambda key: checked.append(key) or check(key))
+    first = check_images([one, two, bad], "skip")
+    assert sorted(set(checked)) == sorted([one, two, bad])
+    checked.clear()
+    assert check_images([one, two, bad], "skip") == first and list(first) == [bad]
+    assert checked == [bad]
+    checked.clear()
+    save(tmp_path / "40.png", noise(41, 41))
+    copy = shutil.copy(two, tmp_path / "copy.png")
+    assert check_images([one, two, str(copy)]) == {} and checked == [one]
+    checked.clear()
+    monkeypatch.setattr(photos, "_rules", lambda: b"those of another Pillow")
+    assert check_images([one]) == {} and checked == [one]
 
 
 def test_a_progressive_jpeg_of_many_scans_is_refused(tmp_path):

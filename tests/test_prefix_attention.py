@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from tercet.core.packing import pack
 from tercet.core.types import EncodedPrompt, Segments
+from tercet.kernels import prefix_attention as kernel
 from tercet.kernels.prefix_attention import prefix_attention
 from tercet.kernels.reference import prefix_attention_reference
 
@@ -110,3 +113,25 @@ def test_large_scores_stay_finite():
     for one, other in zip(ours, expected, strict=True):
         assert torch.isfinite(one).all()
         assert (one - other).abs().max() <= 1e-9 * other.abs().max()
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_decoding_equals_the_explicit_softmax_and_repeats_no_key(monkeypatch, key_heads):
+    """Rows of one new token each, padded on the left, as transformers calls it."""
+    length, padding, met = 9, (0, 3, 8), []
+    rows = [draw(length, key_heads, torch.float64) for _ in padding]
+    q, k, v = (torch.stack(part).transpose(1, 2).detach() for part in zip(*rows, strict=True))
+    valid = torch.arange(length) >= torch.tensor(padding)[:, None]
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *given, **options):
+        met.append(key.shape)
+        return attend(query, key, *given, **options)
+
+    monkeypatch.setattr(kernel, "scaled_dot_product_attention", watched)
+    module = SimpleNamespace(num_key_value_groups=4 // key_heads)
+    ours, _ = kernel._attention(module, q[:, :, -1:], k, v, valid[:, None, None], scaling=0.3)
+    for n, row in enumerate(rows):
+        expected = explicit(*row, valid[n].expand(length, -1), 0.3)[-1]
+        assert (ours[n, 0] - expected).abs().max() < 1e-12
+    assert met == ([] if key_heads == 4 else [k.shape])  # with as many key heads it is theirs

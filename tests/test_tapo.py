@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support import tiny
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from tercet.core.config import TapoConfig
 from tercet.core.data.triplets import prepare_manifest
@@ -302,9 +303,11 @@ def test_only_later_mini_batches_need_old_logprobs(monkeypatch, workspace, tmp_p
 def test_no_response_meets_a_photo_twice_at_the_same_weights(
     monkeypatch, workspace, tmp_path, preset
 ):
-    """Scoring and update together, two mini-batches a step; a micro-batch is one forward pass."""
-    met, passes, micros, updates = Counter(), [], [], []
+    """Scoring and update together, two mini-batches a step; a micro-batch is one forward pass of
+    the policy, and of its body one on each photo. Sampling takes one more a token."""
+    met, passes, micros, updates, body = Counter(), [], [], [], []
     forward, deal, update = Policy.forward, tapo.micro_batches, tapo.clip_and_step
+    text_forward, step = Qwen2_5_VLTextModel.forward, tapo.TapoRun.step
 
     def dealt(items, photos, pack, **given):
         for pieces, micro in deal(items, photos, pack, **given):
@@ -323,12 +326,20 @@ def test_no_response_meets_a_photo_twice_at_the_same_weights(
         passes.append(task)
         return forward(self, batch, task, **given)
 
+    def through_body(self, *given, segments=None, **more):
+        body.append(segments is not None)
+        return text_forward(self, *given, segments=segments, **more)
+
+    monkeypatch.setattr(Qwen2_5_VLTextModel, "forward", through_body)
+    monkeypatch.setattr(tapo.TapoRun, "step", lambda run: body.clear() or step(run))
     monkeypatch.setattr(tapo, "micro_batches", dealt)
     monkeypatch.setattr(Policy, "forward", passed)
     monkeypatch.setattr(tapo, "clip_and_step", lambda *a: updates.append(1) or update(*a))
     train(monkeypatch, options(workspace, tmp_path, f"--run.preset={preset}", "--run.steps=1"))
     assert len(updates) == 2 and set(met.values()) == {1}
     assert len(passes) == len(micros)
+    assert sum(body) == sum(1 + (micro.negative is not None) for micro in micros)
+    assert len(body) - sum(body) == 12  # the limit, which some responses reach
     # 16 responses on their photo in the update, 8 of them scored before; 16 on the negative.
     assert len(met) == 16 + 8 + 16
 

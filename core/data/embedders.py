@@ -6,12 +6,9 @@ what the embedder is made of.
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from hashlib import blake2b
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +19,7 @@ from transformers import AutoModel, BaseImageProcessor, PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tercet.core.data.copies import content_digest
-from tercet.core.data.kept_rows import kept_rows
+from tercet.core.data.kept_rows import cache_folder, kept_rows
 from tercet.core.data.vision import load_image
 from tercet.core.types import PolicyParts
 
@@ -30,8 +27,6 @@ TOWER_IMAGES_AT_ONCE = 4
 FOLDER_IMAGES_AT_ONCE = 32
 KEPT_AT_ONCE = 256
 """Embeddings that are written at once, so that a start that was stopped loses few."""
-CACHE = "TERCET_CACHE"
-"""Environment variable: the folder that keeps embeddings; else `tercet` in the user's cache."""
 Run = Callable[[list[str]], tuple[Sequence[Tensor], list[int] | None]]
 
 
@@ -179,18 +174,8 @@ def load_encoder(
 
 def _kept(encoder: Encoder, keys: list[str]) -> Tensor:
     """Embeddings from the user's cache, made where they are missing."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get(CACHE) or Path(home) / "tercet")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        warnings.warn(
-            f"{folder} cannot be written, embeddings are not kept: {CACHE} names another folder",
-            stacklevel=2,
-        )
+    folder = cache_folder()
+    if folder is None:
         return encoder(keys)
     identity = encoder.identity()
     try:

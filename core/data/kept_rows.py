@@ -1,8 +1,10 @@
-"""Rows of numbers that took a model to make, kept in an SQLite file and found again by an id."""
+"""Rows of numbers that took long to make, kept in an SQLite file and found again by an id."""
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +12,26 @@ from pathlib import Path
 import numpy as np
 
 LOCK_TIMEOUT_S = 60.0
+CACHE = "TERCET_CACHE"
+"""Environment variable: the folder that keeps such files; else `tercet` in the user's cache."""
+
+
+def cache_folder() -> Path | None:
+    """The folder of CACHE; None, with a warning, where it cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get(CACHE) or Path(home) / "tercet")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    warnings.warn(
+        f"{folder} cannot be written, embeddings and checks of photos are not kept: {CACHE} names "
+        "another folder",
+        stacklevel=3,
+    )
+    return None
 
 
 def kept_rows(

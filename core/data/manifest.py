@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -96,7 +97,8 @@ class Manifest:
             raise ValueError(f"{path} is not a manifest of triplets: {error!r}") from error
 
     def with_keys(self, convert: Callable[[str], str]) -> Manifest:
-        """Copy in which every image key is converted."""
+        """Copy in which every image key is converted, once wherever it stands."""
+        convert = cache(convert)
 
         def photos(old: list[Photo]) -> list[Photo]:
             return [replace(photo, image=convert(photo.image)) for photo in old]

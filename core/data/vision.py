@@ -104,7 +104,8 @@ class PromptEncoder:
         self._processor = parts.image_processor
         self._image_token_id = parts.model.config.image_token_id
         self._prompts: dict[tuple, EncodedPrompt] = {}
-        self._grids: dict[str, Tensor] = {}
+        self._merge = parts.model.config.vision_config.spatial_merge_size
+        self._images: dict[str, EncodedImage] = {}
         self._pixels: OrderedDict[str, Tensor] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._used_bytes = 0
@@ -130,9 +131,9 @@ class PromptEncoder:
 
     def image(self, key: str) -> EncodedImage:
         """The photo `key`, resized, normalised and cut in patches; ValueError if it is bad."""
-        if key not in self._grids:
-            self._grids[key] = self.grid(key)
-        return EncodedImage(partial(self._kept_pixels, key), self._grids[key])
+        if key not in self._images:
+            self._images[key] = EncodedImage(partial(self._kept_pixels, key), self.grid(key))
+        return self._images[key]
 
     def grid(self, key: str) -> Tensor:
         """[1, 3] int64: patches of a photo in time, height and width, from its size alone."""
@@ -150,17 +151,17 @@ class PromptEncoder:
 
     def _merged(self, image: EncodedImage) -> int:
         """Tokens that a photo takes in a prompt."""
-        merge = self._body.config.vision_config.spatial_merge_size
-        return int(image.grid_thw.prod()) // merge**2
+        return image.patches // self._merge**2
 
     def _kept_pixels(self, key: str) -> Tensor:
         if key in self._pixels:
             self._pixels.move_to_end(key)
             return self._pixels[key]
         pixels, grid = self.pixels(key)
-        if not torch.equal(grid, self._grids[key]):
+        known = self._images[key].grid_thw
+        if not torch.equal(grid, known):
             raise ValueError(
-                f"image {key!r} has {grid.tolist()} patches, at first {self._grids[key].tolist()}: "
+                f"image {key!r} has {grid.tolist()} patches, at first {known.tolist()}: "
                 "the file was changed during the run"
             )
         self._pixels[key] = pixels

@@ -83,8 +83,9 @@ def _read(
     arguments = Arguments(argv, options_of(config_class) | extra)
     parser = _parser(config_class, description, bool(extra))
     options = _parse_args(parser, arguments)
-    if "run" in options and PRESETS.get(options.run.get("preset", DEFAULT_PRESET)):
-        parser = _parser(config_class, description, bool(extra), options.run.preset)
+    preset = options.run.get("preset") if "run" in options else None
+    if preset in PRESETS and preset != DEFAULT_PRESET:
+        parser = _parser(config_class, description, bool(extra), preset)
         options = _parse_args(parser, arguments)
     made = parser.instantiate(options)
     config = config_class(**{f.name: _plain(made[f.name]) for f in fields(config_class)})
@@ -166,7 +167,7 @@ def _parser(
             help="checkpoint to go on from, or auto for the newest good one",
         )
     parser.add_class_arguments(config_class)
-    if trains:
+    if "run.preset" in options_of(config_class):
         parser.set_defaults(PRESETS[preset])
     return parser
 

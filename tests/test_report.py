@@ -243,7 +243,7 @@ def test_runs_are_told_apart_and_differences_listed(tmp_path):
     rows = {row["name"]: row["values"] for row in data["differences"]}
     assert rows == {
         "model.path": ["small", "large"],
-        "loss.kl_coef": [0.01, 0.5],
+        "loss.kl_coef": [0.03, 0.5],
         "steps of the run": [1, 2],
     }
     assert data["runs"][1]["changed"] == ["model.path", "loss.kl_coef", "run.out"]

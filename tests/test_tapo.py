@@ -23,7 +23,7 @@ from support import tiny
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from tercet.core.config import TapoConfig
+from tercet.core.config import LossConfig, TapoConfig
 from tercet.core.data.triplets import prepare_manifest
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.presets import PRESETS
@@ -139,13 +139,13 @@ def test_presets_set_every_option_that_differs():
     assert released.rollout.on_exhausted == "keep_last_round"
     assert (released.data.positive, released.optim.minibatch_by) == ("fixed", "response")
     assert released.optim.skip_first_rollout_lr
-    paper = parse(TapoConfig, [], "")[0]
-    assert (paper.loss.update_on, paper.loss.neg_grad, paper.loss.neg_at) == (
+    usual = parse(TapoConfig, [], "")[0]
+    assert (usual.loss.update_on, usual.loss.neg_grad, usual.loss.neg_at) == (
         "anchor",
         "flow",
         "now",
     )
-    assert paper == TapoConfig()
+    assert usual == TapoConfig(loss=LossConfig(kl_coef=0.03, neg_entropy_coef=0.0))
     mixed = parse(TapoConfig, ["--run.preset=released", "--loss.mean_over=group"], "")[0]
     assert (mixed.loss.mean_over, mixed.loss.update_on) == ("group", "own")
 

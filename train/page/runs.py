@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.data.files import read_bytes
+from tercet.core.presets import PRESETS
 from tercet.train.cli.arguments import read_mapping
 from tercet.train.logs.group_files import GROUPS, step_files
 from tercet.train.logs.metrics import ENVIRONMENT, METRICS_FILE, read_metrics
@@ -120,7 +121,10 @@ def _options(run: Run) -> None:
         return
     found = _flat(read_mapping(str(path)))
     run.command = "tapo" if any(name.startswith("rollout.") for name in found) else "sft"
-    defaults = _flat(asdict(TapoConfig() if run.command == "tapo" else SftConfig()))
+    if run.command == "tapo":
+        defaults = _flat(asdict(TapoConfig())) | PRESETS["tercet"]
+    else:
+        defaults = _flat(asdict(SftConfig()))
     run.options = {name: value for name, value in found.items() if _is_shown(name)}
     run.changed = [n for n, v in run.options.items() if n not in defaults or defaults[n] != v]
 

@@ -233,7 +233,7 @@ def test_runs_lie_over_each_other_and_their_differences_are_shown(opened, run, t
     ]
     assert plot.evaluate("p => p.data.map((t) => t.y.length)") == [STEPS, STEPS, 30, 30]
     rows = page.locator("#setup table").first.locator("tr").all_text_contents()
-    assert "loss.kl_coef0.010.5" in rows
+    assert "loss.kl_coef0.030.5" in rows
     assert "These runs began from different models" in page.locator("#runs").text_content()
     select(page, "run", "1")
     assert cards(page) and all(text.startswith("other · ") for text in cards(page))

@@ -199,6 +199,16 @@ def test_a_folder_of_other_options_is_refused(tmp_path):
             claim(other, more)
 
 
+def test_a_folder_from_before_an_option_was_there_goes_on(tmp_path):
+    seed, noted = Seed(tmp_path, 0, "spelled"), tmp_path / "options.json"
+    claim(seed, [])
+    now = json.loads(noted.read_text())
+    del now["options"]["rollout.overlap"]
+    noted.write_text(json.dumps(now))
+    claim(seed, [])
+    assert json.loads(noted.read_text())["options"]["rollout.overlap"] == "off"
+
+
 def test_overwrite_moves_the_folder_of_other_options_aside(tmp_path):
     out = tmp_path / "demo"
     claim(Seed(out, 0, "spelled"), [])

@@ -37,9 +37,9 @@ demo-seeds: $(STAMP)  ## five seeds of the demo beside their controls; goes on w
 	$(BIN)/python -m tercet.train.demo --seeds $(DEMO_SEEDS) --out runs/demo_seeds_opaque --names opaque
 
 # Named before their first run: 5 to 9 to choose the form of the loss, 10 to 12 to confirm the choice.
-FORM_SEEDS := 5 6 7 8 9 10 11 12
+FORM_SEEDS := 5 6 7 8 9
 WORKERS ?= 2
-demo-forms: $(STAMP)  ## forms of the loss on eight seeds of the demo; goes on where it was stopped
+demo-forms: $(STAMP)  ## forms of the loss on five seeds of the demo; goes on where it was stopped
 	$(BIN)/python -m tercet.train.demo --seeds $(FORM_SEEDS) --arms forms --workers $(WORKERS) --out runs/forms
 
 test: $(STAMP)  ## all tests; then those of the kernels again, in Triton's interpreter

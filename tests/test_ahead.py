@@ -23,7 +23,6 @@ from test_sampler import (  # noqa: F401
 
 from tercet.core.config import LossConfig, ParallelConfig, TapoConfig
 from tercet.core.mismatch import cap_of
-from tercet.core.presets import PRESETS
 from tercet.train.cli.arguments import overridden
 from tercet.train.cli.command_line import parse
 from tercet.train.learner.ranks import Ranks
@@ -187,4 +186,4 @@ def test_options_that_overlap_cannot_have(more, message, capsys):
     with pytest.raises((ValueError, SystemExit)) as error:
         parse(TapoConfig, overridden(options, more), "")
     assert message in f"{error.value}{capsys.readouterr().err}"
-    assert PRESETS["tercet"].get("rollout.overlap", "off") == "off"
+    assert parse(TapoConfig, [], "")[0].rollout.overlap == "off"

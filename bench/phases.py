@@ -42,6 +42,7 @@ from tercet.bench.whole_step_case import now
 from tercet.core.config import TapoConfig
 from tercet.core.data import embedders, triplets
 from tercet.core.data.manifest import Manifest
+from tercet.core.data.patches import Patches
 from tercet.core.data.photos import read_photos
 from tercet.core.data.vision import PromptEncoder, load_image
 from tercet.rollout.sampler import GroupSampler
@@ -63,7 +64,7 @@ STEP: Calls = {
     "sampling": [(tapo.TapoRun, "_sample")],
     "texts of responses": [(GroupSampler, "_fill")],
     "prompts": [(PromptEncoder, "__call__"), (TrainingPrompts, "ids")],
-    "photos": [(PromptEncoder, "pixels")],
+    "photos": [(PromptEncoder, "levels"), (Patches, "pixel_values")],
     "packing": [(tapo, "micro_batch"), (tapo, "scored_batch"), (tapo, "mini_batches")],
     "forward": [(Policy, "forward")],
     "backward": [(Tensor, "backward")],

@@ -19,7 +19,7 @@ from tercet.core.costs import Grid
 from tercet.core.data.vision import PromptEncoder
 from tercet.core.models import family_of, published
 from tercet.core.packing import Piece, Prompts, micro_batch, prompts_of, weigh_rows
-from tercet.core.types import Group, MicroBatch, PolicyParts, Response, Triplet
+from tercet.core.types import EncodedImage, Group, MicroBatch, PolicyParts, Response, Triplet
 from tercet.train.learner.policy import Policy
 
 CPU_MODEL = dict(hidden=192, layers=2, vision_layers=2, heads=6, vision_heads=3, vocabulary=800)
@@ -177,13 +177,13 @@ class RandomPhotos(PromptEncoder):
         super().__init__(PolicyParts(policy.model, None, None))
         self._grid, self._numbers = torch.tensor([grid]), policy.shape.patch
 
-    def grid(self, key: str) -> Tensor:
-        return self._grid
+    def image(self, key: str) -> EncodedImage:
+        return EncodedImage(lambda: self._noise(key), self._grid)
 
-    def pixels(self, key: str) -> tuple[Tensor, Tensor]:
+    def _noise(self, key: str) -> Tensor:
         noise = np.random.default_rng(list(key.encode()))
         patches = noise.standard_normal((int(self._grid.prod()), self._numbers), np.float32)
-        return torch.from_numpy(patches), self._grid
+        return torch.from_numpy(patches)
 
 
 def make_group(

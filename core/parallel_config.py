@@ -28,6 +28,6 @@ class ParallelConfig:
     """Keep parameters, gradients and optimiser states in CPU memory and take the optimiser step
     there; a layer's parameters are on the GPU while it is computed."""
     pixel_cache_mib: PositiveInt = 2048
-    """Most memory for the pixels of photos that a rank keeps decoded."""
+    """Most memory for the photos that a rank keeps decoded: 3 MiB a megapixel."""
     timeout_s: Seconds = 7200.0
     """Longest that a rank waits for the others, sampling included."""

@@ -300,12 +300,12 @@ def test_a_photo_that_one_rank_cannot_read_ends_all_with_a_checkpoint(workspace)
     (workspace / "unread.py").write_text(
         LENGTH + "import os, pathlib\n"
         "from tercet.core.data.vision import PromptEncoder\n"
-        "pixels = PromptEncoder.pixels\n"
+        "levels = PromptEncoder.levels\n"
         "def unread(self, key):\n"
         "    if os.environ['RANK'] == '1' and pathlib.Path('unread/metrics.jsonl').read_text():\n"
         "        raise ValueError(f'{key}: gone')\n"
-        "    return pixels(self, key)\n"
-        "PromptEncoder.pixels = unread\n"
+        "    return levels(self, key)\n"
+        "PromptEncoder.levels = unread\n"
     )
     command = launch("unread", 2, "--run.steps=2", "--rollout.reward=unread:length")
     done = subprocess.run(

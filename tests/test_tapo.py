@@ -347,14 +347,14 @@ def test_no_response_meets_a_photo_twice_at_the_same_weights(
 def test_a_prompt_is_laid_out_once_a_run(monkeypatch, workspace, tmp_path):
     """Whatever samples, scores, weighs and trains on it; a photo is decoded for that alone."""
     laid_out, decoded = [], []
-    encode, pixels = PromptEncoder._encode, PromptEncoder.pixels
+    encode, levels = PromptEncoder._encode, PromptEncoder.levels
     monkeypatch.setattr(
         PromptEncoder,
         "_encode",
         lambda self, *known: laid_out.append(known) or encode(self, *known),
     )
     monkeypatch.setattr(
-        PromptEncoder, "pixels", lambda self, key: decoded.append(key) or pixels(self, key)
+        PromptEncoder, "levels", lambda self, key: decoded.append(key) or levels(self, key)
     )
     more = ["--run.steps=3", "--run.preset=released", "--parallel.micro_batch_tokens=560"]
     train(monkeypatch, options(workspace, tmp_path, *more))

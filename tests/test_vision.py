@@ -524,23 +524,23 @@ def test_pixel_limits_take_effect(parts, tmp_path):
 
 
 def counted_loads(monkeypatch) -> list[str]:
-    """Keys of the photos whose pixels are prepared from now on."""
+    """Keys of the photos that are decoded for their pixels from now on."""
     loads: list[str] = []
-    pixels = PromptEncoder.pixels
+    levels = PromptEncoder.levels
     monkeypatch.setattr(
-        PromptEncoder, "pixels", lambda self, key: loads.append(key) or pixels(self, key)
+        PromptEncoder, "levels", lambda self, key: loads.append(key) or levels(self, key)
     )
     return loads
 
 
-def test_cache_returns_the_same_tensors(monkeypatch, photos):
+def test_a_photo_is_decoded_once(monkeypatch, photos):
     loads = counted_loads(monkeypatch)
     encoder = PromptEncoder(tiny())
     first: EncodedPrompt = encoder((START, PAD, END), (photos[0],))
     again = encoder((7, START, PAD, END, START, PAD, END), (photos[0], photos[0]))
     assert loads == []  # nobody has asked for pixels yet
     pixels = first.images[0].pixel_values
-    assert all(image.pixel_values is pixels for image in again.images)
+    assert all(torch.equal(image.pixel_values, pixels) for image in again.images)
     assert loads == [photos[0]]
     assert encoder((START, PAD, END), (photos[0],)) is first
 
@@ -566,8 +566,8 @@ def test_sizes_are_those_of_loaded_photos(tmp_path, suffix, orientation):
 
 def test_cache_is_bounded_by_bytes_and_drops_the_oldest(monkeypatch, photos):
     parts = tiny()
-    sizes = [PromptEncoder(parts).image(key).pixel_values.nbytes for key in photos]
-    assert sizes == [4 * rows * columns * 1176 * 4 for rows, columns in ((4, 4), (5, 2), (2, 5))]
+    sizes = [PromptEncoder(parts).levels(key)[0].nbytes for key in photos]
+    assert sizes == [4 * rows * columns * 588 for rows, columns in ((4, 4), (5, 2), (2, 5))]
     a, b, c = photos
     loads = counted_loads(monkeypatch)
     encoder = PromptEncoder(parts, cache_bytes=sizes[0] + sizes[1])

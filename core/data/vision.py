@@ -1,7 +1,8 @@
 """Photos to model inputs: pixel_values, image_grid_thw, expanded image pads, M-RoPE positions.
 
-Every number comes from transformers' own image processor and `get_rope_index`, which are called one
-prompt at a time, so that a prompt's arrays are the same wherever it is packed.
+Every number comes from transformers' own image processor (see core/data/patches.py) and
+`get_rope_index`, which are called one prompt at a time, so that a prompt's arrays are the same
+wherever it is packed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from tercet.core.data.decoding import opened, orientation, upright_rgb
+from tercet.core.data.patches import Patches
 from tercet.core.models import family_of
 from tercet.core.types import EncodedImage, EncodedPrompt, PolicyParts
 
@@ -91,11 +93,12 @@ class PromptEncoder:
     """Turns prompt ids with one pad per image into EncodedPrompts.
 
     A prompt's ids, positions and grids are computed once, from its photos' sizes, and kept. Photos
-    are decoded when their pixels are asked for; the most recent ones are kept.
+    are decoded when their pixels are asked for; the 8-bit patches of the most recent ones are kept,
+    588 bytes each where a patch has 14 x 14 pixels.
 
     Args:
         parts: the policy.
-        cache_bytes: most bytes of pixels that are kept.
+        cache_bytes: most bytes of patches that are kept.
     """
 
     def __init__(self, parts: PolicyParts, cache_bytes: int = CACHE_BYTES):
@@ -106,7 +109,8 @@ class PromptEncoder:
         self._prompts: dict[tuple, EncodedPrompt] = {}
         self._merge = parts.model.config.vision_config.spatial_merge_size
         self._images: dict[str, EncodedImage] = {}
-        self._pixels: OrderedDict[str, Tensor] = OrderedDict()
+        self._patches = Patches(parts.image_processor)
+        self._levels: OrderedDict[str, Tensor] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._used_bytes = 0
 
@@ -132,7 +136,7 @@ class PromptEncoder:
     def image(self, key: str) -> EncodedImage:
         """The photo `key`, resized, normalised and cut in patches; ValueError if it is bad."""
         if key not in self._images:
-            self._images[key] = EncodedImage(partial(self._kept_pixels, key), self.grid(key))
+            self._images[key] = EncodedImage(partial(self._pixel_values, key), self.grid(key))
         return self._images[key]
 
     def grid(self, key: str) -> Tensor:
@@ -141,34 +145,30 @@ class PromptEncoder:
         resized = self._family.resized(self._processor, height, width)
         return torch.tensor([[1, *(side // self._processor.patch_size for side in resized)]])
 
-    def pixels(self, key: str) -> tuple[Tensor, Tensor]:
-        """A photo's patches, as EncodedImage has them, and their grid [1, 3]."""
-        # A photo 1 or 3 pixels high would otherwise be taken for a channels-first array.
-        arrays = self._processor(
-            images=load_image(key), return_tensors="pt", input_data_format="channels_last"
-        )
-        return arrays["pixel_values"], arrays["image_grid_thw"]
+    def levels(self, key: str) -> tuple[Tensor, Tensor]:
+        """A photo's 8-bit patches and their grid, as `Patches.cut` has them."""
+        return self._patches.cut(load_image(key))
 
     def _merged(self, image: EncodedImage) -> int:
         """Tokens that a photo takes in a prompt."""
         return image.patches // self._merge**2
 
-    def _kept_pixels(self, key: str) -> Tensor:
-        if key in self._pixels:
-            self._pixels.move_to_end(key)
-            return self._pixels[key]
-        pixels, grid = self.pixels(key)
+    def _pixel_values(self, key: str) -> Tensor:
+        if key in self._levels:
+            self._levels.move_to_end(key)
+            return self._patches.pixel_values(self._levels[key])
+        levels, grid = self.levels(key)
         known = self._images[key].grid_thw
         if not torch.equal(grid, known):
             raise ValueError(
                 f"image {key!r} has {grid.tolist()} patches, at first {known.tolist()}: "
                 "the file was changed during the run"
             )
-        self._pixels[key] = pixels
-        self._used_bytes += pixels.nbytes
-        while self._used_bytes > self._cache_bytes and len(self._pixels) > 1:
-            self._used_bytes -= self._pixels.popitem(last=False)[1].nbytes
-        return pixels
+        self._levels[key] = levels
+        self._used_bytes += levels.nbytes
+        while self._used_bytes > self._cache_bytes and len(self._levels) > 1:
+            self._used_bytes -= self._levels.popitem(last=False)[1].nbytes
+        return self._patches.pixel_values(levels)
 
     def _encode(self, prompt_ids: tuple[int, ...], keys: tuple[str, ...]) -> EncodedPrompt:
         pads = sum(token == self._image_token_id for token in prompt_ids)

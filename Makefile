@@ -32,13 +32,14 @@ demo: $(STAMP)  ## draw a world, teach a tiny policy, improve it with TAPO: 3 mi
 
 # Named before their first run, and used for the tables in docs/demo.md only; 100 to 109 are for trials.
 DEMO_SEEDS := 0 1 2 3 4
+WORKERS ?= 2
 demo-seeds: $(STAMP)  ## five seeds of the demo beside their controls; goes on where it was stopped
-	$(BIN)/python -m tercet.train.demo --seeds $(DEMO_SEEDS) --out runs/demo_seeds
-	$(BIN)/python -m tercet.train.demo --seeds $(DEMO_SEEDS) --out runs/demo_seeds_opaque --names opaque
+	$(BIN)/python -m tercet.train.demo --seeds $(DEMO_SEEDS) --workers $(WORKERS) --out runs/demo_seeds
+	$(BIN)/python -m tercet.train.demo --seeds $(DEMO_SEEDS) --workers $(WORKERS) --out runs/demo_seeds_opaque \
+		--names opaque
 
 # Named before their first run: 5 to 9 to choose the form of the loss, 10 to 12 to confirm the choice.
 FORM_SEEDS := 5 6 7 8 9
-WORKERS ?= 2
 demo-forms: $(STAMP)  ## forms of the loss on five seeds of the demo; goes on where it was stopped
 	$(BIN)/python -m tercet.train.demo --seeds $(FORM_SEEDS) --arms forms --workers $(WORKERS) --out runs/forms
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from tercet.train.demo.arms import read_rows
+from tercet.train.demo.comparison import draw_gains
 from tercet.train.demo.forms import draw_forms, whole_seeds
 
 RESULTS = Path(__file__).parent / "results"
@@ -98,6 +99,14 @@ def draw_forms_of_loss(
     draw_forms(whole_seeds(read_rows(path)), out)
 
 
+def draw_demo(folder: Path = RESULTS, out: Path = RESULTS / "demo.png") -> None:
+    """What the demo's arms gain, with names of each kind."""
+    rows = {names: read_rows(folder / f"demo_{names}.jsonl") for names in ("spelled", "opaque")}
+    draw_gains(
+        {names: [r for r in of if r.equal == "responses"] for names, of in rows.items()}, out
+    )
+
+
 def _step_bars(panels, rows: list[dict[str, str]]) -> None:
     """Methods from slow to fast, with one bar per `loss.update_on`."""
     cells = {(row["method"], row["update_on"]): row for row in rows}
@@ -173,3 +182,4 @@ if __name__ == "__main__":
     draw_kernels()
     draw_step()
     draw_forms_of_loss()
+    draw_demo()

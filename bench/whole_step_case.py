@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,6 +40,8 @@ ADVANTAGE_EPS = 1e-4
 """TRL's own, which it has no option for."""
 SIDE = 224
 """Pixels of a photo for the larger policy."""
+FIXED_STEPS = 3
+"""Optimiser steps on fixed responses."""
 
 
 @dataclass(frozen=True)
@@ -264,52 +265,76 @@ def train_ours(
 
 @dataclass
 class Fixed:
-    """One step's fixed responses as a trainer sees them, and the gradient that they give it."""
+    """What a trainer makes of fixed responses in FIXED_STEPS optimiser steps, without clipping."""
 
     prompt_ids: list[list[int]]
-    """Of each group, image pads expanded."""
+    """Of each group of the first step, image pads expanded."""
     pixels: list[Tensor]
-    """Of each group's photo."""
+    """Of its photo."""
     gradients: dict[str, Tensor]
+    """Of the first step."""
+    updates: dict[str, Tensor]
+    """What all steps changed in the weights."""
 
 
 def fixed_ours(work: Work, folder: Path, out: Path) -> Fixed:
-    """A step of ours on `fixed_responses`; its weights are not needed afterwards."""
-    config, resolved = config_of(work, folder, out, 1, 0)
-    chosen = triplets_of(config, work.groups)
+    """Steps of ours on `fixed_responses`."""
+    config, resolved = config_of(work, folder, out, FIXED_STEPS, 0)
+    config.optim.max_grad_norm = 1e9
+    chosen = triplets_of(config, FIXED_STEPS * work.groups)
+    gradients: dict[str, Tensor] = {}
+    kept = tapo.clip_and_step
+
+    def note(run: tapo.TapoRun, *given: object) -> dict[str, float]:
+        gradients.update(gradients or gradients_of(run.policy.model))
+        return kept(run, *given)
 
     def use(run: tapo.TapoRun) -> Fixed:
-        tokenizer, end = run.parts.tokenizer, run.parts.turn_end
-        for number, triplet in enumerate(chosen):
-            said = fixed_responses(triplet, work.responses)
-            scores = rewards_of(said, [triplet] * len(said), run.manifest.names)
-            responses = []
-            for text, score in zip(said, scores, strict=True):
-                ids = (*tokenizer.encode(text, add_special_tokens=False), end)
-                unknown = (0.0,) * len(ids)
-                responses.append(Response("anchor", ids, unknown, "stop", 0, text, score))
-            prompt = run.sampler.prompts.ids(triplet, (triplet.anchor,))
-            run.groups.append(Group(str(number), triplet, prompt, responses))
-        equal_advantages(run.groups)
-        encoded = [run.encoder(group.prompt_ids, (group.triplet.anchor,)) for group in run.groups]
-        found: dict[str, Tensor] = {}
-        keep = partial(_keep_gradients, found)
-        kept, tapo.clip_and_step = tapo.clip_and_step, keep
-        try:
+        prompts, before = [], weights_of(run.policy.model)
+        for start in range(0, len(chosen), work.groups):
+            run.groups.extend(_fixed_group(run, work, one) for one in chosen[start:][: work.groups])
+            equal_advantages(run.groups)
+            keys = [(group.prompt_ids, (group.triplet.anchor,)) for group in run.groups]
+            prompts += [run.encoder(*key) for key in keys]
             run.step()
-        finally:
-            tapo.clip_and_step = kept
-        ids = [prompt.input_ids.tolist() for prompt in encoded]
-        return Fixed(ids, [prompt.images[0].pixel_values for prompt in encoded], found)
+        first = prompts[: work.groups]
+        pixels = [prompt.images[0].pixel_values for prompt in first]
+        updates = updates_since(before, run.policy.model)
+        return Fixed([prompt.input_ids.tolist() for prompt in first], pixels, gradients, updates)
 
-    return with_run(config, resolved, use)
+    tapo.clip_and_step = note
+    try:
+        return with_run(config, resolved, use)
+    finally:
+        tapo.clip_and_step = kept
 
 
-def _keep_gradients(found: dict[str, Tensor], run: tapo.TapoRun, lr: float, sums: dict) -> dict:
-    """In place of clip_and_step."""
-    found |= {
-        name: parameter.grad.clone()
-        for name, parameter in run.policy.model.named_parameters()
-        if parameter.grad is not None
-    }
-    return {}
+def _fixed_group(run: tapo.TapoRun, work: Work, triplet: Triplet) -> Group:
+    """A group that was sampled just now, of fixed responses."""
+    said = fixed_responses(triplet, work.responses)
+    scores = rewards_of(said, [triplet] * len(said), run.manifest.names)
+    responses = []
+    for text, score in zip(said, scores, strict=True):
+        ids = run.parts.tokenizer.encode(text, add_special_tokens=False) + [run.parts.turn_end]
+        logprobs = (0.0,) * len(ids)  # not used: they are of the weights that are trained
+        responses.append(
+            Response("anchor", tuple(ids), logprobs, "stop", run.steps_done, text, score)
+        )
+    prompt = run.sampler.prompts.ids(triplet, (triplet.anchor,))
+    return Group(triplet.id, triplet, prompt, responses)
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of all gradients."""
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: grad.clone() for name, grad in found.items() if grad is not None}
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of all weights."""
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def updates_since(before: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:
+    """What has changed since the weights were `before`."""
+    return {name: weight - before[name] for name, weight in weights_of(model).items()}

@@ -23,6 +23,7 @@ from tercet.bench.whole_step_case import (
     CLIPS,
     DECAY,
     EPS,
+    FIXED_STEPS,
     MAX_NORM,
     Fixed,
     PeakMemory,
@@ -31,10 +32,13 @@ from tercet.bench.whole_step_case import (
     between,
     config_of,
     fixed_responses,
+    gradients_of,
     now,
     question_of,
     rewards_of,
     triplets_of,
+    updates_since,
+    weights_of,
 )
 from tercet.core.config import ModelConfig
 from tercet.core.data.manifest import Manifest
@@ -107,12 +111,8 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_, model=None, **__):
         self._updating = time.perf_counter()
-        if self.trainer.rollout_func:
-            self.gradients = {
-                name: parameter.grad.clone()
-                for name, parameter in model.named_parameters()
-                if parameter.grad is not None
-            }
+        if self.trainer.rollout_func and not self.gradients:
+            self.gradients = gradients_of(model)
 
     def on_optimizer_step(self, *_, **__):
         self.trainer.spent["training"] += time.perf_counter() - self._updating
@@ -251,21 +251,26 @@ def train_trl(
 
 
 def fixed_trl(work: Work, folder: Path, out: Path, micro_batch: int) -> Fixed:
-    """A step of TRL's on `fixed_responses`, through its rollout_func."""
-    chosen = triplets_of(config_of(work, folder, out, 1, 0)[0], work.groups)
+    """Steps of TRL's on `fixed_responses`, through its rollout_func."""
+    config, _ = config_of(work, folder, out, FIXED_STEPS, 0)
+    chosen = triplets_of(config, FIXED_STEPS * work.groups)
     said = [text for one in chosen for text in fixed_responses(one, work.responses)]
     seen: dict[str, list] = {}
 
     def rollout(prompts: list, trainer: Timed) -> dict:
         prompt_ids, _, fields = trainer._tokenize_prompts(prompts)
         tokenizer, end = trainer.processing_class.tokenizer, trainer.eos_token_ids[0]
-        ids = [[*tokenizer.encode(text, add_special_tokens=False), end] for text in said]
-        sizes = [int(grid.prod()) for grid in torch.as_tensor(fields["image_grid_thw"])]
-        seen["pixels"] = list(torch.as_tensor(fields["pixel_values"]).split(sizes))
-        seen["prompt_ids"] = [list(ids) for ids in prompt_ids]
+        texts = said[trainer.state.global_step * work.sampled :][: work.sampled]
+        ids = [[*tokenizer.encode(text, add_special_tokens=False), end] for text in texts]
+        if not seen:
+            sizes = [int(grid.prod()) for grid in torch.as_tensor(fields["image_grid_thw"])]
+            seen["pixels"] = list(torch.as_tensor(fields["pixel_values"]).split(sizes))
+            seen["prompt_ids"] = [list(ids) for ids in prompt_ids]
         return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": None}
 
-    trainer, watch = make_trainer(work, folder, out, 1, 0, micro_batch, rollout)
+    trainer, watch = make_trainer(work, folder, out, FIXED_STEPS, 0, micro_batch, rollout)
+    before = weights_of(trainer.model)
     trainer.train()
     first = slice(None, None, work.responses)
-    return Fixed(seen["prompt_ids"][first], seen["pixels"][first], watch.gradients)
+    updates = updates_since(before, trainer.model)
+    return Fixed(seen["prompt_ids"][first], seen["pixels"][first], watch.gradients, updates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,6 +57,8 @@ def test_both_trainers_have_one_gradient(folder, trl, tmp_path):
     found = whole_step.compare(ours, theirs)
     assert found["prompt_ids"] and found["pixels"] and not found["without_gradient"]
     assert found["grad_error"] < 1e-5 and whole_step.check(found) == ""
+    assert found["update_error"] < 1e-3
+    assert max(update.abs().max() for update in ours.updates.values()) > WORK.lr
     assert max(gradient.abs().max() for gradient in ours.gradients.values()) > 1e-3
 
 
@@ -75,18 +77,22 @@ def test_both_trainers_take_steps(folder, trl, tmp_path):
 
 
 def test_what_differs_is_said():
-    one = Fixed([[1, 2]], [torch.ones(2, 3)], {"a": torch.ones(4), "b": torch.ones(2)})
+    weights = {"a": torch.ones(4), "b": torch.ones(2)}
+    one = Fixed([[1, 2]], [torch.ones(2, 3)], weights, weights)
     same = whole_step.compare(one, one)
-    assert whole_step.check(same) == "" and same["grad_error"] == 0
-    late = Fixed(one.prompt_ids, one.pixels, {"a": torch.full((4,), 1.5), "b": torch.ones(2)})
-    assert whole_step.compare(late, one)["grad_error"] == pytest.approx(0.5)
-    assert "over the gate of 0.0001" in whole_step.check(whole_step.compare(late, one))
-    half = Fixed(one.prompt_ids, one.pixels, {"a": torch.ones(4)})
-    assert whole_step.check(whole_step.compare(one, half)) == "only one gives a gradient to b"
-    other = Fixed(one.prompt_ids, [torch.zeros(2, 3)], one.gradients)
-    assert whole_step.check(whole_step.compare(one, other)) == "pixels differ"
-    other = Fixed([[1, 3]], one.pixels, one.gradients)
-    assert whole_step.check(whole_step.compare(one, other)) == "prompt ids differ"
+    assert whole_step.check(same) == "" and same["grad_error"] == same["update_error"] == 0
+    moved = weights | {"a": torch.full((4,), 1.5)}
+    steep, far = replace(one, gradients=moved), replace(one, updates=moved)
+    assert whole_step.compare(steep, one)["grad_error"] == pytest.approx(0.5)
+    assert whole_step.compare(far, one)["update_error"] == pytest.approx((1 / 6) ** 0.5)
+    for other, what in (
+        (steep, "over the gate of 0.0001: gradients differ by 0.5"),
+        (far, "over the gate of 0.001: updates differ by 0.4"),
+        (replace(one, gradients={"a": torch.ones(4)}), "only one gives a gradient to b"),
+        (replace(one, pixels=[torch.zeros(2, 3)]), "pixels differ"),
+        (replace(one, prompt_ids=[[1, 3]]), "prompt ids differ"),
+    ):
+        assert whole_step.check(whole_step.compare(other, one)) == what
 
 
 def taken_with(seconds: float, peak: float) -> Taken:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from tercet.train.demo.arms import ARMS, DAPO, LABELS, PERMUTED, START, TAPO, Equal, Row
-from tercet.train.demo.scores import ACCURACIES, Scores
+from tercet.train.demo.scores import ACCURACIES, PARTITIONS, Scores
 from tercet.train.demo.species import ATTRIBUTES, Names
 from tercet.train.evaluation.intervals import wilson
 
@@ -174,3 +176,33 @@ def report(rows: Sequence[Row], names: Names) -> str:
         title = {"responses": "as many responses", "time": "as many CPU seconds"}[equal]
         parts += [f"### {title} as TAPO, mean (seeds)", mean_table(own), difference_table(own)]
     return "\n\n".join([*parts, *verdicts(first, names)])
+
+
+def draw_gains(rows: Mapping[Names, Sequence[Row]], out: Path) -> None:
+    """What every arm gains on the start, seen and unseen, a panel for each kind of names.
+
+    Args:
+        rows: of the comparison at equal responses, by kind of names.
+        out: the PNG file.
+    """
+    arms = [arm for arm in ARMS if any(row.arm == arm for own in rows.values() for row in own)]
+    figure = Figure(figsize=(10, 0.9 + 0.36 * len(arms)), layout="constrained")
+    panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
+    for panel, (names, own) in zip(panels, rows.items(), strict=True):
+        for shift, name, colour in ((0.17, "seen", "tab:blue"), (-0.17, "unseen", "tab:orange")):
+            found = {arm: difference(own, arm, START, name) for arm in arms}
+            found = {arm: gain for arm, gain in found.items() if gain}
+            values = np.array(list(found.values())).reshape(-1, 3).T
+            places = [len(arms) - 1 - arms.index(arm) + shift for arm in found]
+            errors = [values[0] - values[1], values[2] - values[0]]
+            panel.errorbar(
+                values[0], places, xerr=errors, fmt="o", ms=5, capsize=2, color=colour, label=name
+            )
+        start = [mean(r.scores.accuracy(n) for r in own if r.arm == START) for n in PARTITIONS]
+        panel.axvline(0, color="black", lw=1)
+        panel.set_title(f"{names} names, start {start[0]:.0f} / {start[1]:.0f}", loc="left")
+        panel.set(yticks=range(len(arms)), yticklabels=arms[::-1], xlabel="points gained")
+        panel.grid(axis="x", alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, loc="lower left")
+    figure.savefig(out, dpi=110)

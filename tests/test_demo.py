@@ -36,6 +36,8 @@ from tercet.train.demo.stages import VERSION, Seed, claim
 from tercet.train.evaluation.held_out import Result
 from tercet.train.logs.figures import draw_figures
 
+ROOT = Path(__file__).parents[1]
+
 
 def test_permuted_rewards_keep_what_a_group_earns_and_lose_who_earned_it():
     names = ("least auklet", "crested auklet")
@@ -158,6 +160,20 @@ def test_tables_show_every_number():
     assert line.startswith("| TAPO (2) | 50.0 | 50.0 | 100.0 | 0.0 | 50.0 |")
     whole = comparison.report([*rows, row(0, START, "0000"), row(1, START, "0000")], "spelled")
     assert "| TAPO | 2 | +50.0 [" in whole and "pass  TAPO: seen +50.0" in whole
+
+
+def test_the_figure_of_gains_leaves_out_what_was_not_run(tmp_path):
+    whole = [row(seed, arm, "0011") for seed in (0, 1) for arm in (START, TAPO, LABELS)]
+    comparison.draw_gains({"spelled": whole, "opaque": whole[:2]}, tmp_path / "gains.png")
+    assert (tmp_path / "gains.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("names", ["spelled", "opaque"])
+def test_the_docs_show_the_kept_rows(names):
+    rows = arms.read_rows(ROOT / "bench" / "results" / f"demo_{names}.jsonl")
+    text = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    parts = comparison.report(rows, names).split("\n\n")
+    assert len(parts) > 7 and not [p for p in parts if not p.startswith("#") and p not in text]
 
 
 def test_a_ledger_survives_a_line_that_was_cut(tmp_path):

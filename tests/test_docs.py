@@ -27,6 +27,7 @@ from support import tiny
 from test_clip_baseline import make_siglip
 from torch.distributed.run import get_args_parser
 
+from tercet.bench import whole_step
 from tercet.core.config import SftConfig, TapoConfig
 from tercet.core.data.eval_files import DATASETS
 from tercet.core.tool_config import EvalConfig, SeedsConfig
@@ -367,6 +368,7 @@ def known_options() -> set[str]:
         commands += (make_triplets, plan, predict, prepare, report)
         mains = [command.main for command in commands]
         texts = [helped(show) for show in (*mains, lambda: demo.main(["--help", "all"]))]
+        texts.append(helped(lambda: whole_step.main(["--help"])))
     texts += [helped(lambda c=c: parse(c, ["--help=all"], "")) for c in (TapoConfig, SftConfig)]
     torchrun = {name for action in get_args_parser()._actions for name in action.option_strings}
     return {*re.findall(r"--[\w.]+", "\n".join(texts)), *torchrun, *FOREIGN}

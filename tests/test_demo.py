@@ -160,6 +160,9 @@ def test_tables_show_every_number():
     assert line.startswith("| TAPO (2) | 50.0 | 50.0 | 100.0 | 0.0 | 50.0 |")
     whole = comparison.report([*rows, row(0, START, "0000"), row(1, START, "0000")], "spelled")
     assert "| TAPO | 2 | +50.0 [" in whole and "pass  TAPO: seen +50.0" in whole
+    assert whole.count("as many") == 1
+    timed = comparison.report([*rows, row(0, DAPO, "0011", equal="time")], "spelled")
+    assert timed.count("as many") == 2 and timed.count("| TAPO (2) |") == 2
 
 
 def test_the_figure_of_gains_leaves_out_what_was_not_run(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import get_args
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -166,15 +167,14 @@ def verdicts(rows: Sequence[Row], names: Names) -> list[str]:
 
 
 def report(rows: Sequence[Row], names: Names) -> str:
-    """The whole of demo-seeds' result as Markdown."""
-    first = [row for row in rows if row.equal == "responses"]
-    timed: list[Row] = [row for row in rows if row.equal == "time"]
-    timed = [row for row in first if row.arm in (START, TAPO)] + timed
+    """The whole of demo-seeds' result as Markdown; a comparison without rows is left out."""
+    first, timed = ([row for row in rows if row.equal == equal] for equal in get_args(Equal))
+    shared = [row for row in first if row.arm in (START, TAPO)]
     parts = []
-    titles: dict[Equal, Sequence[Row]] = {"responses": first, "time": timed}
-    for equal, own in titles.items():
-        title = {"responses": "as many responses", "time": "as many CPU seconds"}[equal]
-        parts += [f"### {title} as TAPO, mean (seeds)", mean_table(own), difference_table(own)]
+    for title, own in (("responses", first), ("CPU seconds", timed and [*shared, *timed])):
+        if own:
+            heading = f"### as many {title} as TAPO, mean (seeds)"
+            parts += [heading, mean_table(own), difference_table(own)]
     return "\n\n".join([*parts, *verdicts(first, names)])
 
 

@@ -286,7 +286,8 @@ def fixed_ours(work: Work, folder: Path, out: Path) -> Fixed:
     kept = tapo.clip_and_step
 
     def note(run: tapo.TapoRun, *given: object) -> dict[str, float]:
-        gradients.update(gradients or gradients_of(run.policy.model))
+        if not gradients:
+            gradients.update(gradients_of(run.policy.model))
         return kept(run, *given)
 
     def use(run: tapo.TapoRun) -> Fixed:

@@ -1,4 +1,4 @@
-"""What the demo's rows show: tables, paired differences with intervals, claims with verdicts."""
+"""What the demo's rows show: tables, a figure, paired differences, claims with verdicts."""
 
 from __future__ import annotations
 
